@@ -1,0 +1,124 @@
+"""Train a DDPM on handwritten digits and watch them appear: `python examples/mnist_ddpm.py`.
+
+Read from top to bottom, this is the tutorial. Everything that is not in here is in the package, one idea per file.
+"""
+
+import argparse
+import pathlib
+import signal
+import sys
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from tinyddpm import Diffusion, UNet, load_digits, make_schedule, sample, save_model, train
+from tinyddpm.backend import to_numpy
+from tinyddpm.image import grid, noising_strip, save_gif, save_loss_curve
+from tinyddpm.parallel import blas_name, cpu_count
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--steps", type=int, default=2000, help="training steps")
+    add("--minutes", type=float, default=7.0, help="stop training after so many minutes, even if steps are left")
+    add("--batch", type=int, default=32, help="images per step")
+    add("--lr", type=float, default=2e-3, help="Adam's learning rate")
+    add("--channels", type=int, nargs="+", default=[16, 32, 64], help="channels of the U-Net's levels; each level halves the image")
+    add("--blocks", type=int, default=1, help="residual blocks per level")
+    add("--dropout", type=float, default=0.0, help="probability of dropping an activation in a residual block, while training")
+    add("--timesteps", type=int, default=300, help="T, the number of diffusion steps")
+    add("--samples", type=int, default=64, help="digits in the final grid")
+    add("--sample-every", type=int, default=500, help="training steps between sample grids")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--workers", type=int, default=cpu_count(), help="worker threads")
+    add("--seed", type=int, default=0, help="the same seed gives the same digits")
+    add("--out", type=pathlib.Path, default=pathlib.Path("runs/mnist"), help="folder for the results")
+    args = parser.parse_args()
+    for name in ("steps", "minutes", "batch", "lr", "blocks", "timesteps", "samples", "sample_every", "workers"):
+        if getattr(args, name) <= 0:
+            parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
+    try:  # better to know now than after the training
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "noising.png").touch()
+    except OSError as error:
+        parser.error(f"--out {args.out}: cannot write there: {error.strerror}")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    images, labels = load_digits()  # (10000, 28, 28, 1) floats in [-1, 1]
+
+    # The forward process: T steps, each adding a little noise. Ho et al. take T = 1000 and beta from 1e-4 to 0.02; fewer
+    # steps need more noise each to end, as they must, at pure noise.
+    stretch = 1000 / args.timesteps
+    schedule = make_schedule("linear", args.timesteps, beta_start=1e-4 * stretch, beta_end=0.02 * stretch)
+    diffusion = Diffusion(schedule)
+
+    # The network that predicts the noise in an image, with attention at the lowest resolution.
+    attention = [False] * (len(args.channels) - 1) + [True]
+    unet = UNet(channels=args.channels, blocks=args.blocks, attention=attention, dropout=args.dropout, rng=args.seed)
+    unet.to(args.device)
+
+    print(f"device   {args.device}, {args.workers} worker threads, BLAS {blas_name()}")
+    print(f"network  U-Net {'-'.join(map(str, args.channels))}, {unet.size:,} parameters")
+    print(f"data     {len(images):,} digits of {images.shape[1]} x {images.shape[2]} pixels, T = {args.timesteps}")
+    print(f"training {args.steps:,} steps of {args.batch} images, at most {args.minutes:g} minutes; Ctrl-C stops early and samples")
+    print(f"results  {args.out.resolve()}", flush=True)
+
+    first_of_each = images[np.searchsorted(labels, [2, 3, 5, 8])]
+    noising_strip(diffusion, first_of_each, np.random.default_rng(args.seed)).save(args.out / "noising.png")
+
+    # Ctrl-C asks the training to stop after the step at hand; pressed again, it ends the program at once.
+    interrupted = []
+
+    def stop_politely(signum, frame):
+        interrupted.append(signum)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    signal.signal(signal.SIGINT, stop_politely)
+
+    began, losses = time.monotonic(), []
+    training = train(
+        unet, diffusion, images, steps=args.steps, batch=args.batch, lr=args.lr, workers=args.workers, seed=args.seed
+    )
+    with tqdm(total=args.steps, unit="step", dynamic_ncols=True) as bar:
+        for state in training:
+            losses.append(state.loss)
+            speed = state.step * args.batch / (time.monotonic() - began)
+            bar.set_postfix_str(f"loss {np.mean(losses[-100:]):.4f}, {speed:.0f} images/s", refresh=False)
+            bar.update()
+            if interrupted or time.monotonic() - began > 60 * args.minutes:
+                break
+            if state.step % args.sample_every == 0 and state.step < args.steps:
+                some = sample(diffusion, state.ema.model, (16, *images.shape[1:]), rng=args.seed, workers=args.workers)
+                grid(to_numpy(some)).save(args.out / f"step_{state.step:05d}.png")
+
+    save_model(args.out / "model.safetensors", state.ema.model, diffusion)
+    print(f"trained {state.step} steps in {(time.monotonic() - began) / 60:.1f} min; loss {np.mean(losses[-100:]):.4f}")
+    try:
+        save_loss_curve(args.out / "loss.png", losses)
+    except ImportError:
+        print("no loss curve: that needs matplotlib, pip install 'tinyddpm[plots]'")
+
+    # The reverse process: from pure noise, take a little noise away T times. Keep some of the way for the animation.
+    frames, every = [], max(1, args.timesteps // 50)
+    with tqdm(total=args.timesteps, unit="step", desc="sampling", dynamic_ncols=True) as bar:
+
+        def watch(t, x, x0):
+            bar.update()
+            if t % every == 0:
+                frames.append(grid(to_numpy(x)))
+
+        digits = sample(
+            diffusion, state.ema.model, (args.samples, *images.shape[1:]), rng=args.seed, callback=watch, workers=args.workers
+        )
+    grid(to_numpy(digits)).save(args.out / "samples.png")
+    save_gif(args.out / "denoising.gif", frames)
+    print(f"done in {(time.monotonic() - began) / 60:.1f} min: look at {args.out / 'samples.png'} and {args.out / 'denoising.gif'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The gradient checker: v^T J u by central differences along one random direction against the hand-written gradients."""
+
+import numpy as np
+
+from tinyddpm.tensor import Parameter, Tensor, backward
+
+
+def read_only(array):
+    array = np.array(array)
+    array.flags.writeable = False
+    return array
+
+
+def pulled(pull, g, count):
+    """The gradients of an op's `count` inputs, with those given as functions computed."""
+    gradients = pull(g)
+    gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+    assert len(gradients) == count
+    return [grad() if callable(grad) else grad for grad in gradients]
+
+
+def summed_to(g, shape):
+    """Sum a broadcast gradient down to `shape`."""
+    g = np.asarray(g)
+    g = g.sum(tuple(range(g.ndim - len(shape))))
+    return g.sum(tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True).reshape(shape)
+
+
+def check_op(op, *inputs, rng=None, tolerance=1e-7, **settings):
+    """Check value, gradients, dtypes and manners of an op at `inputs`: float64 arrays, or anything else, which is fixed.
+
+    In float64: each gradient against central differences; inputs, value and incoming gradient are read-only, and a second
+    pull gives the same again, so nothing that is saved gets written to. In float32: the same numbers, in float32.
+    Through the engine: `backward` returns those gradients.
+    """
+    rng = rng or np.random.default_rng(0)
+    varied = [i for i, x in enumerate(inputs) if isinstance(x, np.ndarray)]
+    wide = [read_only(x) if i in varied else x for i, x in enumerate(inputs)]
+    y, pull = op.raw(*wide, **settings)
+    y = read_only(y)
+    u = read_only(rng.standard_normal(y.shape))
+    gradients = pulled(pull, u, len(inputs))
+    for again, g in zip(pulled(pull, u, len(inputs)), gradients):
+        np.testing.assert_array_equal(again, g)
+
+    for i in varied:
+        g = summed_to(gradients[i], wide[i].shape)
+        assert g.dtype == np.float64
+        v = rng.standard_normal(wide[i].shape)
+        h = 1e-5
+        there, back = (op.raw(*wide[:i], wide[i] + s * h * v, *wide[i + 1 :], **settings)[0] for s in (1, -1))
+        numeric, exact = float(((there - back) / (2 * h) * u).sum()), float((g * v).sum())
+        # the difference has an error of its own; its size is that of the terms summed, not that of the sum
+        scale = float(np.abs((there - back) / (2 * h) * u).sum()) + float(np.abs(g * v).sum()) + 1e-3
+        assert abs(numeric - exact) <= tolerance * scale, f"{op.__name__}, input {i}: {exact} but numerically {numeric}"
+
+    narrow = [read_only(x.astype(np.float32)) if i in varied else x for i, x in enumerate(inputs)]
+    y32, pull = op.raw(*narrow, **settings)
+    assert y32.dtype == np.float32
+    np.testing.assert_allclose(y32, y, rtol=1e-3, atol=1e-4 * (1 + np.abs(y).max(initial=0)))
+    for i, g in enumerate(pulled(pull, read_only(u.astype(np.float32)), len(inputs))):
+        if i in varied:
+            assert g.dtype == np.float32
+            g64 = summed_to(gradients[i], wide[i].shape)
+            np.testing.assert_allclose(summed_to(g, wide[i].shape), g64, rtol=1e-3, atol=1e-4 * (1 + np.abs(g64).max(initial=0)))
+
+    leaves = [Parameter(x) if i in varied else x for i, x in enumerate(wide)]
+    returned = backward((op(*leaves, **settings) * Tensor(u)).sum())
+    assert set(returned) == {leaves[i] for i in varied}
+    for i in varied:
+        np.testing.assert_allclose(returned[leaves[i]], summed_to(gradients[i], wide[i].shape), rtol=1e-12, atol=1e-12)
+        assert returned[leaves[i]].flags.writeable and not np.shares_memory(returned[leaves[i]], u)
+
+
+def check_model(loss, parameters, rng, tolerance=1e-6, h=1e-5):
+    """Check `backward(loss())` for all `parameters` at once along a random direction in float64."""
+    gradients = backward(loss())
+    directions = [rng.standard_normal(p.shape) for p in parameters]
+    exact = sum(float((gradients[p] * v).sum()) for p, v in zip(parameters, directions))
+    values = []
+    originals = [p.data.copy() for p in parameters]
+    for s in (1, -1):
+        for p, original, v in zip(parameters, originals, directions):
+            p.data = original + s * h * v
+        values.append(loss().item())
+    for p, original in zip(parameters, originals):
+        p.data = original
+    numeric = (values[0] - values[1]) / (2 * h)
+    assert abs(numeric - exact) <= tolerance * max(1e-3, abs(exact)), f"{exact} but numerically {numeric}"
+    return gradients

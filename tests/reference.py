@@ -1,0 +1,66 @@
+"""The plain twins: each function of the package as its definition says, slow and obvious, in NumPy alone."""
+
+import numpy as np
+
+
+def conv2d(x, w, b, stride, padding):
+    """y[n, i, j, o] = b[o] + sum_{u, v, c} x_padded[n, i*stride + u, j*stride + v, c] w[u, v, c, o], pixel by pixel."""
+    (top, bottom), (left, right) = padding
+    x = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    kh, kw, _, O = w.shape
+    OH, OW = (x.shape[1] - kh) // stride + 1, (x.shape[2] - kw) // stride + 1
+    y = np.zeros((x.shape[0], OH, OW, O), x.dtype)
+    for i in range(OH):
+        for j in range(OW):
+            patch = x[:, i * stride : i * stride + kh, j * stride : j * stride + kw]
+            y[:, i, j] = np.einsum("nuvc,uvco->no", patch, w) + b
+    return y
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def softmax(x):
+    e = np.exp(x)
+    return e / e.sum(-1, keepdims=True)
+
+
+def group_norm(x, gamma, beta, groups, eps, with_silu):
+    """Image by image, group by group."""
+    y = np.empty_like(x)
+    size = x.shape[-1] // groups
+    for n in range(x.shape[0]):
+        for k in range(groups):
+            one = (n, ..., slice(k * size, (k + 1) * size))
+            y[one] = (x[one] - x[one].mean()) / np.sqrt(x[one].var() + eps)
+    y = y * gamma + beta
+    return silu(y) if with_silu else y
+
+
+def attention(q, k, v, heads):
+    """Image by image, head by head."""
+    y = np.empty_like(q)
+    d = q.shape[2] // heads
+    for n in range(q.shape[0]):
+        for h in range(heads):
+            c = slice(h * d, (h + 1) * d)
+            y[n, :, c] = softmax(q[n, :, c] @ k[n, :, c].T / np.sqrt(d)) @ v[n, :, c]
+    return y
+
+
+def upsample(x):
+    return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def adam(theta, gradients, lr, b1, b2, eps, weight_decay):
+    """Algorithm 1 of Kingma & Ba, with decoupled decay; one number at a time."""
+    theta = [float(p) for p in theta]
+    m, v = [0.0] * len(theta), [0.0] * len(theta)
+    for n, gradient in enumerate(gradients, start=1):
+        for i, g in enumerate(map(float, gradient)):
+            m[i] = b1 * m[i] + (1 - b1) * g
+            v[i] = b2 * v[i] + (1 - b2) * g * g
+            mhat, vhat = m[i] / (1 - b1**n), v[i] / (1 - b2**n)
+            theta[i] -= lr * (mhat / (vhat**0.5 + eps) + weight_decay * theta[i])
+    return np.array(theta)

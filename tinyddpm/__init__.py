@@ -1,0 +1,27 @@
+"""tinyddpm: denoising diffusion (Ho, Jain & Abbeel 2020) from NumPy up.
+
+    from tinyddpm import UNet, Diffusion, make_schedule, sample
+
+    unet = UNet(channels=(32, 64, 128))
+    diffusion = Diffusion(make_schedule("linear", 1000))
+    images = sample(diffusion, unet, shape=(16, 28, 28, 1))
+
+Read it in this order: tensor.py (autograd), functional.py, conv.py, fused.py (the ops), nn.py and unet.py (the network),
+schedule.py, diffusion.py and sample.py (diffusion), optim.py and train.py (learning).
+"""
+
+from .checkpoint import load_model, save_model
+from .data import load_digits
+from .diffusion import Diffusion
+from .optim import EMA, Adam
+from .sample import sample
+from .schedule import Schedule, make_schedule
+from .tensor import Parameter, Tensor, backward, no_grad
+from .train import TrainState, train
+from .unet import UNet
+
+__version__ = "0.1.0"
+__all__ = [
+    "EMA", "Adam", "Diffusion", "Parameter", "Schedule", "Tensor", "TrainState", "UNet", "backward", "load_digits",
+    "load_model", "make_schedule", "no_grad", "sample", "save_model", "train",
+]  # fmt: skip

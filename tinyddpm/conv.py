@@ -1,0 +1,134 @@
+"""Convolution of images in NHWC layout, and nearest-neighbour upsampling.
+
+A convolution is one matrix product. `columns` lays the kh x kw x C pixels that each output sees side by side in a row
+(im2col; Chellapilla et al. 2006), the filters are the columns of the other matrix. Its two gradients are convolutions too:
+the one with respect to the filters is `columns` transposed times the gradient, the one with respect to the image is a
+convolution of the gradient with the filters turned by 180 degrees (Dumoulin & Visin 2016).
+"""
+
+from __future__ import annotations
+
+from .backend import Array, array_module
+from .functional import column_sums
+from .tensor import op
+
+Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
+
+
+@op
+def conv2d(x, w, b=None, *, stride: int = 1, padding=0):
+    """2-D convolution (cross-correlation, as in every deep-learning library).
+
+        y[n, i, j, o] = b[o] + sum_{u, v, c} x[n, i*stride + u - top, j*stride + v - left, c] w[u, v, c, o]
+
+    with x = 0 outside the image.
+
+    Args:
+        x: (N, H, W, C) images.
+        w: (kh, kw, C, O) filters.
+        b: (O,) bias, optional.
+        stride: step between outputs, in pixels, >= 1.
+        padding: rows and columns of zeros around x: an integer, or ((top, bottom), (left, right)).
+
+    Returns (N, OH, OW, O) with OH = (H + top + bottom - kh) // stride + 1, OW likewise. Raises ValueError where the
+    shapes do not fit each other.
+    """
+    pad = _padding(padding)
+    _check(x, w, b, stride, pad)
+    y = correlate(x, w, stride, pad)
+    if b is not None:
+        y += b
+
+    def pull(g):
+        return (
+            lambda: correlate_grad_x(g, w, stride, pad, x.shape),
+            lambda: correlate_grad_w(x, g, w.shape, stride, pad),
+            lambda: column_sums(g.reshape(-1, w.shape[3])),
+        )
+
+    return y, pull
+
+
+def correlate(x: Array, w: Array, stride: int, pad: Padding) -> Array:
+    """The convolution of `conv2d`, without bias, on arrays."""
+    kh, kw, C, O = w.shape
+    cols, (N, OH, OW) = columns(x, kh, kw, stride, pad)
+    return (cols @ w.reshape(kh * kw * C, O)).reshape(N, OH, OW, O)
+
+
+def correlate_grad_w(x: Array, g: Array, shape: tuple[int, ...], stride: int, pad: Padding) -> Array:
+    """Gradient of `correlate` for w, given dL/dy = g: dw[u, v, c, o] = sum_{n, i, j} x[n, i*s+u, j*s+v, c] g[n, i, j, o]."""
+    cols, _ = columns(x, shape[0], shape[1], stride, pad)
+    return (cols.T @ g.reshape(-1, shape[3])).reshape(shape)
+
+
+def correlate_grad_x(g: Array, w: Array, stride: int, pad: Padding, shape: tuple[int, ...]) -> Array:
+    """Gradient of `correlate` for x, given dL/dy = g: spread g out by the stride, then convolve with w turned around."""
+    kh, kw = w.shape[:2]
+    spread = array_module(g).zeros((shape[0], shape[1] + kh - 1, shape[2] + kw - 1, w.shape[3]), g.dtype)
+    to_rows, from_rows = _spread(g.shape[1], stride, kh - 1 - pad[0][0], spread.shape[1])
+    to_cols, from_cols = _spread(g.shape[2], stride, kw - 1 - pad[1][0], spread.shape[2])
+    spread[:, to_rows, to_cols] = g[:, from_rows, from_cols]
+    return correlate(spread, w[::-1, ::-1].swapaxes(2, 3), 1, ((0, 0), (0, 0)))
+
+
+def columns(x: Array, kh: int, kw: int, stride: int, pad: Padding) -> tuple[Array, tuple[int, int, int]]:
+    """im2col: (N, H, W, C) -> the matrix (N*OH*OW, kh*kw*C) with a row for each output pixel, and (N, OH, OW)."""
+    xp = array_module(x)
+    N, H, W, C = x.shape
+    (top, bottom), (left, right) = pad
+    if any((top, bottom, left, right)):
+        padded = xp.zeros((N, H + top + bottom, W + left + right, C), x.dtype)
+        padded[:, top : top + H, left : left + W] = x
+        x = padded
+    OH, OW = (x.shape[1] - kh) // stride + 1, (x.shape[2] - kw) // stride + 1
+    n, h, w, c = x.strides
+    windows = xp.lib.stride_tricks.as_strided(x, (N, OH, OW, kh, kw, C), (n, h * stride, w * stride, h, w, c))
+    return windows.reshape(N * OH * OW, kh * kw * C), (N, OH, OW)  # the reshape copies, unless kh = kw = 1
+
+
+def _spread(size: int, stride: int, start: int, room: int) -> tuple[slice, slice]:
+    """Where entries 0 ... size-1 go if entry i is put at start + i*stride: (slice of 0 ... room-1, slice of entries)."""
+    first = max(0, -(start // stride))  # the first entry at or after 0: ceil(-start / stride)
+    last = min(size, max(first, (room - 1 - start) // stride + 1))
+    begin = start + first * stride
+    return slice(begin, begin + (last - first) * stride, stride), slice(first, last)
+
+
+def _padding(padding) -> Padding:
+    """Bring `padding` into the form ((top, bottom), (left, right)) and check it."""
+    if isinstance(padding, int):
+        padding = ((padding, padding), (padding, padding))
+    try:
+        (top, bottom), (left, right) = padding
+        good = all(isinstance(p, int) and p >= 0 for p in (top, bottom, left, right))
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(f"padding: expected an integer >= 0 or ((top, bottom), (left, right)), got {padding!r}")
+    return padding
+
+
+def _check(x: Array, w: Array, b: Array | None, stride: int, pad: Padding) -> None:
+    if x.ndim != 4 or x.size == 0:
+        raise ValueError(f"x: expected images (N, H, W, C), none of them 0, got shape {x.shape}")
+    if w.ndim != 4 or w.shape[2] != x.shape[3]:
+        raise ValueError(f"w: expected filters (kh, kw, {x.shape[3]}, O) for x of shape {x.shape}, got shape {w.shape}")
+    if b is not None and b.shape != w.shape[3:]:
+        raise ValueError(f"b: expected shape {w.shape[3:]} for w of shape {w.shape}, got {b.shape}")
+    if not isinstance(stride, int) or stride < 1:
+        raise ValueError(f"stride: expected an integer >= 1, got {stride!r}")
+    for size, k, p, axis in zip(x.shape[1:3], w.shape[:2], pad, ("height", "width")):
+        if size + sum(p) < k:
+            raise ValueError(f"x: {axis} {size} with padding {p} is less than the kernel's {k}")
+
+
+@op
+def upsample(x):
+    """Nearest-neighbour upsampling by 2: (N, H, W, C) -> (N, 2H, 2W, C), y[n, i, j, c] = x[n, i // 2, j // 2, c]."""
+    if x.ndim != 4:
+        raise ValueError(f"x: expected images (N, H, W, C), got shape {x.shape}")
+    N, H, W, C = x.shape
+    y = array_module(x).empty((N, H, 2, W, 2, C), x.dtype)
+    y[...] = x[:, :, None, :, None]
+    return y.reshape(N, 2 * H, 2 * W, C), lambda g: g.reshape(N, H, 2, W, 2, C).sum(axis=(2, 4))

@@ -1,0 +1,44 @@
+"""Data: the bundled digits, and the order in which training draws images.
+
+The package carries 10,000 of MNIST's training digits (LeCun, Cortes & Burges; see digits/LICENSE.txt) as one picture, so that
+everything runs offline.
+"""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+
+DIGITS = pathlib.Path(__file__).parent / "digits" / "digits.png"
+_SIZE, _ROWS, _COLUMNS = 28, 100, 100  # the picture's tiles; ten rows for each class
+
+
+def load_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return the bundled digits: images (10000, 28, 28, 1), float32 in [-1, 1], and labels (10000,), 1,000 of each of 0 ... 9."""
+    from PIL import Image
+
+    with Image.open(DIGITS) as picture:
+        pixels = np.asarray(picture.convert("L"))
+    tiles = pixels.reshape(_ROWS, _SIZE, _COLUMNS, _SIZE).swapaxes(1, 2).reshape(-1, _SIZE, _SIZE, 1)
+    labels = np.arange(_ROWS * _COLUMNS) // _COLUMNS // 10
+    return tiles.astype(np.float32) / np.float32(127.5) - 1, labels
+
+
+_PURPOSES = ("order", "noise")
+
+
+def random_stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
+    """An independent generator for each (seed, purpose, key): the same whoever asks, in whatever order."""
+    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_PURPOSES.index(purpose), *key)))
+
+
+def batch_indices(n: int, step: int, batch: int, seed: int) -> np.ndarray:
+    """Which of n images make up the batch of `step`: entries step*batch ... of an endless row of permutations of 0 ... n-1.
+
+    Every image comes once per epoch, and any step's batch can be had without the steps before it.
+    """
+    first, last = step * batch, (step + 1) * batch
+    epochs = range(first // n, (last - 1) // n + 1)
+    stream = np.concatenate([random_stream(seed, "order", epoch).permutation(n) for epoch in epochs])
+    return stream[first - epochs[0] * n : last - epochs[0] * n]

@@ -1,0 +1,99 @@
+"""Functions without parameters: activations, softmax, linear maps, dropout, the squared error.
+
+Each is one op on the last axis or on all elements; see tensor.py for how an op is written.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .backend import Array, array_module, like
+from .tensor import Tensor, op
+
+
+def logistic(x: Array) -> Array:
+    """The logistic function 1 / (1 + e^-x) of an array."""
+    with np.errstate(over="ignore"):  # where e^-x overflows to infinity the result is 0, as it should be
+        s = np.exp(-x)
+    s += 1
+    return 1 / s
+
+
+def column_sums(x: Array) -> Array:
+    """Sum x (..., L, C) over L -> (..., C). As a product with a row of ones it is many times faster than x.sum."""
+    return array_module(x).ones(x.shape[-2], x.dtype) @ x
+
+
+@op
+def sigmoid(x):
+    """sigma(x) = 1 / (1 + e^-x)."""
+    s = logistic(x)
+    return s, lambda g: g * (s * (1 - s))
+
+
+@op
+def silu(x):
+    """SiLU (swish): x sigma(x). Hendrycks & Gimpel 2016; Ramachandran et al. 2017."""
+    s = logistic(x)
+    y = x * s
+    return y, lambda g: g * (s + y * (1 - s))
+
+
+@op
+def softmax(x, *, axis: int = -1):
+    """e^x_i / sum_j e^x_j along `axis`."""
+    y = np.exp(x - x.max(axis=axis, keepdims=True))
+    y /= y.sum(axis=axis, keepdims=True)
+    return y, lambda g: y * (g - (g * y).sum(axis=axis, keepdims=True))
+
+
+@op
+def concat(*xs, axis: int = -1):
+    """Join arrays along `axis`; all their other axes must agree. The gradient is cut where they were joined."""
+    cuts = np.cumsum([x.shape[axis] for x in xs])[:-1].tolist()
+    xp = array_module(xs[0])
+    return xp.concatenate(xs, axis=axis), lambda g: tuple(xp.split(g, cuts, axis=axis))
+
+
+@op
+def linear(x, w, b=None):
+    """x w + b over the last axis: x (..., C), w (C, O), b (O,) -> (..., O)."""
+    if x.shape[-1] != w.shape[0]:
+        raise ValueError(f"x: last axis must be {w.shape[0]} to fit w of shape {w.shape}, got x of shape {x.shape}")
+    rows = x.reshape(-1, w.shape[0])
+    y = rows @ w
+    if b is not None:
+        y += b
+
+    def pull(g):
+        g = g.reshape(-1, w.shape[1])
+        return lambda: (g @ w.T).reshape(x.shape), lambda: rows.T @ g, lambda: column_sums(g)
+
+    return y.reshape(*x.shape[:-1], w.shape[1]), pull
+
+
+@op
+def mse(a, b):
+    """Mean squared error mean((a - b)^2) over all elements of two arrays of one shape."""
+    if a.shape != b.shape:
+        raise ValueError(f"mse: both shapes must be the same, got {a.shape} and {b.shape}")
+    d = a - b
+
+    def pull(g):
+        da = (g * (2 / d.size)) * d
+        return da, lambda: -da
+
+    return (d * d).mean(), pull
+
+
+def dropout(x: Tensor, p: float, rng: np.random.Generator | None = None) -> Tensor:
+    """Zero each element with probability `p` and scale the rest by 1 / (1 - p); without a generator, return `x` as it is.
+
+    There is no training flag: whoever trains hands over a generator. Srivastava et al. 2014.
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"p: the probability of dropping must lie in [0, 1), got {p}")
+    if rng is None or p == 0:
+        return x
+    keep = rng.random(x.shape, dtype=np.float32) >= p
+    return x * like(keep / (1 - p), x.data)

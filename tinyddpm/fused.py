@@ -1,0 +1,112 @@
+"""Group normalisation (with SiLU) and attention, each one op with its backward by hand.
+
+As compositions of small ops they would read and write the whole activation a dozen times; as one op, a few. The plain
+compositions stand in tests/reference.py, and the tests hold the two equal.
+"""
+
+from __future__ import annotations
+
+import math
+
+from .backend import Array, array_module
+from .functional import column_sums, logistic
+from .tensor import op
+
+
+@op
+def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = False):
+    """Group normalisation (Wu & He 2018), followed by SiLU if `silu`.
+
+        xhat = (x - mean) / sqrt(var + eps),    z = gamma xhat + beta,    y = z  or  z sigma(z)
+
+    Mean and variance are over all positions and the C / groups channels of one group of one image.
+
+    Args:
+        x: (N, ..., C), any number of axes between.
+        gamma, beta: (C,).
+        groups: how many groups; must divide C.
+
+    Returns y of the shape of x. Raises ValueError where the shapes do not fit each other.
+    """
+    N, C = x.shape[0], x.shape[-1]
+    if groups < 1 or C % groups:
+        raise ValueError(f"groups: {groups} does not divide the {C} channels of x; use a divisor of {C}")
+    if gamma.shape != (C,) or beta.shape != (C,):
+        raise ValueError(f"gamma, beta: expected shape ({C},) for x of shape {x.shape}, got {gamma.shape}, {beta.shape}")
+    rows = x.reshape(N, -1, C)
+    if rows.size == 0:
+        raise ValueError(f"x: expected no empty axis, got shape {x.shape}")
+
+    def group_mean(sums: Array) -> Array:
+        """(N, C), each channel's sum over positions -> (N, 1, C), the mean over that channel's group."""
+        mean = sums.reshape(N, groups, -1).mean(axis=2, keepdims=True) / rows.shape[1]
+        return mean.repeat(C // groups, axis=2).reshape(N, 1, C)
+
+    xhat = rows - group_mean(column_sums(rows))
+    rstd = 1 / array_module(x).sqrt(group_mean(column_sums(xhat * xhat)) + eps)
+    xhat *= rstd
+    y = xhat * gamma
+    y += beta
+    if silu:
+        y *= logistic(y)
+
+    def pull(g):
+        dz = g.reshape(rows.shape)
+        if silu:  # z is computed again rather than kept: memory is dearer
+            z = xhat * gamma
+            z += beta
+            s = logistic(z)
+            z *= 1 - s
+            z += 1
+            z *= s
+            z *= dz
+            dz = z
+        dbeta, dgamma = column_sums(dz), column_sums(dz * xhat)  # (N, C), still for each image
+        # mean and variance depend on x too: the gradient loses its mean, and its projection on xhat, over each group
+        dx = dz * gamma
+        dx -= group_mean(dbeta * gamma)
+        dx -= xhat * group_mean(dgamma * gamma)
+        dx *= rstd
+        return dx.reshape(x.shape), dgamma.sum(axis=0), dbeta.sum(axis=0)
+
+    return y.reshape(x.shape), pull
+
+
+@op
+def attention(q, k, v, *, heads: int = 1):
+    """Scaled dot-product attention (Vaswani et al. 2017): softmax(q k^T / sqrt(d)) v in each head, d = C / heads.
+
+    Args:
+        q: (N, L, C) queries. k, v: (N, S, C) keys and values.
+        heads: how many; each takes its own C / heads channels.
+
+    Returns (N, L, C). Raises ValueError where the shapes do not fit each other.
+    """
+    if q.ndim != 3 or k.shape != v.shape or k.ndim != 3 or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
+        raise ValueError(f"q, k, v: expected (N, L, C), (N, S, C), (N, S, C), got {q.shape}, {k.shape}, {v.shape}")
+    C = q.shape[2]
+    if heads < 1 or C % heads:
+        raise ValueError(f"heads: {heads} does not divide the {C} channels of q; use a divisor of {C}")
+    scale = 1 / math.sqrt(C // heads)
+
+    def split(x: Array) -> Array:  # (N, L, C) -> (N, heads, L, d)
+        return x.reshape(x.shape[0], x.shape[1], heads, -1).swapaxes(1, 2)
+
+    def merge(x: Array) -> Array:  # and back
+        return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], C)
+
+    q, k, v = split(q), split(k), split(v)
+    p = (q * scale) @ k.swapaxes(2, 3)  # (N, heads, L, S): what each query gives each key
+    p -= p.max(axis=3, keepdims=True)
+    array_module(p).exp(p, out=p)
+    p /= p.sum(axis=3, keepdims=True)
+
+    def pull(g):
+        g = split(g)
+        dp = g @ v.swapaxes(2, 3)
+        ds = dp * p  # through the softmax: p (dp - sum(p dp))
+        ds -= p * ds.sum(axis=3, keepdims=True)
+        ds *= scale
+        return merge(ds @ k), merge(ds.swapaxes(2, 3) @ q), merge(p.swapaxes(2, 3) @ g)
+
+    return merge(p @ v), pull

@@ -1,0 +1,73 @@
+"""Pictures: grids, the noising strip, the animated denoising (Pillow), and the loss curve (matplotlib, optional).
+
+Images come as (N, H, W, C) arrays in [-1, 1] with C = 1 (grey) or 3 (RGB).
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+Path = str | pathlib.Path
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """[-1, 1] -> 0 ... 255, clipped and rounded."""
+    return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def grid(images: np.ndarray, columns: int | None = None, scale: int = 2, gap: int = 2) -> Image.Image:
+    """Lay images (N, H, W, C) out row by row, `columns` to a row (None: about a square), each pixel `scale` wide.
+
+    Raises ValueError for any other shape.
+    """
+    if images.ndim != 4 or len(images) == 0 or images.shape[3] not in (1, 3):
+        raise ValueError(f"images: expected (N, H, W, 1) or (N, H, W, 3) with N >= 1, got shape {images.shape}")
+    N, H, W, C = images.shape
+    columns = columns or math.ceil(math.sqrt(N))
+    rows = math.ceil(N / columns)
+    canvas = np.full((rows, columns, H + gap, W + gap, C), 32, np.uint8)
+    canvas.reshape(-1, H + gap, W + gap, C)[:N, gap:, gap:] = to_uint8(images)
+    page = canvas.swapaxes(1, 2).reshape(rows * (H + gap), columns * (W + gap), C)
+    page = np.pad(page, ((0, gap), (0, gap), (0, 0)), constant_values=32)
+    page = page.repeat(scale, axis=0).repeat(scale, axis=1)
+    return Image.fromarray(page[:, :, 0] if C == 1 else page)
+
+
+def noising_strip(diffusion, x0: np.ndarray, rng: np.random.Generator, columns: int = 10) -> Image.Image:
+    """One row for each image of x0 (N, H, W, C): x_0, then x_t at evenly spaced t up to T-1, all with the same noise."""
+    eps = rng.standard_normal(x0.shape).astype(x0.dtype)
+    ts = np.linspace(0, diffusion.T - 1, columns).round().astype(int)[1:]
+    steps = [x0] + [diffusion.q_sample(x0, np.full(len(x0), t), eps) for t in ts]
+    return grid(np.stack(steps, axis=1).reshape(-1, *x0.shape[1:]), columns=len(steps))
+
+
+def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0, hold: float = 2.0) -> None:
+    """Write frames as an animated GIF that plays for `seconds`, holds its last frame for `hold` and starts again."""
+    if not frames:
+        raise ValueError("frames: expected at least one image, got none")
+    times = [max(20, round(1000 * seconds / len(frames)))] * (len(frames) - 1) + [round(1000 * hold)]
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=True)
+
+
+def save_loss_curve(path: Path, losses: Sequence[float]) -> None:
+    """Draw the loss of every step, and its mean over the last 2 % of the run. Needs matplotlib (the extra `plots`)."""
+    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+
+    losses = np.asarray(losses, dtype=float)
+    window = max(1, len(losses) // 50)
+    total = np.cumsum(np.append(0.0, losses))
+    mean = (total[window:] - total[:-window]) / window
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    steps = np.arange(1, len(losses) + 1)
+    axes.plot(steps, losses, color="0.75", linewidth=0.7, label="each step")
+    axes.plot(steps[window - 1 :], mean, color="tab:blue", label=f"mean of {window} steps")
+    axes.set(xlabel="step", ylabel="simple loss", yscale="log", title="Training loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

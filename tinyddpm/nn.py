@@ -1,0 +1,141 @@
+"""Layers: the functions of functional.py, conv.py and fused.py together with the parameters they use.
+
+A layer is a plain class with `__call__`. `Module` finds the parameters among the attributes, so that a model can be
+counted, saved, loaded and moved. Initial weights are those of Ho et al. 2020: uniform with variance
+scale * 2 / (fan_in + fan_out) (Glorot & Bengio 2010), biases 0; scale 0 makes a layer that starts as zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from .backend import array_module, device_of, to_device, to_numpy
+from .conv import conv2d
+from .functional import linear
+from .fused import attention, group_norm
+from .tensor import Parameter, Tensor
+
+
+class Module:
+    """Something with parameters: among its attributes are `Parameter`s, `Module`s or lists of `Module`s."""
+
+    def named_parameters(self) -> dict[str, Parameter]:
+        """Return {name: parameter} in the order in which they were made; names look like "down.0.res.1.conv1.w"."""
+        return dict(self._walk(""))
+
+    def _walk(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
+        for name, value in vars(self).items():
+            if isinstance(value, Parameter):
+                yield prefix + name, value
+            elif isinstance(value, Module):
+                yield from value._walk(f"{prefix}{name}.")
+            elif isinstance(value, list):
+                for i, item in enumerate(value):
+                    if isinstance(item, Module):
+                        yield from item._walk(f"{prefix}{name}.{i}.")
+
+    def parameters(self) -> list[Parameter]:
+        """Return all parameters, in the order of `named_parameters`."""
+        return list(self.named_parameters().values())
+
+    @property
+    def size(self) -> int:
+        """How many numbers the parameters hold together."""
+        return sum(p.data.size for p in self.parameters())
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.parameters()[0].dtype
+
+    @property
+    def device(self) -> str:
+        return device_of(self.parameters()[0].data)
+
+    def to(self, device: str | None = None, dtype=None) -> Module:
+        """Move the parameters to `device` ("cpu", "cuda", "cuda:N") and convert them to `dtype`, in place; return self."""
+        if dtype is not None and np.dtype(dtype).kind != "f":
+            raise ValueError(f"dtype: expected a floating-point type such as 'float32' or 'float64', got {dtype!r}")
+        for p in self.parameters():
+            p.data = to_device(p.data, device or device_of(p.data)).astype(dtype or p.dtype, copy=False)
+        return self
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return {name: NumPy array}, copies of all parameters."""
+        return {name: np.array(to_numpy(p.data)) for name, p in self.named_parameters().items()}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Copy `state` into the parameters. Raises ValueError, and changes nothing, unless names and shapes all fit."""
+        own = self.named_parameters()
+        wrong = [f"{name} is missing" for name in own if name not in state]
+        wrong += [f"{name} is unknown" for name in state if name not in own]
+        wrong += [
+            f"{name} has shape {state[name].shape} instead of {p.shape}"
+            for name, p in own.items()
+            if name in state and state[name].shape != p.shape
+        ]
+        if wrong:
+            raise ValueError(f"state: it does not fit {type(self).__name__}: {'; '.join(wrong)}")
+        for name, p in own.items():
+            p.data[...] = array_module(p.data).asarray(state[name])
+
+
+def _uniform(rng: np.random.Generator, shape: tuple[int, ...], fan_in: int, fan_out: int, scale: float) -> Parameter:
+    limit = math.sqrt(3 * scale * 2 / (fan_in + fan_out))
+    return Parameter(rng.uniform(-limit, limit, shape).astype(np.float32))
+
+
+def _zeros(n: int) -> Parameter:
+    return Parameter(np.zeros(n, np.float32))
+
+
+class Linear(Module):
+    """x (..., inputs) -> x w + b (..., outputs)."""
+
+    def __init__(self, inputs: int, outputs: int, rng: np.random.Generator, scale: float = 1.0):
+        self.w = _uniform(rng, (inputs, outputs), inputs, outputs, scale)
+        self.b = _zeros(outputs)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return linear(x, self.w, self.b)
+
+
+class Conv2d(Module):
+    """Convolution of images (N, H, W, inputs) -> (N, OH, OW, outputs); see `tinyddpm.conv.conv2d`."""
+
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, rng: np.random.Generator, stride: int = 1, padding=0, scale: float = 1.0
+    ):
+        area = kernel * kernel
+        self.w = _uniform(rng, (kernel, kernel, inputs, outputs), area * inputs, area * outputs, scale)
+        self.b = _zeros(outputs)
+        self.stride, self.padding = stride, padding
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return conv2d(x, self.w, self.b, stride=self.stride, padding=self.padding)
+
+
+class GroupNorm(Module):
+    """Group normalisation over the last axis, with SiLU if asked; see `tinyddpm.fused.group_norm`."""
+
+    def __init__(self, channels: int, groups: int, eps: float = 1e-6):
+        self.gamma = Parameter(np.ones(channels, np.float32))
+        self.beta = _zeros(channels)
+        self.groups, self.eps = groups, eps
+
+    def __call__(self, x: Tensor, silu: bool = False) -> Tensor:
+        return group_norm(x, self.gamma, self.beta, groups=self.groups, eps=self.eps, silu=silu)
+
+
+class Attention(Module):
+    """Self-attention: every position (N, L, channels) looks at all others of its image. The projection starts as zero."""
+
+    def __init__(self, channels: int, heads: int, rng: np.random.Generator):
+        self.q, self.k, self.v = (Linear(channels, channels, rng) for _ in range(3))
+        self.out = Linear(channels, channels, rng, scale=0.0)
+        self.heads = heads
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.out(attention(self.q(x), self.k(x), self.v(x), heads=self.heads))

@@ -1,0 +1,409 @@
+"""Automatic differentiation: reverse mode, first order, in one small file.
+
+A `Tensor` is an array that remembers how it was made. An op is a function on plain arrays that returns its value
+together with `pull`, a function that turns dL/d(value) into dL/d(each input):
+
+    @op
+    def mul(a, b):
+        return a * b, lambda g: (g * b, g * a)
+
+What backward needs is whatever `pull` closes over; there is no other saved state. `backward(loss)` walks the graph from the
+loss to the parameters, calls every `pull` once and returns {parameter: gradient}. Nothing is written to the parameters, so
+several threads can differentiate through the same ones at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from .backend import Array, is_array
+
+# ---------------------------------------------------------------------------------------------------------- tensors
+
+
+class Tensor:
+    """A float array, and how it was computed: `parents` (one per input; None where no gradient goes) and `pull`.
+
+    Raises TypeError for anything but a NumPy or CuPy array of floats.
+    """
+
+    __slots__ = ("data", "parents", "pull", "op", "__weakref__")
+    __array_ufunc__ = None  # array * tensor is handed to Tensor.__rmul__, not looped over
+
+    def __init__(self, data: Array):
+        data = np.asarray(data) if isinstance(data, np.generic) else data  # NumPy reductions return scalars
+        if not is_array(data) or data.dtype.kind != "f":
+            what = f"an array of {data.dtype}" if is_array(data) else type(data).__name__
+            raise TypeError(f"data: expected a NumPy or CuPy array of floats, got {what}")
+        self.data = data
+        self.parents: tuple[Tensor | None, ...] = ()
+        self.pull: Callable | None = None
+        self.op = ""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.data.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.data.dtype
+
+    def item(self) -> float:
+        """Return the only element as a Python float (on a GPU this waits for the result)."""
+        return self.data.item()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={self.shape}, dtype={self.dtype})"
+
+    def __add__(self, other):
+        return add(self, other)
+
+    def __radd__(self, other):
+        return add(other, self)
+
+    def __sub__(self, other):
+        return sub(self, other)
+
+    def __rsub__(self, other):
+        return sub(other, self)
+
+    def __mul__(self, other):
+        return mul(self, other)
+
+    def __rmul__(self, other):
+        return mul(other, self)
+
+    def __truediv__(self, other):
+        return div(self, other)
+
+    def __rtruediv__(self, other):
+        return div(other, self)
+
+    def __pow__(self, exponent):
+        return power(self, exponent=exponent)
+
+    def __neg__(self):
+        return neg(self)
+
+    def __matmul__(self, other):
+        return matmul(self, other)
+
+    def __rmatmul__(self, other):
+        return matmul(other, self)
+
+    def __getitem__(self, index):
+        return getitem(self, index=index)
+
+    def exp(self) -> Tensor:
+        return exp(self)
+
+    def log(self) -> Tensor:
+        return log(self)
+
+    def sqrt(self) -> Tensor:
+        return sqrt(self)
+
+    def tanh(self) -> Tensor:
+        return tanh(self)
+
+    def sum(self, axis=None, keepdims=False) -> Tensor:
+        return reduce_sum(self, axis=axis, keepdims=keepdims)
+
+    def mean(self, axis=None, keepdims=False) -> Tensor:
+        return reduce_mean(self, axis=axis, keepdims=keepdims)
+
+    def reshape(self, *shape: int) -> Tensor:
+        return reshape(self, shape=shape)
+
+    def transpose(self, *axes: int) -> Tensor:
+        return transpose(self, axes=axes)
+
+
+class Parameter(Tensor):
+    """A leaf that is learned: the only kind of tensor for which `backward` returns a gradient."""
+
+    __slots__ = ()
+
+
+def as_array(x: Tensor | Array) -> Array:
+    """Return the array of a tensor; an array is returned as it is."""
+    return x.data if isinstance(x, Tensor) else x
+
+
+# -------------------------------------------------------------------------------------------------------------- ops
+
+
+class _Mode(threading.local):
+    recording = True
+
+
+_mode = _Mode()
+
+
+@contextlib.contextmanager
+def no_grad():
+    """Within this block, in this thread, ops compute values only and remember nothing for `backward`."""
+    before, _mode.recording = _mode.recording, False
+    try:
+        yield
+    finally:
+        _mode.recording = before
+
+
+def op(function: Callable) -> Callable:
+    """Make a differentiable op of `function(*arrays, **settings) -> (value, pull)`.
+
+    The function's positional parameters are its differentiable inputs: tensors, arrays, Python numbers or, where an
+    input is optional, None. Its keyword-only parameters are settings. `pull(g)` takes dL/d(value) and returns one
+    gradient, or a tuple with one for each input; None means zero, and a gradient that costs something may be given as a
+    function without arguments, called only if someone wants it. Where an input was broadcast, its gradient is summed
+    down centrally.
+
+    An op reads its inputs and `g` and writes only to arrays that it made itself. The dtype of its inputs is kept: mixing
+    float32 with float64, or a value of another dtype, raises TypeError. The undecorated function is `op.raw`.
+    """
+
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+
+    @functools.wraps(function)
+    def apply(*inputs: Any, **settings: Any) -> Tensor:
+        inputs += tuple(settings.pop(name, None) for name in names[len(inputs) :])  # given by name, or left out
+        arrays = [as_array(x) for x in inputs]
+        dtype = _common_dtype(function.__name__, arrays)
+        value, pull = function(*arrays, **settings)
+        y = Tensor(value)
+        if y.dtype != dtype:
+            raise TypeError(f"{function.__name__}: {dtype} became {y.dtype}; convert the input that is not a float array")
+        if _mode.recording:
+            parents = tuple(x if isinstance(x, Parameter) or (isinstance(x, Tensor) and x.pull) else None for x in inputs)
+            if any(parent is not None for parent in parents):
+                y.parents, y.pull, y.op = parents, pull, function.__name__
+        return y
+
+    apply.raw = function
+    return apply
+
+
+def _common_dtype(name: str, arrays: list) -> np.dtype:
+    """Return the one float dtype among `arrays`; NumPy scalars count, Python numbers take any dtype."""
+    found = {a.dtype for a in arrays if hasattr(a, "dtype") and a.dtype.kind == "f"}
+    if len(found) != 1:
+        names = ", ".join(sorted(map(str, found))) or "no float array"
+        raise TypeError(f"{name}: inputs must share one float dtype, got {names}; convert with .astype or float()")
+    return found.pop()
+
+
+# --------------------------------------------------------------------------------------------------------- backward
+
+
+def backward(loss: Tensor) -> dict[Parameter, Array]:
+    """Return dL/dp for every `Parameter` p that the scalar `loss` L depends on, as {p: array of p's shape and dtype}.
+
+    The chain rule from the loss to the leaves: a tensor used in several places sums what comes back from each. Every
+    op's saved arrays are freed as soon as its `pull` has run, so a graph can be walked once.
+
+    Raises ValueError if `loss` is not a scalar or depends on no parameter, RuntimeError on a second walk.
+    """
+    if loss.data.size != 1:
+        raise ValueError(f"loss: expected a scalar, got shape {loss.shape}; reduce it with .mean() or .sum()")
+    if loss.pull is None and not isinstance(loss, Parameter):
+        raise ValueError("loss: it depends on no Parameter (was it computed under no_grad?)")
+    order = _parents_first(loss)
+    incoming = {loss: np.ones_like(loss.data)}  # np.ones_like makes a CuPy array from a CuPy array
+    ours: set[Tensor] = set()  # tensors whose incoming sum is an array made here; any other is borrowed from a pull
+    gradients = {}
+    while order:
+        tensor = order.pop()
+        if tensor not in incoming:  # every path to it ended in a None
+            continue
+        g = incoming.pop(tensor)
+        if isinstance(tensor, Parameter):
+            gradients[tensor] = g if tensor in ours else g.copy()
+            continue
+        parents, pull, name = tensor.parents, tensor.pull, tensor.op
+        tensor.parents, tensor.pull = (), _walked
+        pulled = pull(g)
+        pulled = pulled if isinstance(pulled, tuple) else (pulled,)
+        if len(pulled) != len(parents):
+            raise RuntimeError(f"{name}: {len(parents)} inputs but {len(pulled)} gradients")
+        for parent, g in zip(parents, pulled):
+            g = g() if parent is not None and callable(g) else g
+            if parent is None or g is None:
+                continue
+            g = _fit(g, parent, name)
+            if parent not in incoming:
+                incoming[parent] = g
+            elif parent in ours:
+                incoming[parent] += g
+            else:
+                incoming[parent] = incoming[parent] + g
+                ours.add(parent)
+        ours.discard(tensor)
+    return gradients
+
+
+def _walked(g):
+    """Stands in a tensor for the pull that has run; never called."""
+    raise RuntimeError("backward has been here already")
+
+
+def _parents_first(loss: Tensor) -> list[Tensor]:
+    """Return the tensors that `loss` depends on, each after its parents (depth first, without recursion)."""
+    order, seen, stack = [], {loss}, [(loss, iter(loss.parents))]
+    while stack:
+        tensor, parents = stack[-1]
+        if tensor.pull is _walked:
+            raise RuntimeError(
+                "backward has already gone through this part of the graph and freed it; compute the loss anew, or add "
+                "the losses up and call backward once"
+            )
+        for parent in parents:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append((parent, iter(parent.parents)))
+                break
+        else:
+            order.append(tensor)
+            stack.pop()
+    return order
+
+
+def _fit(g: Array, parent: Tensor, name: str) -> Array:
+    """Sum `g` over the axes along which `parent` was broadcast, and check its shape and dtype."""
+    g = np.asarray(g) if isinstance(g, np.generic) else g
+    if g.shape != parent.shape:
+        extra = g.ndim - parent.ndim
+        if extra < 0 or any(size not in (1, n) for size, n in zip(parent.shape, g.shape[extra:])):
+            raise RuntimeError(f"{name}: gradient of shape {g.shape} for an input of shape {parent.shape}")
+        axes = tuple(i for i in range(g.ndim) if i < extra or parent.shape[i - extra] != g.shape[i])
+        g = g.sum(axis=axes).reshape(parent.shape)
+    if g.dtype != parent.dtype:
+        raise RuntimeError(f"{name}: gradient of dtype {g.dtype} for an input of dtype {parent.dtype}")
+    return g
+
+
+# ------------------------------------------------------------------------------------------- elementwise operations
+
+
+@op
+def add(a, b):
+    return a + b, lambda g: (g, g)
+
+
+@op
+def sub(a, b):
+    return a - b, lambda g: (g, lambda: -g)
+
+
+@op
+def mul(a, b):
+    return a * b, lambda g: (lambda: g * b, lambda: g * a)
+
+
+@op
+def div(a, b):
+    return a / b, lambda g: (lambda: g / b, lambda: -g * a / (b * b))
+
+
+@op
+def neg(x):
+    return -x, lambda g: -g
+
+
+@op
+def power(x, *, exponent: float):
+    """x ** exponent for a Python number `exponent`."""
+    if not isinstance(exponent, (int, float)):
+        raise TypeError(f"exponent: expected a Python number, got {type(exponent).__name__}")
+    exponent = float(exponent)  # a NumPy scalar would promote float32 to float64
+    return x**exponent, lambda g: g * (exponent * x ** (exponent - 1) if exponent else 0.0)
+
+
+@op
+def exp(x):
+    y = np.exp(x)  # a NumPy ufunc given a CuPy array runs CuPy's
+    return y, lambda g: g * y
+
+
+@op
+def log(x):
+    return np.log(x), lambda g: g / x
+
+
+@op
+def sqrt(x):
+    y = np.sqrt(x)
+    return y, lambda g: g / (2 * y)
+
+
+@op
+def tanh(x):
+    y = np.tanh(x)
+    return y, lambda g: g * (1 - y * y)
+
+
+# ---------------------------------------------------------------------------------- products, reductions and shapes
+
+
+@op
+def matmul(a, b):
+    """Matrix product over the last two axes, a (..., n, k) @ b (..., k, m) -> (..., n, m); leading axes broadcast."""
+    if np.ndim(a) < 2 or np.ndim(b) < 2:
+        raise ValueError(f"matmul: both inputs need two axes or more, got {np.ndim(a)} and {np.ndim(b)}")
+    return a @ b, lambda g: (lambda: g @ b.swapaxes(-1, -2), lambda: a.swapaxes(-1, -2) @ g)
+
+
+def _unreduce(g: Array, shape: tuple[int, ...], axis, keepdims: bool) -> Array:
+    """Spread the gradient of a sum over `axis` back over `shape`."""
+    if not keepdims and axis is not None:
+        g = np.expand_dims(g, axis)
+    return np.broadcast_to(g, shape)
+
+
+@op
+def reduce_sum(x, *, axis=None, keepdims=False):
+    return x.sum(axis=axis, keepdims=keepdims), lambda g: _unreduce(g, x.shape, axis, keepdims)
+
+
+@op
+def reduce_mean(x, *, axis=None, keepdims=False):
+    y = x.mean(axis=axis, keepdims=keepdims)
+    return y, lambda g: _unreduce(g / (x.size // y.size), x.shape, axis, keepdims)
+
+
+@op
+def reshape(x, *, shape: tuple[int, ...]):
+    return x.reshape(shape), lambda g: g.reshape(x.shape)
+
+
+@op
+def transpose(x, *, axes: tuple[int, ...]):
+    """Permute the axes; with none given, reverse them."""
+    axes = axes or tuple(reversed(range(x.ndim)))
+    inverse = sorted(range(x.ndim), key=lambda i: axes[i] % x.ndim)
+    return x.transpose(axes), lambda g: g.transpose(inverse)
+
+
+@op
+def getitem(x, *, index):
+    """x[index] for integers, slices, None and Ellipsis (which name each element at most once)."""
+    for i in index if isinstance(index, tuple) else (index,):
+        if not (i is None or i is Ellipsis or isinstance(i, (int, slice))):
+            raise TypeError(f"index: expected integers, slices, None or Ellipsis, got {type(i).__name__}")
+
+    def pull(g):
+        dx = np.zeros_like(x)
+        dx[index] = g
+        return dx
+
+    return x[index], pull

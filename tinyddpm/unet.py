@@ -1,0 +1,213 @@
+"""The U-Net of Ho, Jain & Abbeel 2020 ("Denoising Diffusion Probabilistic Models", appendix B): eps_theta(x_t, t).
+
+    x_t -> conv -> [blocks, halve] per level -> middle -> [blocks, double] per level -> norm, SiLU, conv -> eps
+                       |________ skip connections, each block to its mirror ________|
+
+The timestep t reaches every residual block through a sinusoidal encoding (Vaswani et al. 2017) and two dense layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from .backend import Array, like
+from .conv import upsample
+from .functional import concat, dropout, silu
+from .nn import Attention, Conv2d, GroupNorm, Linear, Module
+from .tensor import Tensor, as_array
+
+
+def timestep_encoding(t: Array, channels: int) -> np.ndarray:
+    """Sinusoidal encoding of the integer timesteps t (N,) -> (N, channels), float64, in the form of Ho et al.'s code:
+
+        P(t, i) = sin(t w_i),  P(t, channels/2 + i) = cos(t w_i),  w_i = 10000^(-i / (channels/2 - 1))
+
+    for i = 0 ... channels/2 - 1. Vaswani et al. 2017 interleave the two; a dense layer follows, so the order is no matter.
+    """
+    half = channels // 2
+    angle = t[:, None] * np.exp(-math.log(10000) * np.arange(half) / (half - 1))
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+
+
+class ResBlock(Module):
+    """Residual block: h = conv(SiLU(norm(x))) + dense(SiLU(temb));  y = x + conv(dropout(SiLU(norm(h)))).
+
+    The timestep's term is the same at every pixel. Where the channels change, x passes a 1x1 convolution.
+    """
+
+    def __init__(self, inputs: int, outputs: int, time: int, groups: int, p: float, rng: np.random.Generator):
+        self.norm1 = GroupNorm(inputs, groups)
+        self.conv1 = Conv2d(inputs, outputs, 3, rng, padding=1)
+        self.time = Linear(time, outputs, rng)
+        self.norm2 = GroupNorm(outputs, groups)
+        self.conv2 = Conv2d(outputs, outputs, 3, rng, padding=1, scale=0.0)
+        self.shortcut = Conv2d(inputs, outputs, 1, rng) if inputs != outputs else None
+        self.p = p
+
+    def __call__(self, x: Tensor, activated_temb: Tensor, rng: np.random.Generator | None) -> Tensor:
+        h = self.conv1(self.norm1(x, silu=True))
+        h = h + self.time(activated_temb).reshape(h.shape[0], 1, 1, -1)  # (N, 1, 1, C) over (N, H, W, C)
+        h = self.conv2(dropout(self.norm2(h, silu=True), self.p, rng))
+        return h + (self.shortcut(x) if self.shortcut else x)
+
+
+class AttentionBlock(Module):
+    """y = x + attention(norm(x)) over the H W pixels of an image."""
+
+    def __init__(self, channels: int, heads: int, groups: int, rng: np.random.Generator):
+        self.norm = GroupNorm(channels, groups)
+        self.attention = Attention(channels, heads, rng)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        N, H, W, C = x.shape
+        return x + self.attention(self.norm(x).reshape(N, H * W, C)).reshape(N, H, W, C)
+
+
+class Level(Module):
+    """The residual blocks at one resolution, each followed by attention if the level has it, and what changes the size.
+
+    Going down, `resize` is a convolution with stride 2, padded on the right and at the bottom only, as in Ho et al.;
+    going up, a convolution after nearest-neighbour upsampling; at the end of either path there is none.
+    """
+
+    def __init__(self, res: list[ResBlock], attention: list[AttentionBlock], resize: Conv2d | None):
+        self.res, self.attention, self.resize = res, attention, resize
+
+    def block(self, i: int, x: Tensor, temb: Tensor, rng: np.random.Generator | None) -> Tensor:
+        x = self.res[i](x, temb, rng)
+        return self.attention[i](x) if self.attention else x
+
+
+class UNet(Module):
+    """The network eps_theta(x_t, t) of Ho et al. 2020.
+
+    Args:
+        in_channels, out_channels: of the images: 1 for grey, 3 for RGB.
+        channels: of each level, from full resolution down; every level halves height and width.
+        blocks: residual blocks per level (one more on the way up).
+        attention: for each level, whether its blocks are followed by attention (the middle always has it).
+        heads: attention heads. groups: of the group norms. Both must divide the channels they meet.
+        dropout: probability in each residual block; acts only in calls that are handed a generator.
+        rng: seed or generator of the initial weights.
+
+    Raises ValueError if an argument is out of range or does not fit the others.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        out_channels: int = 1,
+        channels: Sequence[int] = (32, 64, 128),
+        blocks: int = 2,
+        attention: Sequence[bool] = (False, False, True),
+        heads: int = 1,
+        groups: int = 8,
+        dropout: float = 0.0,
+        rng: int | np.random.Generator = 0,
+    ):
+        channels, attention = tuple(channels), tuple(map(bool, attention))
+        self.config = dict(
+            in_channels=in_channels, out_channels=out_channels, channels=channels, blocks=blocks,
+            attention=attention, heads=heads, groups=groups, dropout=dropout,
+        )  # fmt: skip
+        _check(**self.config)
+        self.dropout = dropout
+        rng = np.random.default_rng(rng)
+        time = 4 * channels[0]
+        last = len(channels) - 1
+
+        def level(widths: list[tuple[int, int]], i: int, resize: Conv2d | None) -> Level:
+            res = [ResBlock(a, b, time, groups, dropout, rng) for a, b in widths]
+            attend = [AttentionBlock(channels[i], heads, groups, rng) for _ in widths if attention[i]]
+            return Level(res, attend, resize)
+
+        self.time1 = Linear(channels[0], time, rng)
+        self.time2 = Linear(time, time, rng)
+        self.conv_in = Conv2d(in_channels, channels[0], 3, rng, padding=1)
+        width, skips = channels[0], [channels[0]]  # of the activation, and of what has been laid aside
+
+        self.down = []
+        for i, c in enumerate(channels):
+            resize = Conv2d(c, c, 3, rng, stride=2, padding=((0, 1), (0, 1))) if i < last else None
+            self.down.append(level([(width, c)] + [(c, c)] * (blocks - 1), i, resize))
+            width, skips = c, skips + [c] * (blocks + (i < last))
+
+        self.middle1 = ResBlock(width, width, time, groups, dropout, rng)
+        self.middle_attention = AttentionBlock(width, heads, groups, rng)
+        self.middle2 = ResBlock(width, width, time, groups, dropout, rng)
+
+        self.up = []
+        for i, c in reversed(list(enumerate(channels))):
+            widths = [(above + skips.pop(), c) for above in [width] + [c] * blocks]
+            self.up.append(level(widths, i, Conv2d(c, c, 3, rng, padding=1) if i > 0 else None))
+            width = c
+
+        self.norm_out = GroupNorm(width, groups)
+        self.conv_out = Conv2d(width, out_channels, 3, rng, padding=1, scale=0.0)
+
+    def __call__(self, x: Tensor | Array, t: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
+        """Return eps_theta(x_t, t).
+
+        Args:
+            x: (N, H, W, in_channels) noisy images of the parameters' dtype, H and W divisible by 2^(levels - 1).
+            t: (N,) integer timesteps, counted from 0.
+            rng: generator for dropout; none, no dropout.
+
+        Returns (N, H, W, out_channels). Raises ValueError if the shapes do not fit, TypeError if a dtype does not.
+        """
+        self._check_input(as_array(x), t)
+        temb = like(timestep_encoding(t, self.config["channels"][0]), self.time1.w.data)
+        temb = silu(self.time2(silu(self.time1(temb))))  # the blocks use the embedding only through SiLU
+        h = self.conv_in(x)
+        skips = [h]
+        for level in self.down:
+            for i in range(len(level.res)):
+                h = level.block(i, h, temb, rng)
+                skips.append(h)
+            if level.resize:
+                h = level.resize(h)
+                skips.append(h)
+        h = self.middle2(self.middle_attention(self.middle1(h, temb, rng)), temb, rng)
+        for level in self.up:
+            for i in range(len(level.res)):
+                h = level.block(i, concat(h, skips.pop()), temb, rng)
+            if level.resize:
+                h = level.resize(upsample(h))
+        assert not skips
+        return self.conv_out(self.norm_out(h, silu=True))
+
+    def _check_input(self, x: Array, t: np.ndarray) -> None:
+        C, factor = self.config["in_channels"], 2 ** (len(self.config["channels"]) - 1)
+        if x.ndim != 4 or x.shape[3] != C or x.shape[0] == 0:
+            raise ValueError(f"x: expected one or more images (N, H, W, {C}), got shape {x.shape}")
+        if x.shape[1] % factor or x.shape[2] % factor or 0 in x.shape:
+            raise ValueError(
+                f"x: height and width must be multiples of {factor}, since this network halves them "
+                f"{len(self.config['channels']) - 1} times; got {x.shape[1]} x {x.shape[2]}"
+            )
+        if x.dtype != self.dtype:
+            raise TypeError(f"x: expected {self.dtype}, the dtype of the parameters, got {x.dtype}")
+        if not isinstance(t, np.ndarray) or t.dtype.kind not in "iu":
+            raise TypeError(f"t: expected a NumPy array of integers, got {getattr(t, 'dtype', type(t).__name__)}")
+        if t.shape != x.shape[:1] or t.min() < 0:
+            raise ValueError(f"t: expected {x.shape[0]} timesteps >= 0, one for each image, got shape {t.shape}, {t}")
+
+
+def _check(in_channels, out_channels, channels, blocks, attention, heads, groups, dropout) -> None:
+    for name, value in dict(in_channels=in_channels, out_channels=out_channels, blocks=blocks, heads=heads, groups=groups).items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    if not channels or not all(isinstance(c, int) and c > 0 and c % groups == 0 for c in channels):
+        raise ValueError(f"channels: expected one or more multiples of groups = {groups}, got {channels}")
+    if channels[0] % 2 or channels[0] < 4:
+        raise ValueError(f"channels: the first must be even and at least 4 for the timestep encoding, got {channels[0]}")
+    if len(attention) != len(channels):
+        raise ValueError(f"attention: expected {len(channels)} entries, one for each level, got {attention}")
+    for c, attends in zip(channels, attention[:-1] + (True,)):  # the middle has the last level's channels
+        if attends and c % heads:
+            raise ValueError(f"heads: {heads} does not divide the {c} channels of a level with attention")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
