@@ -42,6 +42,12 @@ def test_fan_out_sums_and_leaves_borrowed_gradients_alone():
     np.testing.assert_array_equal(gradients[a], 3 + 2 * a.data)
 
 
+def test_gradients_without_axes_are_arrays_too():
+    a = Parameter(np.array(2.0))
+    g = backward((a * a + a * np.ones(1)).sum())[a]
+    assert isinstance(g, np.ndarray) and g.shape == () and g == 5 and g.flags.writeable
+
+
 def test_one_gradient_array_handed_to_several_parents_is_not_shared_between_leaves():
     a, b = leaf(1, 2), leaf(3, 4)
     gradients = backward((a + b).sum())  # add hands the same array to both

@@ -37,7 +37,7 @@ class Tensor:
     __array_ufunc__ = None  # array * tensor is handed to Tensor.__rmul__, not looped over
 
     def __init__(self, data: Array):
-        data = np.asarray(data) if isinstance(data, np.generic) else data  # NumPy reductions return scalars
+        data = _no_scalar(data)
         if not is_array(data) or data.dtype.kind != "f":
             what = f"an array of {data.dtype}" if is_array(data) else type(data).__name__
             raise TypeError(f"data: expected a NumPy or CuPy array of floats, got {what}")
@@ -133,6 +133,11 @@ class Parameter(Tensor):
     """A leaf that is learned: the only kind of tensor for which `backward` returns a gradient."""
 
     __slots__ = ()
+
+
+def _no_scalar(x):
+    """Turn a NumPy scalar, which NumPy makes of every result without axes, back into an array; leave all else alone."""
+    return np.asarray(x) if isinstance(x, np.generic) else x
 
 
 def as_array(x: Tensor | Array) -> Array:
@@ -246,7 +251,7 @@ def backward(loss: Tensor) -> dict[Parameter, Array]:
             elif parent in ours:
                 incoming[parent] += g
             else:
-                incoming[parent] = incoming[parent] + g
+                incoming[parent] = _no_scalar(incoming[parent] + g)
                 ours.add(parent)
         ours.discard(tensor)
     return gradients
@@ -280,13 +285,13 @@ def _parents_first(loss: Tensor) -> list[Tensor]:
 
 def _fit(g: Array, parent: Tensor, name: str) -> Array:
     """Sum `g` over the axes along which `parent` was broadcast, and check its shape and dtype."""
-    g = np.asarray(g) if isinstance(g, np.generic) else g
+    g = _no_scalar(g)
     if g.shape != parent.shape:
         extra = g.ndim - parent.ndim
         if extra < 0 or any(size not in (1, n) for size, n in zip(parent.shape, g.shape[extra:])):
             raise RuntimeError(f"{name}: gradient of shape {g.shape} for an input of shape {parent.shape}")
         axes = tuple(i for i in range(g.ndim) if i < extra or parent.shape[i - extra] != g.shape[i])
-        g = g.sum(axis=axes).reshape(parent.shape)
+        g = g.sum(axis=axes, keepdims=True).reshape(parent.shape)
     if g.dtype != parent.dtype:
         raise RuntimeError(f"{name}: gradient of dtype {g.dtype} for an input of dtype {parent.dtype}")
     return g
