@@ -28,14 +28,14 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
 
     Returns y of the shape of x. Raises ValueError where the shapes do not fit each other.
     """
+    if x.ndim < 2 or x.size == 0:
+        raise ValueError(f"x: expected (N, ..., C), no axis of them empty, got shape {x.shape}")
     N, C = x.shape[0], x.shape[-1]
     if groups < 1 or C % groups:
         raise ValueError(f"groups: {groups} does not divide the {C} channels of x; use a divisor of {C}")
     if gamma.shape != (C,) or beta.shape != (C,):
         raise ValueError(f"gamma, beta: expected shape ({C},) for x of shape {x.shape}, got {gamma.shape}, {beta.shape}")
     rows = x.reshape(N, -1, C)
-    if rows.size == 0:
-        raise ValueError(f"x: expected no empty axis, got shape {x.shape}")
 
     def group_mean(sums: Array) -> Array:
         """(N, C), each channel's sum over positions -> (N, 1, C), the mean over that channel's group."""

@@ -59,7 +59,8 @@ class Module:
         if dtype is not None and np.dtype(dtype).kind != "f":
             raise ValueError(f"dtype: expected a floating-point type such as 'float32' or 'float64', got {dtype!r}")
         for p in self.parameters():
-            p.data = to_device(p.data, device or device_of(p.data)).astype(dtype or p.dtype, copy=False)
+            data = p.data if device is None else to_device(p.data, device)
+            p.data = data if dtype is None else data.astype(dtype, copy=False)
         return self
 
     def state_dict(self) -> dict[str, np.ndarray]:

@@ -1,0 +1,256 @@
+"""The U-Net: its shapes, what reaches what, its whole gradient, and the sizes it refuses."""
+
+import math
+
+import numpy as np
+import pytest
+from gradcheck import check_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyddpm import UNet, backward, no_grad
+from tinyddpm.nn import Conv2d
+from tinyddpm.tensor import Parameter
+from tinyddpm.unet import timestep_encoding
+
+TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
+
+
+def awake(unet, seed=0):
+    """Move the layers that start as zero off it, so that every path through the network counts."""
+    rng = np.random.default_rng(seed)
+    for p in unet.parameters():
+        if not p.data.any():
+            p.data = (0.3 * rng.standard_normal(p.shape)).astype(p.dtype)
+    return unet
+
+
+def batch(n=2, size=8, channels=1, dtype=np.float32, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((n, size, size, channels)).astype(dtype), rng.integers(0, 1000, n)
+
+
+@settings(max_examples=15)
+@given(
+    channels=st.lists(st.sampled_from([4, 8, 12]), min_size=1, max_size=3).map(tuple), blocks=st.integers(1, 2),
+    seed=st.integers(0, 100), images=st.sampled_from([(1, 1), (3, 3), (3, 6)]), heads=st.sampled_from([1, 2]), data=st.data(),
+)  # fmt: skip
+def test_any_architecture_runs_and_every_parameter_is_reached(channels, blocks, seed, images, heads, data):
+    attention = tuple(data.draw(st.booleans()) for _ in channels)
+    unet = awake(UNet(*images, channels, blocks, attention, heads, groups=2, rng=seed))
+    height, width = 2 ** (len(channels) - 1) * 2, 2 ** (len(channels) - 1) * 3
+    x = np.random.default_rng(seed).standard_normal((2, height, width, images[0])).astype(np.float32)
+    y = unet(x, np.array([0, 7]))
+    assert y.shape == (2, height, width, images[1]) and y.dtype == np.float32
+    gradients = backward((y * y).sum())
+    assert set(gradients) == set(unet.parameters())
+    assert all(g.dtype == np.float32 for g in gradients.values())
+
+
+def test_it_starts_as_zero_since_its_last_convolution_does():
+    x, t = batch()
+    assert not UNet(**TINY)(x, t).data.any()
+
+
+def test_the_layers_that_start_as_zero_are_those_of_ho_et_al():
+    zero = [name for name, p in UNet(**TINY).named_parameters().items() if name.endswith(".w") and not p.data.any()]
+    blocks = ["down.0.res.0", "down.1.res.0", "middle1", "middle2", "up.0.res.0", "up.0.res.1", "up.1.res.0", "up.1.res.1"]
+    attention = ["down.1.attention.0", "middle_attention", "up.0.attention.0", "up.0.attention.1"]
+    assert set(zero) == {f"{b}.conv2.w" for b in blocks} | {f"{a}.attention.out.w" for a in attention} | {"conv_out.w"}
+
+
+def test_number_of_parameters():
+    # counted by hand for channels (4, 8), one block, attention below, time embedding of 16:
+    def conv(c, o, k=3):
+        return k * k * c * o + o
+
+    def res(c, o):
+        return 2 * c + conv(c, o) + (16 * o + o) + 2 * o + conv(o, o) + (conv(c, o, 1) if c != o else 0)
+
+    attention = 2 * 8 + 4 * (8 * 8 + 8)
+    total = (4 * 16 + 16) + (16 * 16 + 16) + conv(1, 4)
+    total += res(4, 4) + conv(4, 4) + res(4, 8) + attention  # down: skips of 4, 4, 4, 8
+    total += 2 * res(8, 8) + attention  # middle
+    total += res(8 + 8, 8) + res(8 + 4, 8) + 2 * attention + conv(8, 8) + res(8 + 4, 4) + res(4 + 4, 4)  # up
+    total += 2 * 4 + conv(4, 1)
+    assert UNet(**TINY).size == total
+
+
+def test_the_parameters_of_the_same_network_in_diffusers():
+    assert UNet().size == 3_939_393  # UNet2DModel(block_out_channels=(32, 64, 128), layers_per_block=2, attention at 7x7)
+
+
+def test_the_whole_gradient_in_float64():
+    unet = awake(UNet(**TINY, heads=2).to(dtype="float64"))
+    x, t = batch(dtype=np.float64)
+    image, weights = Parameter(x), np.random.default_rng(3).standard_normal(x.shape)
+    rng = np.random.default_rng(4)
+    loss = lambda: (unet(image, t) * weights).sum()  # noqa: E731
+    for _ in range(3):
+        gradients = check_model(loss, [image, *unet.parameters()], rng, h=1e-6)
+    assert {g.dtype for g in gradients.values()} == {np.dtype("float64")}
+    for name, p in unet.named_parameters().items():  # and parameter by parameter, so that none hides behind the others
+        if not name.endswith("k.b"):
+            check_model(loss, [p], rng)
+        else:  # a bias of the keys adds the same to all scores of a query, which softmax ignores
+            assert abs(backward(loss())[p]).max() < 1e-12
+
+
+def test_float32_and_float64_agree():
+    x, t = batch()
+    narrow, wide = awake(UNet(**TINY)), awake(UNet(**TINY)).to(dtype="float64")
+    np.testing.assert_allclose(narrow(x, t).data, wide(x.astype(np.float64), t).data, atol=1e-4)
+
+
+def test_the_timestep_reaches_every_residual_block():
+    unet = awake(UNet(**TINY))
+    x, _ = batch(n=1)
+    blocks = [unet.middle1, unet.middle2, *(block for level in unet.down + unet.up for block in level.res)]
+    assert len(blocks) == 8
+    for block in blocks:  # with all other paths for t cut
+        kept = [(other, other.time.w.data) for other in blocks]
+        for other, w in kept:
+            other.time.w.data = w if other is block else np.zeros_like(w)
+        assert np.abs(unet(x, np.array([3])).data - unet(x, np.array([400])).data).max() > 1e-5
+        for other, w in kept:
+            other.time.w.data = w
+
+
+def test_the_timesteps_term_is_the_same_at_every_pixel():
+    block = awake(UNet(**TINY)).down[0].res[0]
+    block.conv1.w.data = np.zeros_like(block.conv1.w.data)
+    seen = []
+    block.norm2 = lambda h, silu: seen.append(h.data) or h
+    block(np.ones((2, 4, 4, 4), np.float32), np.random.default_rng(0).standard_normal((2, 16)).astype(np.float32), None)
+    assert np.ptp(seen[0], axis=(1, 2)).max() == 0 and np.abs(seen[0]).max() > 0
+
+
+def test_images_do_not_see_each_other():
+    unet = awake(UNet(**TINY))
+    x, t = batch(n=3)
+    together = unet(x, t).data
+    for i in range(3):
+        np.testing.assert_allclose(unet(x[i : i + 1], t[i : i + 1]).data[0], together[i], atol=1e-5)
+
+
+def test_every_pixel_sees_every_other_through_the_attention_in_the_middle():
+    unet = awake(UNet(**TINY))
+    x = Parameter(batch(n=1)[0])
+    y = unet(x, np.array([5]))
+    assert (backward(y[0, 0, 0, 0].reshape(1).sum())[x] != 0).all()
+
+
+def test_each_skip_connection_carries_something():
+    """Setting what one skip brings to 0 in the first block it enters changes the output: none is left unused."""
+    unet = awake(UNet(**TINY))
+    x, t = batch(n=1)
+    before = unet(x, t).data
+    for level, above in zip(unet.up, ([8, 8], [8, 4])):
+        for block, c in zip(level.res, above):
+            kept, cut = block.shortcut.w.data, block.conv1.w.data
+            block.shortcut.w.data, block.conv1.w.data = kept.copy(), cut.copy()
+            block.shortcut.w.data[:, :, c:] = 0
+            block.conv1.w.data[:, :, c:] = 0
+            assert np.abs(unet(x, t).data - before).max() > 1e-4
+            block.shortcut.w.data, block.conv1.w.data = kept, cut
+
+
+def test_downsampling_pads_right_and_bottom_only():
+    resize = UNet(**TINY).down[0].resize
+    assert isinstance(resize, Conv2d) and resize.stride == 2 and resize.padding == ((0, 1), (0, 1))
+
+
+def test_group_norm_epsilon():
+    assert UNet(**TINY).norm_out.eps == 1e-6
+
+
+def test_the_same_seed_gives_the_same_weights():
+    first, again, other = (UNet(**TINY, rng=seed).state_dict() for seed in (1, 1, 2))
+    assert all((first[name] == again[name]).all() for name in first)
+    assert any((first[name] != other[name]).any() for name in first)
+    generator = UNet(**TINY, rng=np.random.default_rng(1)).state_dict()
+    assert all((first[name] == generator[name]).all() for name in first)
+
+
+def test_dropout_acts_only_with_a_generator():
+    unet = awake(UNet(**TINY, dropout=0.5))
+    x, t = batch()
+    plain = unet(x, t).data
+    np.testing.assert_array_equal(plain, unet(x, t).data)
+    dropped = unet(x, t, rng=np.random.default_rng(0)).data
+    np.testing.assert_array_equal(dropped, unet(x, t, rng=np.random.default_rng(0)).data)
+    assert (dropped != plain).any()
+    unet = awake(UNet(**TINY))
+    np.testing.assert_array_equal(unet(x, t, rng=np.random.default_rng(0)).data, unet(x, t).data)
+
+
+def test_no_grad_gives_the_same_output_and_keeps_no_graph():
+    unet = awake(UNet(**TINY))
+    x, t = batch()
+    with no_grad():
+        y = unet(x, t)
+    assert y.parents == ()
+    np.testing.assert_array_equal(y.data, unet(x, t).data)
+
+
+def test_timestep_encoding():
+    t = np.array([0, 1, 17, 999])
+    P = timestep_encoding(t, 8)
+    for n, k in enumerate(t):
+        for i in range(4):
+            w = 10000 ** (-i / 3)
+            assert math.isclose(P[n, i], math.sin(k * w), abs_tol=1e-12)
+            assert math.isclose(P[n, 4 + i], math.cos(k * w), abs_tol=1e-12)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"in_channels": 0}, "in_channels: expected an integer >= 1, got 0"),
+            ({"out_channels": 1.0}, "out_channels: expected an integer >= 1, got 1.0"),
+            ({"blocks": 0}, "blocks: expected an integer >= 1, got 0"),
+            ({"heads": -1}, "heads: expected an integer >= 1, got -1"),
+            ({"groups": 0}, "groups: expected an integer >= 1, got 0"),
+            ({"groups": 3}, r"channels: expected one or more multiples of groups = 3, got \(4, 8\)"),
+            ({"channels": ()}, "channels: expected one or more multiples"),
+            ({"channels": (4, -8)}, "channels: expected one or more multiples"),
+            ({"channels": (2, 8)}, "channels: the first must be even and at least 4"),
+            ({"attention": (True,)}, r"attention: expected 2 entries, one for each level, got \(True,\)"),
+            ({"heads": 3}, "heads: 3 does not divide the 8 channels of a level with attention"),
+            ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
+        ],
+    )
+    def test_constructor(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            UNet(**(TINY | change))
+
+    def test_heads_must_fit_only_where_there_is_attention(self):
+        UNet(**(TINY | {"channels": (4, 6), "heads": 3}))
+        with pytest.raises(ValueError, match="heads: 3 does not divide the 4 channels"):
+            UNet(**(TINY | {"channels": (4, 6), "heads": 3, "attention": (True, False)}))
+
+    @pytest.mark.parametrize("size", [(7, 8), (8, 9), (0, 8)])
+    def test_sizes_that_do_not_divide(self, size):
+        unet = UNet(**TINY)
+        with pytest.raises(ValueError, match=rf"x: height and width must be multiples of 2.*got {size[0]} x {size[1]}"):
+            unet(np.zeros((1, *size, 1), np.float32), np.array([0]))
+
+    @pytest.mark.parametrize("shape", [(8, 8, 1), (1, 8, 8, 2), (0, 8, 8, 1)])
+    def test_shapes(self, shape):
+        with pytest.raises(ValueError, match=r"x: expected one or more images \(N, H, W, 1\), got shape"):
+            UNet(**TINY)(np.zeros(shape, np.float32), np.zeros(shape[0], int))
+
+    def test_dtypes(self):
+        x, t = batch()
+        with pytest.raises(TypeError, match="x: expected float32, the dtype of the parameters, got float64"):
+            UNet(**TINY)(x.astype(np.float64), t)
+        for bad in (t.astype(float), 3, [1, 2]):
+            with pytest.raises(TypeError, match="t: expected a NumPy array of integers"):
+                UNet(**TINY)(x, bad)
+
+    def test_timesteps(self):
+        x, _ = batch()
+        for bad in (np.array([1]), np.array([[1, 2]]), np.array([0, -1])):
+            with pytest.raises(ValueError, match="t: expected 2 timesteps >= 0"):
+                UNet(**TINY)(x, bad)
