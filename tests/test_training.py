@@ -1,0 +1,316 @@
+"""Adam, clipping, warm-up, the moving average, worker threads and the training loop."""
+
+import functools
+import itertools
+import math
+import threading
+
+import numpy as np
+import pytest
+import reference
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinyddpm import EMA, Adam, Diffusion, UNet, backward, make_schedule, train
+from tinyddpm.data import batch_indices
+from tinyddpm.functional import mse
+from tinyddpm.nn import Linear, Module
+from tinyddpm.optim import clip_norm, flat_gradient, flatten, warmup
+from tinyddpm.parallel import blas_name, cpu_count, worker_threads
+from tinyddpm.tensor import Parameter, Tensor
+
+TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
+DIFFUSION = Diffusion(make_schedule("linear", 20, beta_end=0.3))
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (23, 4, 4, 1)).astype(np.float32)
+
+
+class TestFlat:
+    def test_parameters_become_views_of_one_vector(self):
+        parameters = [Parameter(np.arange(6.0).reshape(2, 3)), Parameter(np.array(7.0)), Parameter(np.array([8.0, 9.0]))]
+        theta = flatten(parameters)
+        assert theta.tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]
+        assert [p.shape for p in parameters] == [(2, 3), (), (2,)]
+        theta += 1
+        assert parameters[0].data[1, 2] == 6 and parameters[1].data == 8 and parameters[2].data[1] == 10
+
+    def test_gradients_are_laid_out_alike_and_missing_ones_are_zero(self):
+        a, b, c = Parameter(np.ones((2, 2))), Parameter(np.ones(3)), Parameter(np.ones(1))
+        assert flat_gradient({c: np.array([5.0]), a: np.arange(4.0).reshape(2, 2)}, [a, b, c]).tolist() == [0, 1, 2, 3, 0, 0, 0, 5]
+
+
+class TestAdam:
+    @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+    def test_it_is_algorithm_1(self, weight_decay):
+        rng = np.random.default_rng(0)
+        theta, gradients = rng.standard_normal(5), rng.standard_normal((20, 5)) * [1, 10, 0.1, 1e-6, 0]
+        expected = reference.adam(theta, gradients, 0.01, 0.8, 0.95, 1e-8, weight_decay)
+        adam = Adam(theta, lr=0.01, betas=(0.8, 0.95), weight_decay=weight_decay)
+        for g in gradients:
+            adam.step(g)
+        np.testing.assert_allclose(theta, expected, rtol=1e-12)
+
+    def test_the_first_step_has_the_length_of_the_learning_rate(self):
+        theta = np.zeros(3, np.float32)
+        Adam(theta, lr=0.5).step(np.array([1e-3, -2, 30], np.float32))
+        np.testing.assert_allclose(theta, [-0.5, 0.5, -0.5], rtol=1e-4)
+        assert theta.dtype == np.float32
+
+    def test_the_learning_rate_can_be_given_for_a_step(self):
+        theta = np.zeros(1)
+        Adam(theta, lr=0.5).step(np.ones(1), lr=0.1)
+        assert math.isclose(theta[0], -0.1, rel_tol=1e-6)
+
+    def test_it_learns_a_line(self):
+        rng = np.random.default_rng(0)
+        layer = Linear(2, 1, rng).to(dtype="float64")
+        parameters = layer.parameters()
+        adam = Adam(flatten(parameters), lr=0.05)
+        x = rng.standard_normal((100, 2))
+        y = x @ [[2.0], [-3.0]] + 0.5
+        for _ in range(500):
+            adam.step(flat_gradient(backward(mse(layer(x), y)), parameters))
+        np.testing.assert_allclose(layer.w.data, [[2], [-3]], atol=1e-3)
+        np.testing.assert_allclose(layer.b.data, [0.5], atol=1e-3)
+
+    def test_bad_input(self):
+        for bad in (dict(lr=0), dict(eps=0), dict(weight_decay=-1)):
+            with pytest.raises(ValueError, match="lr, eps, weight_decay: expected > 0, > 0, >= 0"):
+                Adam(np.zeros(2), **bad)
+        for betas in ((1, 0.9), (0.9, -0.1)):
+            with pytest.raises(ValueError, match=r"betas: expected two numbers in \[0, 1\)"):
+                Adam(np.zeros(2), betas=betas)
+        for bad in (np.zeros(3), np.zeros(2, np.float32)):
+            with pytest.raises(ValueError, match=r"gradient: expected float64 of shape \(2,\), got"):
+                Adam(np.zeros(2)).step(bad)
+
+
+class TestClipping:
+    @given(n=st.integers(1, 20), scale=st.floats(1e-3, 1e3), limit=st.floats(0.01, 100), seed=st.integers(0, 1000))
+    def test_direction_is_kept_and_length_limited(self, n, scale, limit, seed):
+        g = np.random.default_rng(seed).standard_normal(n) * scale
+        before = g.copy()
+        norm = clip_norm(g, limit)
+        length = math.sqrt((before**2).sum())
+        assert math.isclose(norm, length, rel_tol=1e-12)
+        np.testing.assert_allclose(g, before * min(1, limit / length), rtol=1e-9)
+
+    def test_zero_float32_and_no_limit(self):
+        g = np.zeros(3, np.float32)
+        assert clip_norm(g, 1.0) == 0 and not g.any() and g.dtype == np.float32
+        g = np.full(4, 10.0)
+        assert clip_norm(g, math.inf) == 20 and (g == 10).all()
+        for bad in (0, -1, math.nan):
+            with pytest.raises(ValueError, match="max_norm: expected a number > 0"):
+                clip_norm(g, bad)
+
+
+def test_warmup():
+    assert [warmup(2.0, step, 4) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert warmup(2.0, 0, 0) == 2.0
+
+
+class TestEMA:
+    def test_it_starts_from_a_copy_and_follows_with_the_decay_of_its_age(self):
+        model = Linear(2, 2, np.random.default_rng(0)).to(dtype="float64")
+        start = model.w.data.copy()
+        theta = flatten(model.parameters())
+        ema = EMA(model, decay=0.25)
+        np.testing.assert_array_equal(ema.model.w.data, start)
+        average = theta.copy()
+        for n in range(5):
+            theta += 1
+            ema.update(theta)
+            d = min(0.25, (1 + n) / (10 + n))
+            average = d * average + (1 - d) * theta
+            np.testing.assert_allclose(ema.average, average, rtol=1e-12)
+        assert (1 + 4) / (10 + 4) > 0.25  # both branches were taken
+        np.testing.assert_allclose(ema.model.w.data.ravel(), average[:4])
+        np.testing.assert_allclose(model.w.data, start + 5)
+
+    def test_bad_decay(self):
+        for bad in (1, -0.1, 2):
+            with pytest.raises(ValueError, match=r"decay: expected a number in \[0, 1\)"):
+                EMA(Linear(1, 1, np.random.default_rng(0)), bad)
+
+
+class TestWorkers:
+    def test_results_come_in_order_from_as_many_threads(self):
+        barrier = threading.Barrier(3, timeout=10)
+
+        def work(i):
+            barrier.wait()  # passes only if three threads are at it
+            return i, threading.get_ident()
+
+        with worker_threads(3) as run:
+            results = list(run(work, range(9)))
+        assert [i for i, _ in results] == list(range(9)) and len({thread for _, thread in results}) == 3
+
+    def test_blas_is_held_to_one_thread_meanwhile(self):
+        from threadpoolctl import threadpool_info
+
+        threads = lambda: {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}  # noqa: E731
+        before = threads()
+        with worker_threads(2):
+            assert threads() <= {1}
+        assert threads() == before
+
+    def test_an_exception_surfaces_and_the_threads_end(self):
+        before = threading.active_count()
+        with pytest.raises(ZeroDivisionError), worker_threads(2) as run:
+            list(run(lambda i: 1 / i, [1, 0, 2]))
+        assert threading.active_count() == before
+
+    def test_names_and_counts(self):
+        assert cpu_count() >= 1 and blas_name()
+        with pytest.raises(ValueError, match="workers: expected at least 1, got 0"), worker_threads(0):
+            pass
+
+
+@given(n=st.integers(1, 12), batch=st.integers(1, 20), steps=st.integers(1, 8), seed=st.integers(0, 100))
+def test_batches_run_through_every_image_once_per_epoch(n, batch, steps, seed):
+    drawn = np.concatenate([batch_indices(n, step, batch, seed) for step in range(steps)])
+    assert len(drawn) == batch * steps
+    for epoch in range(len(drawn) // n):
+        assert sorted(drawn[epoch * n : (epoch + 1) * n]) == list(range(n))
+
+
+def test_batches_differ_between_epochs_and_seeds():
+    first, second, other = batch_indices(50, 0, 50, 0), batch_indices(50, 1, 50, 0), batch_indices(50, 0, 50, 1)
+    assert (first != second).any() and (first != other).any()
+    np.testing.assert_array_equal(first, batch_indices(50, 0, 50, 0))
+
+
+class TestTrain:
+    def run(self, steps=4, **changes):
+        unet = UNet(**TINY, dropout=changes.pop("dropout", 0.0))
+        states = list(train(unet, DIFFUSION, IMAGES, **(dict(steps=steps, batch=11, micro_batch=4, seed=3) | changes)))
+        return unet, states
+
+    def test_it_yields_its_state_after_every_step(self):
+        unet, states = self.run(steps=5, lr=0.01, warmup_steps=4)
+        assert [s.step for s in states] == [1, 2, 3, 4, 5]
+        np.testing.assert_allclose([s.lr for s in states], [0.0025, 0.005, 0.0075, 0.01, 0.01])
+        assert all(math.isfinite(s.loss) and s.grad_norm > 0 for s in states)
+        assert states[-1].optimizer.n == 5 and states[-1].ema.n == 5
+        assert any((a != b).any() for a, b in zip(unet.state_dict().values(), states[-1].ema.model.state_dict().values()))
+
+    @pytest.mark.parametrize("dropout", [0.0, 0.3])
+    def test_bitwise_the_same_for_any_number_of_workers_and_any_run(self, dropout):
+        results = [self.run(workers=workers, dropout=dropout) for workers in (1, 2, 3, 2)]
+        unet, states = results[0]
+        for other, others in results[1:]:
+            for (name, value), again in zip(unet.state_dict().items(), other.state_dict().values()):
+                np.testing.assert_array_equal(value, again, err_msg=name)
+            np.testing.assert_array_equal(states[-1].ema.average, others[-1].ema.average)
+            assert [s.loss for s in states] == [s.loss for s in others]
+
+    def test_the_seed_decides(self):
+        assert self.run(seed=3)[1][-1].loss != self.run(seed=4)[1][-1].loss
+
+    def test_dropout_is_active_while_training(self):
+        assert self.run(dropout=0.5)[1][-1].loss != self.run(dropout=0.0)[1][-1].loss
+
+    def test_micro_batches_add_up_to_the_batch(self):
+        """The gradient is that of the mean over the batch, of whatever sizes its micro-batches are."""
+        gradients = []
+
+        class Recorder(Module):
+            def __init__(self):
+                self.w = Parameter(np.ones((1, 1, 1, 1)))
+
+            def __call__(self, x, t):
+                return Tensor(x) * self.w
+
+        class Fixed(Diffusion):
+            def loss(self, model, x0, rng):
+                return mse(model(x0, None), 0 * x0 + 0.3)
+
+        images = IMAGES.astype(np.float64)
+        for micro_batch in (1, 4, 11, 50):
+            model = Recorder()
+            (state,) = train(model, Fixed(DIFFUSION.schedule), images, steps=1, batch=11, micro_batch=micro_batch, max_norm=1e9)
+            gradients.append((state.loss, state.grad_norm))
+        x = images[batch_indices(23, 0, 11, 0)]
+        loss, gradient = ((x - 0.3) ** 2).mean(), abs((2 * (x - 0.3) * x).mean())
+        np.testing.assert_allclose(gradients, [(loss, gradient)] * 4, rtol=1e-12)
+
+    def test_one_step_is_the_algorithm_by_hand(self):
+        unet, (state,) = self.run(steps=1, micro_batch=11, lr=0.01, warmup_steps=0, max_norm=0.1)
+        by_hand = UNet(**TINY)
+        parameters = by_hand.parameters()
+        theta = flatten(parameters)
+        x0 = IMAGES[batch_indices(23, 0, 11, 3)]
+        rng = np.random.default_rng(np.random.SeedSequence(3, spawn_key=(1, 0, 0)))
+        loss = DIFFUSION.loss(by_hand, x0, rng)
+        gradient = flat_gradient(backward(loss), parameters)
+        norm = np.sqrt((gradient.astype(float) ** 2).sum())
+        Adam(theta, lr=0.01).step(gradient * np.float32(0.1 / norm))
+        np.testing.assert_allclose(state.loss, loss.item(), rtol=1e-6)
+        np.testing.assert_allclose(state.grad_norm, norm, rtol=1e-5)
+        for name, value in unet.state_dict().items():
+            np.testing.assert_allclose(by_hand.state_dict()[name], value, atol=1e-5, err_msg=name)
+
+    def test_a_float64_model_trains_in_float64(self):
+        unet = UNet(**TINY).to(dtype="float64")
+        (state,) = train(unet, DIFFUSION, IMAGES.astype(np.float64), steps=1, batch=4)
+        assert unet.dtype == state.ema.average.dtype == state.optimizer.m.dtype == np.float64
+
+    def test_the_loss_falls(self):
+        unet = UNet(**TINY)
+        images = np.ones((8, 4, 4, 1), np.float32) * np.linspace(-0.5, 0.5, 8, dtype=np.float32)[:, None, None, None]
+        losses = [s.loss for s in train(unet, DIFFUSION, images, steps=150, batch=16, lr=5e-3, warmup_steps=10)]
+        assert np.mean(losses[-30:]) < 0.5 * np.mean(losses[:10])
+
+    def test_stopping_early_ends_the_threads(self):
+        before = threading.active_count()
+        training = train(UNet(**TINY), DIFFUSION, IMAGES, steps=100, batch=4)
+        assert [s.step for s in itertools.islice(training, 2)] == [1, 2]
+        training.close()
+        assert threading.active_count() == before
+
+    def test_a_loss_that_is_not_finite_stops_it_before_the_weights_are_touched(self):
+        unet = UNet(**TINY)
+        images = IMAGES.copy()
+        images[batch_indices(23, 1, 11, 3)[5]] = np.nan
+        assert batch_indices(23, 1, 11, 3)[5] not in batch_indices(23, 0, 11, 3)
+        training = train(unet, DIFFUSION, images, steps=5, batch=11, micro_batch=4, lr=0.01, seed=3)
+        next(training)
+        good = unet.state_dict()
+        with pytest.raises(FloatingPointError, match="step 2: the loss is nan, the gradient's norm nan; try a lower lr than 0.01"):
+            next(training)
+        assert all((good[name] == value).all() for name, value in unet.state_dict().items())
+
+    def test_an_exception_in_a_worker_surfaces(self):
+        class Broken(UNet):
+            def __call__(self, x, t, rng=None):
+                raise ZeroDivisionError("in the model")
+
+        with pytest.raises(ZeroDivisionError, match="in the model"):
+            next(train(Broken(**TINY), DIFFUSION, IMAGES, steps=1, batch=4))
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"steps": 0}, "steps: expected an integer >= 1, got 0"),
+            ({"batch": 0}, "batch: expected an integer >= 1, got 0"),
+            ({"micro_batch": 1.5}, "micro_batch: expected an integer >= 1, got 1.5"),
+            ({"lr": -1}, "lr, eps, weight_decay: expected > 0"),
+            ({"max_norm": 0}, "max_norm: expected a number > 0, got 0"),
+            ({"ema_decay": 1}, r"decay: expected a number in \[0, 1\), got 1"),
+            ({"workers": -2}, "workers: expected at least 1, got -2"),
+            ({"images": IMAGES[:0]}, r"images: expected float32 \(M, H, W, C\) with M >= 1, got float32 \(0, 4, 4, 1\)"),
+            ({"images": IMAGES[0]}, r"images: expected float32 \(M, H, W, C\)"),
+            ({"images": IMAGES.astype(np.float64)}, r"images: expected float32 .* got float64 \(23, 4, 4, 1\)"),
+        ],
+    )
+    def test_bad_input(self, change, message):
+        arguments = dict(images=IMAGES, steps=1, batch=4) | change
+        with pytest.raises(ValueError, match=message):
+            next(train(UNet(**TINY), DIFFUSION, **arguments))
+
+
+def test_partial_models_are_models_too():
+    """Whatever takes (x_t, t) will do: here a model with its generator bound, as `train` does for dropout."""
+    unet = UNet(**TINY, dropout=0.5)
+    bound = functools.partial(unet, rng=np.random.default_rng(0))
+    assert math.isfinite(DIFFUSION.loss(bound, IMAGES, np.random.default_rng(0)).item())
