@@ -45,7 +45,7 @@ def to_device(x: Array, device: str) -> Array:
     if device == "cpu":
         return to_numpy(x)
     kind, _, index = device.partition(":")
-    if kind != "cuda" or (index and not index.isdecimal()):
+    if kind != "cuda" or (device != "cuda" and not index.isdecimal()):
         raise ValueError(f"device: {device!r} is unknown; use 'cpu', 'cuda' or 'cuda:N' with N = 0, 1, ...")
     try:
         import cupy

@@ -9,27 +9,35 @@ import json
 import os
 import pathlib
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .diffusion import Diffusion
-from .schedule import make_schedule
+from .schedule import SCHEDULES, make_schedule
 from .unet import UNet
 
 
 def save_model(path: str | pathlib.Path, unet: UNet, diffusion: Diffusion) -> None:
-    """Write the weights of `unet` and the configuration of both to `path`, replacing it in one move."""
-    schedule = diffusion.schedule
+    """Write the weights of `unet` and the configuration of both to `path`, replacing it in one move.
+
+    Raises FileNotFoundError if the folder does not exist, ValueError if the schedule is not one of `make_schedule`'s.
+    """
+    path, schedule = pathlib.Path(path), diffusion.schedule
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"path: there is no folder {path.parent}")
+    if schedule.name not in SCHEDULES:
+        raise ValueError(f"diffusion: only a schedule from make_schedule can be saved, got {schedule.name!r}")
     config = {
         "unet": unet.config,
         "schedule": {"name": schedule.name, "T": len(schedule), **schedule.parameters},
         "diffusion": {"objective": diffusion.objective, "variance": diffusion.variance},
     }
-    path = pathlib.Path(path)
     unfinished = path.with_name(path.name + ".part")
-    save_file(unet.state_dict(), unfinished, metadata={"tinyddpm": json.dumps(config)})
-    os.replace(unfinished, path)
+    try:
+        save_file(unet.state_dict(), unfinished, metadata={"tinyddpm": json.dumps(config)})
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load_model(path: str | pathlib.Path) -> tuple[UNet, Diffusion]:
@@ -38,7 +46,7 @@ def load_model(path: str | pathlib.Path) -> tuple[UNet, Diffusion]:
     Raises FileNotFoundError, or ValueError if it is not such a file or its weights do not fit its configuration.
     """
     if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"path: no file {path}")
+        raise FileNotFoundError(f"path: there is no file {path}")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -46,8 +54,11 @@ def load_model(path: str | pathlib.Path) -> tuple[UNet, Diffusion]:
     except SafetensorError as error:
         raise ValueError(f"path: {path} is not a readable safetensors file: {error}") from error
     if "tinyddpm" not in metadata:
-        raise ValueError(f"path: {path} was not written by tinyddpm's save_model: its metadata lacks 'tinyddpm'")
-    config = json.loads(metadata["tinyddpm"])
-    unet = UNet(**config["unet"]).to(dtype=next(iter(state.values()), np.zeros(0, "f")).dtype)
-    unet.load_state_dict(state)
-    return unet, Diffusion(make_schedule(**config["schedule"]), **config["diffusion"])
+        raise ValueError(f"path: {path} was not written by save_model: its metadata has no entry 'tinyddpm'")
+    try:
+        config = json.loads(metadata["tinyddpm"])
+        unet = UNet(**config["unet"])
+        unet.to(dtype=state["conv_in.w"].dtype).load_state_dict(state)
+        return unet, Diffusion(make_schedule(**config["schedule"]), **config["diffusion"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"path: {path} holds no model that can be built: {error}") from error

@@ -28,7 +28,9 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int = 2, gap: in
     if images.ndim != 4 or len(images) == 0 or images.shape[3] not in (1, 3):
         raise ValueError(f"images: expected (N, H, W, 1) or (N, H, W, 3) with N >= 1, got shape {images.shape}")
     N, H, W, C = images.shape
-    columns = columns or math.ceil(math.sqrt(N))
+    columns = math.ceil(math.sqrt(N)) if columns is None else columns
+    if columns < 1 or scale < 1 or gap < 0:
+        raise ValueError(f"columns, scale, gap: expected at least 1, 1, 0, got {columns}, {scale}, {gap}")
     rows = math.ceil(N / columns)
     canvas = np.full((rows, columns, H + gap, W + gap, C), 32, np.uint8)
     canvas.reshape(-1, H + gap, W + gap, C)[:N, gap:, gap:] = to_uint8(images)

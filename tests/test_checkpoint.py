@@ -1,0 +1,117 @@
+"""A model goes into one file and comes out as it was; what is no such file is refused."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule, sample, save_model
+
+TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2, heads=2, dropout=0.1)
+DIFFUSION = Diffusion(make_schedule("linear", 25, beta_start=1e-3, beta_end=0.4), variance="large")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_there_and_back(tmp_path, dtype):
+    unet = UNet(**TINY, rng=7).to(dtype=dtype)
+    save_model(tmp_path / "m.safetensors", unet, DIFFUSION)
+    assert [p.name for p in tmp_path.iterdir()] == ["m.safetensors"]
+    again, diffusion = load_model(tmp_path / "m.safetensors")
+    assert again.config == unet.config and again.dtype == dtype
+    for name, value in unet.state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[name], value)
+    np.testing.assert_array_equal(diffusion.schedule.beta, DIFFUSION.schedule.beta)
+    assert (diffusion.objective, diffusion.variance) == ("eps", "large")
+    np.testing.assert_array_equal(sample(diffusion, again, (1, 4, 4, 1)), sample(DIFFUSION, unet, (1, 4, 4, 1)))
+
+
+def test_an_older_file_is_replaced_or_left_whole(tmp_path, monkeypatch):
+    path = tmp_path / "m.safetensors"
+    save_model(path, UNet(**TINY, rng=1), DIFFUSION)
+    before = path.read_bytes()
+
+    def disk_full(tensors, filename, metadata):
+        filename.write_bytes(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("tinyddpm.checkpoint.save_file", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            save_model(path, UNet(**TINY, rng=2), DIFFUSION)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    save_model(path, UNet(**TINY, rng=2), DIFFUSION)
+    assert path.read_bytes() != before
+
+
+def test_a_flattened_model_saves_and_loads(tmp_path):
+    from tinyddpm.optim import flatten
+
+    unet = UNet(**TINY)
+    theta = flatten(unet.parameters())
+    theta[:] = np.arange(len(theta))
+    save_model(tmp_path / "m.safetensors", unet, DIFFUSION)
+    theta[:] = 0
+    unet.load_state_dict(load_model(tmp_path / "m.safetensors")[0].state_dict())
+    np.testing.assert_array_equal(theta, np.arange(len(theta)))  # loading writes through to the vector
+
+
+class TestBadInput:
+    def test_where_to_save(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="path: there is no folder .*nowhere"):
+            save_model(tmp_path / "nowhere" / "m.safetensors", UNet(**TINY), DIFFUSION)
+
+    def test_a_schedule_that_could_not_be_made_again(self, tmp_path):
+        with pytest.raises(ValueError, match="diffusion: only a schedule from make_schedule can be saved, got 'custom'"):
+            save_model(tmp_path / "m.safetensors", UNet(**TINY), Diffusion(Schedule(np.array([0.1, 0.2]))))
+
+    def test_no_file(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="path: there is no file .*m.safetensors"):
+            load_model(tmp_path / "m.safetensors")
+
+    @given(data=st.data())
+    def test_files_cut_short_or_of_another_kind(self, data, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("files")
+        save_model(folder / "good", UNet(**TINY), DIFFUSION)
+        good = (folder / "good").read_bytes()
+        length = data.draw(st.integers(0, len(good) - 1))
+        junk = data.draw(st.binary(max_size=100))
+        for content in (good[:length], junk):
+            (folder / "bad").write_bytes(content)
+            with pytest.raises(ValueError, match="path: .*bad is not a readable safetensors file"):
+                load_model(folder / "bad")
+
+    def test_a_file_of_another_program(self, tmp_path):
+        save_file({"w": np.zeros(3)}, tmp_path / "other")
+        with pytest.raises(ValueError, match="path: .*other was not written by save_model"):
+            load_model(tmp_path / "other")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda c: c.pop("unet"), "'unet'"),
+            (lambda c: c["unet"].update(blocks=0), "blocks: expected an integer >= 1, got 0"),
+            (lambda c: c["unet"].update(colour="red"), "colour"),
+            (lambda c: c["unet"].update(blocks=2), "down.0.res.1.norm1.gamma is missing"),
+            (lambda c: c["schedule"].update(name="bumpy"), "unknown schedule 'bumpy'"),
+            (lambda c: c["diffusion"].update(objective="y"), "objective: unknown 'y'"),
+            (lambda c: c.clear(), "'unet'"),
+        ],
+    )
+    def test_a_configuration_that_does_not_fit(self, tmp_path, change, message):
+        unet = UNet(**TINY)
+        config = {
+            "unet": unet.config, "schedule": {"name": "linear", "T": 5}, "diffusion": {"objective": "eps", "variance": "small"},
+        }  # fmt: skip
+        change(config)
+        save_file(unet.state_dict(), tmp_path / "m", metadata={"tinyddpm": json.dumps(config)})
+        with pytest.raises(ValueError, match="path: .*m holds no model that can be built") as error:
+            load_model(tmp_path / "m")
+        assert message in str(error.value)
+
+    def test_a_configuration_that_is_no_json(self, tmp_path):
+        save_file(UNet(**TINY).state_dict(), tmp_path / "m", metadata={"tinyddpm": "{"})
+        with pytest.raises(ValueError, match="holds no model that can be built"):
+            load_model(tmp_path / "m")

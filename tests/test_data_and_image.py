@@ -1,0 +1,130 @@
+"""The bundled digits, and the pictures: what they show, pixel by pixel."""
+
+import gzip
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from PIL import Image
+
+from tinyddpm import Diffusion, load_digits, make_schedule
+from tinyddpm.data import DIGITS
+from tinyddpm.image import grid, noising_strip, save_gif, save_loss_curve, to_uint8
+
+MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
+
+
+class TestDigits:
+    images, labels = load_digits()
+
+    def test_shapes_range_and_classes(self):
+        assert self.images.shape == (10000, 28, 28, 1) and self.images.dtype == np.float32
+        assert self.images.min() == -1 and self.images.max() == 1
+        assert np.bincount(self.labels).tolist() == [1000] * 10
+
+    def test_they_are_cut_out_of_the_picture_where_they_stand(self):
+        picture = Image.open(DIGITS)
+        for i in (0, 1, 99, 100, 4321, 9999):
+            row, column = divmod(i, 100)
+            tile = picture.crop((28 * column, 28 * row, 28 * column + 28, 28 * row + 28))
+            np.testing.assert_array_equal(to_uint8(self.images[i : i + 1])[0, :, :, 0], np.asarray(tile))
+
+    def test_images_match_their_labels(self):
+        """Leave one in ten out: the nearest class mean gets most of them right, which no shuffled labels would."""
+        train = np.arange(10000) % 10 > 0
+        means = np.stack([self.images[train & (self.labels == k)].mean(0).ravel() for k in range(10)])
+        rest = self.images[~train].reshape(1000, -1)
+        distance = (rest**2).sum(1)[:, None] - 2 * rest @ means.T + (means**2).sum(1)
+        assert (distance.argmin(1) == self.labels[~train]).mean() > 0.75
+
+    @pytest.mark.skipif(not MNIST.exists(), reason="the full MNIST is not at hand")
+    def test_they_are_the_first_thousand_of_each_class_of_mnist(self):
+        with gzip.open(MNIST / "train-images-idx3-ubyte.gz") as file:
+            images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28, 1)
+        with gzip.open(MNIST / "train-labels-idx1-ubyte.gz") as file:
+            labels = np.frombuffer(file.read(), np.uint8, offset=8)
+        for k in range(10):
+            np.testing.assert_array_equal(to_uint8(self.images[self.labels == k]), images[labels == k][:1000])
+
+    def test_their_licence_stands_beside_them(self):
+        text = (DIGITS.parent / "LICENSE.txt").read_text()
+        assert "LeCun" in text and "Attribution-ShareAlike 3.0" in text
+
+
+def test_to_uint8_clips_and_rounds():
+    assert to_uint8(np.array([-2, -1, -0.999, 0, 0.5, 1, 3])).tolist() == [0, 0, 0, 128, 191, 255, 255]
+
+
+@given(arrays(np.uint8, (3, 4)))
+def test_to_uint8_undoes_the_scaling_of_the_digits(pixels):
+    np.testing.assert_array_equal(to_uint8(pixels.astype(np.float32) / np.float32(127.5) - 1), pixels)
+
+
+@given(n=st.integers(1, 7), columns=st.integers(1, 5), channels=st.sampled_from([1, 3]), scale=st.integers(1, 3), gap=st.integers(0, 2))
+def test_every_image_stands_in_its_place_in_the_grid(n, columns, channels, scale, gap):
+    images = np.random.default_rng(0).uniform(-1, 1, (n, 4, 5, channels))
+    page = np.asarray(grid(images, columns, scale, gap))
+    page = page.reshape(*page.shape[:2], channels)
+    rows = -(-n // columns)
+    assert page.shape[:2] == (scale * (rows * (4 + gap) + gap), scale * (columns * (5 + gap) + gap))
+    for i in range(n):
+        top, left = gap + (i // columns) * (4 + gap), gap + (i % columns) * (5 + gap)
+        tile = page[scale * top : scale * (top + 4) : scale, scale * left : scale * (left + 5) : scale]
+        np.testing.assert_array_equal(tile, to_uint8(images[i]))
+
+
+def test_a_grid_is_about_a_square():
+    assert grid(np.zeros((64, 8, 8, 1)), scale=1, gap=0).size == (64, 64)
+    assert grid(np.zeros((10, 8, 8, 1)), scale=1, gap=0).size == (32, 24)
+
+
+def test_noising_strip_goes_from_the_image_to_noise():
+    d = Diffusion(make_schedule("linear", 100, beta_end=0.2))
+    x0 = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 1)).astype(np.float32)
+    strip = np.asarray(noising_strip(d, x0, np.random.default_rng(1), columns=5))
+    assert strip.shape == (2 * (2 * 10 + 2), 2 * (5 * 10 + 2))
+    eps = np.random.default_rng(1).standard_normal(x0.shape).astype(np.float32)
+    for column, t in enumerate([None, 25, 50, 74, 99]):
+        x = x0 if t is None else d.q_sample(x0, np.array([t, t]), eps)
+        for row in range(2):
+            top, left = 2 * (2 + 10 * row), 2 * (2 + 10 * column)
+            np.testing.assert_array_equal(strip[top : top + 16 : 2, left : left + 16 : 2], to_uint8(x[row])[:, :, 0])
+
+
+def test_a_gif_plays_its_frames_and_holds_the_last(tmp_path):
+    frames = [grid(np.full((1, 4, 4, 1), v)) for v in (-1, 0, 1)]
+    save_gif(tmp_path / "a.gif", frames, seconds=0.6, hold=1.5)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.n_frames == 3 and gif.info["loop"] == 0
+        durations = []
+        for i, value in enumerate((0, 128, 255)):
+            gif.seek(i)
+            durations.append(gif.info["duration"])
+            assert abs(np.asarray(gif.convert("L"))[6, 6] - value) <= 1
+    assert durations == [200, 200, 1500]
+
+
+@pytest.mark.parametrize("n", [1, 2, 500])
+def test_the_loss_curve_is_drawn(tmp_path, n):
+    pytest.importorskip("matplotlib")
+    save_loss_curve(tmp_path / "loss.png", 1 / np.arange(1, n + 1))
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.size == (840, 480) and np.asarray(picture.convert("L")).std() > 5
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("shape", [(4, 4, 1), (0, 4, 4, 1), (1, 4, 4, 2)])
+    def test_grid(self, shape):
+        with pytest.raises(ValueError, match=r"images: expected \(N, H, W, 1\) or \(N, H, W, 3\) with N >= 1, got shape"):
+            grid(np.zeros(shape))
+
+    def test_columns(self):
+        with pytest.raises(ValueError, match="columns, scale, gap: expected at least 1, 1, 0, got 0, 2, 2"):
+            grid(np.zeros((1, 4, 4, 1)), columns=0)
+
+    def test_gif(self, tmp_path):
+        with pytest.raises(ValueError, match="frames: expected at least one image, got none"):
+            save_gif(tmp_path / "a.gif", [])
