@@ -19,15 +19,28 @@ from tinyddpm.parallel import blas_name, cpu_count
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     add = parser.add_argument
     add("--steps", type=int, default=2000, help="training steps")
     add("--minutes", type=float, default=7.0, help="stop training after so many minutes, even if steps are left")
     add("--batch", type=int, default=32, help="images per step")
     add("--lr", type=float, default=2e-3, help="Adam's learning rate")
-    add("--channels", type=int, nargs="+", default=[16, 32, 64], help="channels of the U-Net's levels; each level halves the image")
+    add(
+        "--channels",
+        type=int,
+        nargs="+",
+        default=[16, 32, 64],
+        help="channels of the U-Net's levels; each level halves the image",
+    )
     add("--blocks", type=int, default=1, help="residual blocks per level")
-    add("--dropout", type=float, default=0.0, help="probability of dropping an activation in a residual block, while training")
+    add(
+        "--dropout",
+        type=float,
+        default=0.0,
+        help="probability of dropping an activation in a residual block, while training",
+    )
     add("--timesteps", type=int, default=300, help="T, the number of diffusion steps")
     add("--samples", type=int, default=64, help="digits in the final grid")
     add("--sample-every", type=int, default=500, help="training steps between sample grids")
@@ -37,13 +50,17 @@ def parse_arguments():
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/mnist"), help="folder for the results")
     args = parser.parse_args()
     for name in ("steps", "minutes", "batch", "lr", "blocks", "timesteps", "samples", "sample_every", "workers"):
-        if getattr(args, name) <= 0:
+        if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
+    if args.timesteps <= 20:
+        parser.error(
+            f"--timesteps must be greater than 20, got {args.timesteps}: fewer steps cannot get from an image to noise"
+        )
     try:  # better to know now than after the training
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "noising.png").touch()
     except OSError as error:
-        parser.error(f"--out {args.out}: cannot write there: {error.strerror}")
+        parser.error(f"--out: cannot write to {args.out}: {error.strerror}")
     return args
 
 
@@ -51,8 +68,8 @@ def main():
     args = parse_arguments()
     images, labels = load_digits()  # (10000, 28, 28, 1) floats in [-1, 1]
 
-    # The forward process: T steps, each adding a little noise. Ho et al. take T = 1000 and beta from 1e-4 to 0.02; fewer
-    # steps need more noise each to end, as they must, at pure noise.
+    # The forward process: T steps, each adding a little noise. Ho et al. take T = 1000 and beta from 1e-4 to 0.02; with
+    # fewer steps each has to add more, so that the last image is, as it must be, pure noise.
     stretch = 1000 / args.timesteps
     schedule = make_schedule("linear", args.timesteps, beta_start=1e-4 * stretch, beta_end=0.02 * stretch)
     diffusion = Diffusion(schedule)
@@ -65,7 +82,9 @@ def main():
     print(f"device   {args.device}, {args.workers} worker threads, BLAS {blas_name()}")
     print(f"network  U-Net {'-'.join(map(str, args.channels))}, {unet.size:,} parameters")
     print(f"data     {len(images):,} digits of {images.shape[1]} x {images.shape[2]} pixels, T = {args.timesteps}")
-    print(f"training {args.steps:,} steps of {args.batch} images, at most {args.minutes:g} minutes; Ctrl-C stops early and samples")
+    print(
+        f"training {args.steps:,} steps of {args.batch} images, at most {args.minutes:g} minutes; Ctrl-C stops early and samples"
+    )
     print(f"results  {args.out.resolve()}", flush=True)
 
     first_of_each = images[np.searchsorted(labels, [2, 3, 5, 8])]
@@ -113,12 +132,22 @@ def main():
                 frames.append(grid(to_numpy(x)))
 
         digits = sample(
-            diffusion, state.ema.model, (args.samples, *images.shape[1:]), rng=args.seed, callback=watch, workers=args.workers
+            diffusion,
+            state.ema.model,
+            (args.samples, *images.shape[1:]),
+            rng=args.seed,
+            callback=watch,
+            workers=args.workers,
         )
     grid(to_numpy(digits)).save(args.out / "samples.png")
     save_gif(args.out / "denoising.gif", frames)
-    print(f"done in {(time.monotonic() - began) / 60:.1f} min: look at {args.out / 'samples.png'} and {args.out / 'denoising.gif'}")
+    print(
+        f"done in {(time.monotonic() - began) / 60:.1f} min: look at {args.out / 'samples.png'} and {args.out / 'denoising.gif'}"
+    )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except (ValueError, RuntimeError, FloatingPointError) as error:  # these say what was wrong and what would be right
+        sys.exit(f"mnist_ddpm.py: {error}")

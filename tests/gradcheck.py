@@ -1,4 +1,4 @@
-"""The gradient checker: v^T J u by central differences along one random direction against the hand-written gradients."""
+"""The gradient checker: v^T J u by central differences along a random direction against the hand-written gradients."""
 
 import numpy as np
 
@@ -27,10 +27,11 @@ def summed_to(g, shape):
 
 
 def check_op(op, *inputs, rng=None, tolerance=1e-7, **settings):
-    """Check value, gradients, dtypes and manners of an op at `inputs`: float64 arrays, or anything else, which is fixed.
+    """Check value, gradients, dtypes and manners of an op at `inputs`: float64 arrays; anything else is held fixed.
 
-    In float64: each gradient against central differences; inputs, value and incoming gradient are read-only, and a second
-    pull gives the same again, so nothing that is saved gets written to. In float32: the same numbers, in float32.
+    In float64: each gradient against central differences; inputs, value and incoming gradient are read-only, and a
+    second pull gives the same again, so nothing that is saved gets written to. In float32: the same numbers, in
+    float32.
     Through the engine: `backward` returns those gradients.
     """
     rng = rng or np.random.default_rng(0)
@@ -62,7 +63,9 @@ def check_op(op, *inputs, rng=None, tolerance=1e-7, **settings):
         if i in varied:
             assert g.dtype == np.float32
             g64 = summed_to(gradients[i], wide[i].shape)
-            np.testing.assert_allclose(summed_to(g, wide[i].shape), g64, rtol=1e-3, atol=1e-4 * (1 + np.abs(g64).max(initial=0)))
+            np.testing.assert_allclose(
+                summed_to(g, wide[i].shape), g64, rtol=1e-3, atol=1e-4 * (1 + np.abs(g64).max(initial=0))
+            )
 
     leaves = [Parameter(x) if i in varied else x for i, x in enumerate(wide)]
     returned = backward((op(*leaves, **settings) * Tensor(u)).sum())

@@ -64,7 +64,9 @@ class TestBadInput:
             save_model(tmp_path / "nowhere" / "m.safetensors", UNet(**TINY), DIFFUSION)
 
     def test_a_schedule_that_could_not_be_made_again(self, tmp_path):
-        with pytest.raises(ValueError, match="diffusion: only a schedule from make_schedule can be saved, got 'custom'"):
+        with pytest.raises(
+            ValueError, match="diffusion: only a schedule from make_schedule can be saved, got 'custom'"
+        ):
             save_model(tmp_path / "m.safetensors", UNet(**TINY), Diffusion(Schedule(np.array([0.1, 0.2]))))
 
     def test_no_file(self, tmp_path):
@@ -103,7 +105,8 @@ class TestBadInput:
     def test_a_configuration_that_does_not_fit(self, tmp_path, change, message):
         unet = UNet(**TINY)
         config = {
-            "unet": unet.config, "schedule": {"name": "linear", "T": 5}, "diffusion": {"objective": "eps", "variance": "small"},
+            "unet": unet.config, "schedule": {"name": "linear", "T": 5},
+            "diffusion": {"objective": "eps", "variance": "small"},
         }  # fmt: skip
         change(config)
         save_file(unet.state_dict(), tmp_path / "m", metadata={"tinyddpm": json.dumps(config)})

@@ -63,7 +63,13 @@ def test_to_uint8_undoes_the_scaling_of_the_digits(pixels):
     np.testing.assert_array_equal(to_uint8(pixels.astype(np.float32) / np.float32(127.5) - 1), pixels)
 
 
-@given(n=st.integers(1, 7), columns=st.integers(1, 5), channels=st.sampled_from([1, 3]), scale=st.integers(1, 3), gap=st.integers(0, 2))
+@given(
+    n=st.integers(1, 7),
+    columns=st.integers(1, 5),
+    channels=st.sampled_from([1, 3]),
+    scale=st.integers(1, 3),
+    gap=st.integers(0, 2),
+)
 def test_every_image_stands_in_its_place_in_the_grid(n, columns, channels, scale, gap):
     images = np.random.default_rng(0).uniform(-1, 1, (n, 4, 5, channels))
     page = np.asarray(grid(images, columns, scale, gap))
@@ -118,7 +124,9 @@ def test_the_loss_curve_is_drawn(tmp_path, n):
 class TestBadInput:
     @pytest.mark.parametrize("shape", [(4, 4, 1), (0, 4, 4, 1), (1, 4, 4, 2)])
     def test_grid(self, shape):
-        with pytest.raises(ValueError, match=r"images: expected \(N, H, W, 1\) or \(N, H, W, 3\) with N >= 1, got shape"):
+        with pytest.raises(
+            ValueError, match=r"images: expected \(N, H, W, 1\) or \(N, H, W, 3\) with N >= 1, got shape"
+        ):
             grid(np.zeros(shape))
 
     def test_columns(self):

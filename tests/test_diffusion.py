@@ -1,4 +1,4 @@
-"""The schedule, the forward process, the posterior, the loss and the sampler, against the formulas of Ho et al. 2020."""
+"""Schedule, forward process, posterior, loss and sampler against the formulas of Ho et al. 2020."""
 
 import math
 
@@ -27,14 +27,25 @@ def zeros(x, t):
 class TestSchedule:
     @pytest.mark.parametrize(
         ("T", "last"),
-        [(50, 0.603), (100, 0.364), (200, 0.132), (250, 0.0797), (300, 0.0481), (400, 0.0175), (500, 0.0064), (1000, 4.036e-5)],
+        [
+            (50, 0.603),
+            (100, 0.364),
+            (200, 0.132),
+            (250, 0.0797),
+            (300, 0.0481),
+            (400, 0.0175),
+            (500, 0.0064),
+            (1000, 4.036e-5),
+        ],
     )
     def test_what_the_linear_schedule_leaves_of_the_image(self, T, last):
         assert math.isclose(make_schedule("linear", T).alpha_bar[-1], last, rel_tol=8e-3)
 
     def test_published_values(self):
         s = make_schedule("linear", 1000)
-        assert s.beta[0] == 1e-4 and s.beta[-1] == 0.02 and math.isclose(s.beta[1] - s.beta[0], 0.0199 / 999, rel_tol=1e-9)
+        assert (
+            s.beta[0] == 1e-4 and s.beta[-1] == 0.02 and math.isclose(s.beta[1] - s.beta[0], 0.0199 / 999, rel_tol=1e-9)
+        )
         assert math.isclose(s.alpha_bar[-1], 4.036e-5, rel_tol=1e-3)
         assert math.isclose(s.posterior_variance[1], 5.4532e-5, rel_tol=1e-4)
         assert s.posterior_variance[0] == 0
@@ -48,11 +59,17 @@ class TestSchedule:
         for t in range(len(s)):
             before, bar = bar, bar * (1 - s.beta[t])
             assert s.alpha[t] == 1 - s.beta[t]
-            assert math.isclose(s.alpha_bar[t], bar, rel_tol=1e-12) and math.isclose(s.alpha_bar_prev[t], before, rel_tol=1e-12)
+            assert math.isclose(s.alpha_bar[t], bar, rel_tol=1e-12) and math.isclose(
+                s.alpha_bar_prev[t], before, rel_tol=1e-12
+            )
             assert math.isclose(s.snr[t], bar / (1 - bar), rel_tol=1e-9)
-            assert math.isclose(s.posterior_variance[t], s.beta[t] * (1 - before) / (1 - bar), rel_tol=1e-9, abs_tol=1e-300)
+            assert math.isclose(
+                s.posterior_variance[t], s.beta[t] * (1 - before) / (1 - bar), rel_tol=1e-9, abs_tol=1e-300
+            )
             x0, xt = math.sqrt(before) * s.beta[t] / (1 - bar), math.sqrt(1 - s.beta[t]) * (1 - before) / (1 - bar)
-            assert math.isclose(s.posterior_mean_x0[t], x0, rel_tol=1e-9) and math.isclose(s.posterior_mean_xt[t], xt, rel_tol=1e-9)
+            assert math.isclose(s.posterior_mean_x0[t], x0, rel_tol=1e-9) and math.isclose(
+                s.posterior_mean_xt[t], xt, rel_tol=1e-9
+            )
             if t > 0:
                 assert math.isclose(s.posterior_log_variance[t], math.log(s.posterior_variance[t]), rel_tol=1e-12)
 
@@ -262,7 +279,7 @@ class TestSample:
     def test_the_chain_is_algorithm_2(self):
         """Step by step with the paper's own form of the mean, on a model whose x0 is never clipped."""
         s = self.d.schedule
-        model = lambda x, t: 0.1 * x  # noqa: E731
+        model = lambda x, t: 0.1 * x
         noises = iter(np.random.default_rng(1).standard_normal((30, 3, 2, 2, 1)))
         x = np.random.default_rng(2).standard_normal((3, 2, 2, 1))
         ours = [step for _, step, _ in ddpm(self.d, model, x, lambda: next(noises), clip=False)]
@@ -304,12 +321,12 @@ class TestSample:
         assert 0.4 < (images > 0).mean() < 0.6
 
     def test_clipping(self):
-        big = lambda x, t: -100 * np.ones_like(x)  # noqa: E731
+        big = lambda x, t: -100 * np.ones_like(x)
         kept, wild = (sample(self.d, big, (2, 2, 2, 1), clip=c) for c in (True, False))
         assert np.abs(kept).max() <= 1 and np.abs(wild).max() > 1
 
     def test_an_image_depends_neither_on_the_others_nor_on_the_workers(self):
-        model = lambda x, t: np.tanh(x) * (t.reshape(-1, 1, 1, 1) / 30).astype(x.dtype)  # noqa: E731
+        model = lambda x, t: np.tanh(x) * (t.reshape(-1, 1, 1, 1) / 30).astype(x.dtype)
         n = 2 * SHARD + 3
         images = [sample(self.d, model, (n, 4, 4, 1), rng=5, workers=w) for w in (1, 2, 3)]
         np.testing.assert_array_equal(images[0], images[1])
@@ -352,7 +369,9 @@ class TestSample:
         for shape in ((2, 2, 1), (0, 2, 2, 1)):
             with pytest.raises(ValueError, match=r"shape: expected \(N, H, W, C\), each at least 1"):
                 sample(self.d, zeros, shape)
-        with pytest.raises(ValueError, match="steps: 'ddpm' takes all 30 steps of the schedule; leave steps out, got 10"):
+        with pytest.raises(
+            ValueError, match="steps: 'ddpm' takes all 30 steps of the schedule; leave steps out, got 10"
+        ):
             sample(self.d, zeros, (1, 2, 2, 1), steps=10)
         with pytest.raises(ValueError, match="workers: expected at least 1, got 0"):
             sample(self.d, zeros, (1, 2, 2, 1), workers=0)

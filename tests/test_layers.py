@@ -1,4 +1,4 @@
-"""Convolution, upsampling, group norm and attention against their plain twins, and the layers that hold their parameters."""
+"""Convolution, upsampling, group norm and attention against their plain twins; the layers that hold their weights."""
 
 import itertools
 import math
@@ -22,8 +22,8 @@ sides = st.integers(0, 3)
 
 
 @given(
-    n=st.integers(1, 3), h=st.integers(1, 7), w=st.integers(1, 7), c=small, o=small, kh=small, kw=small, stride=st.integers(1, 3),
-    padding=st.tuples(st.tuples(sides, sides), st.tuples(sides, sides)), seed=SEEDS,
+    n=st.integers(1, 3), h=st.integers(1, 7), w=st.integers(1, 7), c=small, o=small, kh=small, kw=small,
+    stride=st.integers(1, 3), padding=st.tuples(st.tuples(sides, sides), st.tuples(sides, sides)), seed=SEEDS,
 )  # fmt: skip
 def test_conv2d_with_any_kernel_stride_and_padding(n, h, w, c, o, kh, kw, stride, padding, seed):
     assume(h + sum(padding[0]) >= kh and w + sum(padding[1]) >= kw)
@@ -34,7 +34,12 @@ def test_conv2d_with_any_kernel_stride_and_padding(n, h, w, c, o, kh, kw, stride
     check_op(conv2d, x, f, b, stride=stride, padding=padding)
 
 
-@given(size=st.integers(1, 9), k=st.integers(1, 5), stride=st.integers(1, 4), pads=st.tuples(st.integers(0, 6), st.integers(0, 6)))
+@given(
+    size=st.integers(1, 9),
+    k=st.integers(1, 5),
+    stride=st.integers(1, 4),
+    pads=st.tuples(st.integers(0, 6), st.integers(0, 6)),
+)
 def test_the_gradient_for_the_image_reaches_exactly_the_pixels_that_were_seen(size, k, stride, pads):
     assume(size + sum(pads) >= k)
     out = (size + sum(pads) - k) // stride + 1
@@ -55,9 +60,14 @@ def test_conv2d_padding_forms():
 
 def test_conv2d_on_inputs_that_are_not_contiguous():
     rng = np.random.default_rng(0)
-    x, w = rng.standard_normal((3, 5, 6, 2)).transpose(1, 2, 3, 0), rng.standard_normal((4, 3, 2, 2)).transpose(2, 3, 1, 0)
+    x, w = (
+        rng.standard_normal((3, 5, 6, 2)).transpose(1, 2, 3, 0),
+        rng.standard_normal((4, 3, 2, 2)).transpose(2, 3, 1, 0),
+    )
     check_op(conv2d, x, w[:2], None)
-    np.testing.assert_allclose(conv2d(Tensor(x), w[:2]).data, reference.conv2d(x, w[:2], 0, 1, ((0, 0), (0, 0))), atol=1e-12)
+    np.testing.assert_allclose(
+        conv2d(Tensor(x), w[:2]).data, reference.conv2d(x, w[:2], 0, 1, ((0, 0), (0, 0))), atol=1e-12
+    )
 
 
 def test_convolution_is_linear_in_the_image_so_its_gradient_is_its_transpose():
@@ -99,15 +109,19 @@ def test_group_norm_of_one_number_is_beta():
 
 def test_group_norm_keeps_its_precision_where_the_mean_is_large():
     x = np.random.default_rng(0).standard_normal((2, 64, 8))
-    y = group_norm(Tensor((x + 1000).astype(np.float32)), np.ones(8, np.float32), np.zeros(8, np.float32), groups=2).data
+    y = group_norm(
+        Tensor((x + 1000).astype(np.float32)), np.ones(8, np.float32), np.zeros(8, np.float32), groups=2
+    ).data
     np.testing.assert_allclose(y, reference.group_norm(x, 1, 0, 2, 1e-6, False), atol=1e-3)
 
 
-@given(n=st.integers(1, 3), l=small, s=small, heads=st.integers(1, 3), d=st.integers(1, 3), seed=SEEDS)  # noqa: E741
-def test_attention_with_any_number_of_heads(n, l, s, heads, d, seed):  # noqa: E741
+@given(n=st.integers(1, 3), l=small, s=small, heads=st.integers(1, 3), d=st.integers(1, 3), seed=SEEDS)
+def test_attention_with_any_number_of_heads(n, l, s, heads, d, seed):
     rng = np.random.default_rng(seed)
     q, k, v = (rng.standard_normal((n, length, heads * d)) for length in (l, s, s))
-    np.testing.assert_allclose(attention(Tensor(q), k, v, heads=heads).data, reference.attention(q, k, v, heads), atol=1e-12)
+    np.testing.assert_allclose(
+        attention(Tensor(q), k, v, heads=heads).data, reference.attention(q, k, v, heads), atol=1e-12
+    )
     check_op(attention, q, k, v, heads=heads)
 
 

@@ -10,7 +10,21 @@ from hypothesis.extra.numpy import array_shapes, mutually_broadcastable_shapes
 
 from tinyddpm import conv, functional, fused, tensor
 from tinyddpm.functional import concat, dropout, linear, logistic, mse, sigmoid, silu, softmax
-from tinyddpm.tensor import Parameter, Tensor, add, backward, div, getitem, matmul, mul, op, power, reduce_mean, reduce_sum, sub
+from tinyddpm.tensor import (
+    Parameter,
+    Tensor,
+    add,
+    backward,
+    div,
+    getitem,
+    matmul,
+    mul,
+    op,
+    power,
+    reduce_mean,
+    reduce_sum,
+    sub,
+)
 
 rng = np.random.default_rng(0)
 normal = rng.standard_normal
@@ -26,7 +40,8 @@ CASES = {
     tensor.mul: [((normal((3, 4)), normal((1, 4))), {}), ((normal((2,)), -3.0), {})],
     tensor.div: [((normal((3, 4)), positive), {}), ((2.0, positive), {}), ((normal((2, 3, 4)), positive), {})],
     tensor.neg: [((normal((3, 4)),), {})],
-    tensor.power: [((positive,), {"exponent": p}) for p in (0, 1, 2, 3, -1, 0.5, -1.5)] + [((normal((5,)),), {"exponent": 2})],
+    tensor.power: [((positive,), {"exponent": p}) for p in (0, 1, 2, 3, -1, 0.5, -1.5)]
+    + [((normal((5,)),), {"exponent": 2})],
     tensor.exp: [((normal((3, 4)),), {})],
     tensor.log: [((positive,), {})],
     tensor.sqrt: [((positive,), {})],
@@ -36,18 +51,32 @@ CASES = {
         ((normal((2, 3, 4)), normal((4, 5))), {}),
         ((normal((2, 1, 3, 4)), normal((6, 4, 5))), {}),
     ],
-    tensor.reduce_sum: [((normal((2, 3, 4)),), {"axis": a, "keepdims": k}) for a in (None, 1, (0, 2), -1) for k in (False, True)],
-    tensor.reduce_mean: [((normal((2, 3, 4)),), {"axis": a, "keepdims": k}) for a in (None, 1, (0, 2), -1) for k in (False, True)],
+    tensor.reduce_sum: [
+        ((normal((2, 3, 4)),), {"axis": a, "keepdims": k}) for a in (None, 1, (0, 2), -1) for k in (False, True)
+    ],
+    tensor.reduce_mean: [
+        ((normal((2, 3, 4)),), {"axis": a, "keepdims": k}) for a in (None, 1, (0, 2), -1) for k in (False, True)
+    ],
     tensor.reshape: [((normal((2, 6)),), {"shape": s}) for s in ((3, 4), (-1,), (2, 1, 6))],
     tensor.transpose: [((normal((2, 3, 4)),), {"axes": a}) for a in ((), (1, 2, 0), (0, -1, 1))],
     tensor.getitem: [
         ((normal((4, 5, 6)),), {"index": i})
-        for i in (1, -1, slice(1, 3), (slice(None), 2), (..., None, slice(None, None, 2)), (slice(None, None, -1), 0, 3))
+        for i in (
+            1,
+            -1,
+            slice(1, 3),
+            (slice(None), 2),
+            (..., None, slice(None, None, 2)),
+            (slice(None, None, -1), 0, 3),
+        )
     ],
     functional.sigmoid: [((normal((3, 4)) * 3,), {})],
     functional.silu: [((normal((3, 4)) * 3,), {})],
     functional.softmax: [((normal((3, 4)),), {"axis": a}) for a in (-1, 0)],
-    functional.concat: [((normal((2, 3)), normal((2, 4)), normal((2, 1))), {}), ((normal((2, 3)), normal((5, 3))), {"axis": 0})],
+    functional.concat: [
+        ((normal((2, 3)), normal((2, 4)), normal((2, 1))), {}),
+        ((normal((2, 3)), normal((5, 3))), {"axis": 0}),
+    ],
     functional.linear: [
         ((normal((3, 4)), normal((4, 5)), normal((5,))), {}),
         ((normal((2, 3, 4)), normal((4, 5)), normal((5,))), {}),
@@ -60,7 +89,9 @@ CASES = {
         ((normal((1, 4, 4, 3)), normal((1, 1, 3, 2)), None), {}),
     ],
     conv.upsample: [((normal((2, 3, 4, 2)),), {})],
-    fused.group_norm: [((normal((2, 3, 3, 6)), normal((6,)), normal((6,))), {"groups": 3, "silu": s}) for s in (False, True)],
+    fused.group_norm: [
+        ((normal((2, 3, 3, 6)), normal((6,)), normal((6,))), {"groups": 3, "silu": s}) for s in (False, True)
+    ],
     fused.attention: [((normal((2, 4, 6)), normal((2, 5, 6)), normal((2, 5, 6))), {"heads": h}) for h in (1, 2)],
 }
 
@@ -172,7 +203,9 @@ def test_reductions_over_any_axes(shape, data, keepdims, seed):
     x = np.random.default_rng(seed).standard_normal(shape)
     for f, plain in ((reduce_sum, np.sum), (reduce_mean, np.mean)):
         check_op(f, x, axis=axis, keepdims=keepdims)
-        np.testing.assert_array_equal(f(Tensor(x), axis=axis, keepdims=keepdims).data, plain(x, axis=axis, keepdims=keepdims))
+        np.testing.assert_array_equal(
+            f(Tensor(x), axis=axis, keepdims=keepdims).data, plain(x, axis=axis, keepdims=keepdims)
+        )
 
 
 @given(n=st.integers(1, 4), k=st.integers(1, 4), m=st.integers(1, 4), seed=SEEDS,
@@ -231,7 +264,13 @@ def test_softmax_is_a_distribution_and_ignores_shifts(shape, seed, shift):
     np.testing.assert_allclose(y, reference.softmax(x), rtol=1e-9)
 
 
-@given(rows=array_shapes(min_dims=1, max_dims=3, max_side=4), c=st.integers(1, 5), o=st.integers(1, 5), bias=st.booleans(), seed=SEEDS)
+@given(
+    rows=array_shapes(min_dims=1, max_dims=3, max_side=4),
+    c=st.integers(1, 5),
+    o=st.integers(1, 5),
+    bias=st.booleans(),
+    seed=SEEDS,
+)
 def test_linear_over_any_leading_axes(rows, c, o, bias, seed):
     r = np.random.default_rng(seed)
     x, w, b = r.standard_normal((*rows, c)), r.standard_normal((c, o)), r.standard_normal(o) if bias else None
@@ -290,7 +329,9 @@ class TestDropout:
 
 class TestBadInput:
     def test_linear(self):
-        with pytest.raises(ValueError, match=r"x: last axis must be 4 to fit w of shape \(4, 2\), got x of shape \(3, 5\)"):
+        with pytest.raises(
+            ValueError, match=r"x: last axis must be 4 to fit w of shape \(4, 2\), got x of shape \(3, 5\)"
+        ):
             linear(Tensor(normal((3, 5))), normal((4, 2)))
 
     def test_mse_does_not_broadcast(self):

@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "checkpoint": NETWORK | {"schedule", "diffusion"},
 }
 # other packages, and the only files that may import them
-ONLY_IN = {"cupy": {"backend"}, "threading": {"tensor", "parallel"}, "concurrent": {"parallel"}, "threadpoolctl": {"parallel"},
+ONLY_IN = {"cupy": {"backend"}, "threading": {"tensor", "parallel"}, "concurrent": {"parallel"},
+           "threadpoolctl": {"parallel"},
            "mpi4py": {"parallel"}, "PIL": {"image", "data"}, "matplotlib": {"image"}, "safetensors": {"checkpoint"},
            "torch": set(), "diffusers": set(), "scipy": set(), "numba": set(), "pickle": set()}  # fmt: skip
 
@@ -101,9 +102,26 @@ def test_the_budget_of_lines():
 def test_every_file_and_every_public_name_says_what_it_is_for(name):
     tree = ast.parse((PACKAGE / f"{name}.py").read_text())
     assert ast.get_docstring(tree)
-    plain = {"add", "sub", "mul", "div", "neg", "exp", "log", "sqrt", "tanh", "reduce_sum", "reduce_mean", "reshape"}  # NumPy's own
+    plain = {
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "exp",
+        "log",
+        "sqrt",
+        "tanh",
+        "reduce_sum",
+        "reduce_mean",
+        "reshape",
+    }  # NumPy's own
     for node in tree.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_") and node.name not in plain:
+        if (
+            isinstance(node, (ast.FunctionDef, ast.ClassDef))
+            and not node.name.startswith("_")
+            and node.name not in plain
+        ):
             assert ast.get_docstring(node), f"{name}.{node.name}"
 
 
@@ -113,5 +131,8 @@ def test_public_names():
 
 
 def test_import_loads_no_extra():
-    code = "import sys, tinyddpm; print([m for m in ('cupy', 'mpi4py', 'matplotlib', 'torch', 'hypothesis', 'PIL') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    extras = ("cupy", "mpi4py", "matplotlib", "torch", "hypothesis", "PIL")
+    code = f"import sys, tinyddpm; print([m for m in {extras} if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

@@ -26,7 +26,11 @@ IMAGES = np.random.default_rng(0).uniform(-1, 1, (23, 4, 4, 1)).astype(np.float3
 
 class TestFlat:
     def test_parameters_become_views_of_one_vector(self):
-        parameters = [Parameter(np.arange(6.0).reshape(2, 3)), Parameter(np.array(7.0)), Parameter(np.array([8.0, 9.0]))]
+        parameters = [
+            Parameter(np.arange(6.0).reshape(2, 3)),
+            Parameter(np.array(7.0)),
+            Parameter(np.array([8.0, 9.0])),
+        ]
         theta = flatten(parameters)
         assert theta.tolist() == [0, 1, 2, 3, 4, 5, 7, 8, 9]
         assert [p.shape for p in parameters] == [(2, 3), (), (2,)]
@@ -35,7 +39,16 @@ class TestFlat:
 
     def test_gradients_are_laid_out_alike_and_missing_ones_are_zero(self):
         a, b, c = Parameter(np.ones((2, 2))), Parameter(np.ones(3)), Parameter(np.ones(1))
-        assert flat_gradient({c: np.array([5.0]), a: np.arange(4.0).reshape(2, 2)}, [a, b, c]).tolist() == [0, 1, 2, 3, 0, 0, 0, 5]
+        assert flat_gradient({c: np.array([5.0]), a: np.arange(4.0).reshape(2, 2)}, [a, b, c]).tolist() == [
+            0,
+            1,
+            2,
+            3,
+            0,
+            0,
+            0,
+            5,
+        ]
 
 
 class TestAdam:
@@ -148,7 +161,7 @@ class TestWorkers:
     def test_blas_is_held_to_one_thread_meanwhile(self):
         from threadpoolctl import threadpool_info
 
-        threads = lambda: {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}  # noqa: E731
+        threads = lambda: {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
         before = threads()
         with worker_threads(2):
             assert threads() <= {1}
@@ -192,7 +205,9 @@ class TestTrain:
         np.testing.assert_allclose([s.lr for s in states], [0.0025, 0.005, 0.0075, 0.01, 0.01])
         assert all(math.isfinite(s.loss) and s.grad_norm > 0 for s in states)
         assert states[-1].optimizer.n == 5 and states[-1].ema.n == 5
-        assert any((a != b).any() for a, b in zip(unet.state_dict().values(), states[-1].ema.model.state_dict().values()))
+        assert any(
+            (a != b).any() for a, b in zip(unet.state_dict().values(), states[-1].ema.model.state_dict().values())
+        )
 
     @pytest.mark.parametrize("dropout", [0.0, 0.3])
     def test_bitwise_the_same_for_any_number_of_workers_and_any_run(self, dropout):
@@ -228,7 +243,9 @@ class TestTrain:
         images = IMAGES.astype(np.float64)
         for micro_batch in (1, 4, 11, 50):
             model = Recorder()
-            (state,) = train(model, Fixed(DIFFUSION.schedule), images, steps=1, batch=11, micro_batch=micro_batch, max_norm=1e9)
+            (state,) = train(
+                model, Fixed(DIFFUSION.schedule), images, steps=1, batch=11, micro_batch=micro_batch, max_norm=1e9
+            )
             gradients.append((state.loss, state.grad_norm))
         x = images[batch_indices(23, 0, 11, 0)]
         loss, gradient = ((x - 0.3) ** 2).mean(), abs((2 * (x - 0.3) * x).mean())
@@ -276,7 +293,9 @@ class TestTrain:
         training = train(unet, DIFFUSION, images, steps=5, batch=11, micro_batch=4, lr=0.01, seed=3)
         next(training)
         good = unet.state_dict()
-        with pytest.raises(FloatingPointError, match="step 2: the loss is nan, the gradient's norm nan; try a lower lr than 0.01"):
+        with pytest.raises(
+            FloatingPointError, match="step 2: the loss is nan, the gradient's norm nan; try a lower lr than 0.01"
+        ):
             next(training)
         assert all((good[name] == value).all() for name, value in unet.state_dict().items())
 
@@ -298,7 +317,10 @@ class TestTrain:
             ({"max_norm": 0}, "max_norm: expected a number > 0, got 0"),
             ({"ema_decay": 1}, r"decay: expected a number in \[0, 1\), got 1"),
             ({"workers": -2}, "workers: expected at least 1, got -2"),
-            ({"images": IMAGES[:0]}, r"images: expected float32 \(M, H, W, C\) with M >= 1, got float32 \(0, 4, 4, 1\)"),
+            (
+                {"images": IMAGES[:0]},
+                r"images: expected float32 \(M, H, W, C\) with M >= 1, got float32 \(0, 4, 4, 1\)",
+            ),
             ({"images": IMAGES[0]}, r"images: expected float32 \(M, H, W, C\)"),
             ({"images": IMAGES.astype(np.float64)}, r"images: expected float32 .* got float64 \(23, 4, 4, 1\)"),
         ],

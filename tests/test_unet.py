@@ -32,8 +32,9 @@ def batch(n=2, size=8, channels=1, dtype=np.float32, seed=0):
 
 @settings(max_examples=15)
 @given(
-    channels=st.lists(st.sampled_from([4, 8, 12]), min_size=1, max_size=3).map(tuple), blocks=st.integers(1, 2),
-    seed=st.integers(0, 100), images=st.sampled_from([(1, 1), (3, 3), (3, 6)]), heads=st.sampled_from([1, 2]), data=st.data(),
+    channels=st.lists(st.sampled_from([4, 8, 12]), min_size=1, max_size=3).map(tuple),
+    blocks=st.integers(1, 2), seed=st.integers(0, 100), images=st.sampled_from([(1, 1), (3, 3), (3, 6)]),
+    heads=st.sampled_from([1, 2]), data=st.data(),
 )  # fmt: skip
 def test_any_architecture_runs_and_every_parameter_is_reached(channels, blocks, seed, images, heads, data):
     attention = tuple(data.draw(st.booleans()) for _ in channels)
@@ -54,7 +55,16 @@ def test_it_starts_as_zero_since_its_last_convolution_does():
 
 def test_the_layers_that_start_as_zero_are_those_of_ho_et_al():
     zero = [name for name, p in UNet(**TINY).named_parameters().items() if name.endswith(".w") and not p.data.any()]
-    blocks = ["down.0.res.0", "down.1.res.0", "middle1", "middle2", "up.0.res.0", "up.0.res.1", "up.1.res.0", "up.1.res.1"]
+    blocks = [
+        "down.0.res.0",
+        "down.1.res.0",
+        "middle1",
+        "middle2",
+        "up.0.res.0",
+        "up.0.res.1",
+        "up.1.res.0",
+        "up.1.res.1",
+    ]
     attention = ["down.1.attention.0", "middle_attention", "up.0.attention.0", "up.0.attention.1"]
     assert set(zero) == {f"{b}.conv2.w" for b in blocks} | {f"{a}.attention.out.w" for a in attention} | {"conv_out.w"}
 
@@ -77,7 +87,9 @@ def test_number_of_parameters():
 
 
 def test_the_parameters_of_the_same_network_in_diffusers():
-    assert UNet().size == 3_939_393  # UNet2DModel(block_out_channels=(32, 64, 128), layers_per_block=2, attention at 7x7)
+    assert (
+        UNet().size == 3_939_393
+    )  # UNet2DModel(block_out_channels=(32, 64, 128), layers_per_block=2, attention at 7x7)
 
 
 def test_the_whole_gradient_in_float64():
@@ -85,7 +97,7 @@ def test_the_whole_gradient_in_float64():
     x, t = batch(dtype=np.float64)
     image, weights = Parameter(x), np.random.default_rng(3).standard_normal(x.shape)
     rng = np.random.default_rng(4)
-    loss = lambda: (unet(image, t) * weights).sum()  # noqa: E731
+    loss = lambda: (unet(image, t) * weights).sum()
     for _ in range(3):
         gradients = check_model(loss, [image, *unet.parameters()], rng, h=1e-6)
     assert {g.dtype for g in gradients.values()} == {np.dtype("float64")}

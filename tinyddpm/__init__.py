@@ -6,8 +6,8 @@
     diffusion = Diffusion(make_schedule("linear", 1000))
     images = sample(diffusion, unet, shape=(16, 28, 28, 1))
 
-Read it in this order: tensor.py (autograd), functional.py, conv.py, fused.py (the ops), nn.py and unet.py (the network),
-schedule.py, diffusion.py and sample.py (diffusion), optim.py and train.py (learning).
+Read it in this order: tensor.py (autograd), functional.py, conv.py, fused.py (the ops), nn.py and unet.py (the
+network), schedule.py, diffusion.py and sample.py (diffusion), optim.py and train.py (learning).
 """
 
 from .checkpoint import load_model, save_model

@@ -1,9 +1,9 @@
 """Convolution of images in NHWC layout, and nearest-neighbour upsampling.
 
 A convolution is one matrix product. `columns` lays the kh x kw x C pixels that each output sees side by side in a row
-(im2col; Chellapilla et al. 2006), the filters are the columns of the other matrix. Its two gradients are convolutions too:
-the one with respect to the filters is `columns` transposed times the gradient, the one with respect to the image is a
-convolution of the gradient with the filters turned by 180 degrees (Dumoulin & Visin 2016).
+(im2col; Chellapilla et al. 2006), the filters are the columns of the other matrix. Its two gradients are convolutions
+too: the one with respect to the filters is `columns` transposed times the gradient, the one with respect to the image
+is a convolution of the gradient with the filters turned by 180 degrees (Dumoulin & Visin 2016).
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def correlate(x: Array, w: Array, stride: int, pad: Padding) -> Array:
 
 
 def correlate_grad_w(x: Array, g: Array, shape: tuple[int, ...], stride: int, pad: Padding) -> Array:
-    """Gradient of `correlate` for w, given dL/dy = g: dw[u, v, c, o] = sum_{n, i, j} x[n, i*s+u, j*s+v, c] g[n, i, j, o]."""
+    """Gradient of `correlate` for w, from dL/dy = g: dw[u,v,c,o] = sum_{n,i,j} x[n, i*s+u, j*s+v, c] g[n,i,j,o]."""
     cols, _ = columns(x, shape[0], shape[1], stride, pad)
     return (cols.T @ g.reshape(-1, shape[3])).reshape(shape)
 
 
 def correlate_grad_x(g: Array, w: Array, stride: int, pad: Padding, shape: tuple[int, ...]) -> Array:
-    """Gradient of `correlate` for x, given dL/dy = g: spread g out by the stride, then convolve with w turned around."""
+    """Gradient of `correlate` for x, from dL/dy = g: spread g out by the stride, then convolve with w turned around."""
     kh, kw = w.shape[:2]
     spread = array_module(g).zeros((shape[0], shape[1] + kh - 1, shape[2] + kw - 1, w.shape[3]), g.dtype)
     to_rows, from_rows = _spread(g.shape[1], stride, kh - 1 - pad[0][0], spread.shape[1])
@@ -88,7 +88,7 @@ def columns(x: Array, kh: int, kw: int, stride: int, pad: Padding) -> tuple[Arra
 
 
 def _spread(size: int, stride: int, start: int, room: int) -> tuple[slice, slice]:
-    """Where entries 0 ... size-1 go if entry i is put at start + i*stride: (slice of 0 ... room-1, slice of entries)."""
+    """Where entries 0 ... size-1 go if entry i is put at start + i*stride: (slice of 0 ... room-1, slice of them)."""
     first = max(0, -(start // stride))  # the first entry at or after 0: ceil(-start / stride)
     last = min(size, max(first, (room - 1 - start) // stride + 1))
     begin = start + first * stride

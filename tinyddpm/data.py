@@ -1,7 +1,7 @@
 """Data: the bundled digits, and the order in which training draws images.
 
-The package carries 10,000 of MNIST's training digits (LeCun, Cortes & Burges; see digits/LICENSE.txt) as one picture, so that
-everything runs offline.
+The package carries 10,000 of MNIST's training digits (LeCun, Cortes & Burges; see digits/LICENSE.txt) as one picture,
+so that everything runs offline.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _SIZE, _ROWS, _COLUMNS = 28, 100, 100  # the picture's tiles; ten rows for each 
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return the bundled digits: images (10000, 28, 28, 1), float32 in [-1, 1], and labels (10000,), 1,000 of each of 0 ... 9."""
+    """Return the bundled digits: images (10000, 28, 28, 1), float32 in [-1, 1], and their labels (10000,)."""
     from PIL import Image
 
     with Image.open(DIGITS) as picture:
@@ -34,7 +34,7 @@ def random_stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
 
 
 def batch_indices(n: int, step: int, batch: int, seed: int) -> np.ndarray:
-    """Which of n images make up the batch of `step`: entries step*batch ... of an endless row of permutations of 0 ... n-1.
+    """Which of n images make up the batch of `step`: entries step*batch ... of an endless row of permutations of them.
 
     Every image comes once per epoch, and any step's batch can be had without the steps before it.
     """

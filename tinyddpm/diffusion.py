@@ -3,7 +3,8 @@
     forward    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)         adds a little noise, T times
     reverse    p(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I)              takes it away again, learned
 
-The network is any callable `model(x_t, t)`. Images are (N, H, W, C) floats in [-1, 1], t is (N,), one timestep per image.
+The network is any callable `model(x_t, t)`. Images are (N, H, W, C) floats in [-1, 1], t is (N,), one timestep per
+image.
 """
 
 from __future__ import annotations
@@ -67,14 +68,15 @@ class Diffusion:
         return self._at(np.sqrt(alpha_bar), t, x0) * x0 + self._at(np.sqrt(1 - alpha_bar), t, x0) * eps
 
     def predict_x0(self, x_t: Array, t: np.ndarray, eps: Array) -> Array:
-        """The x_0 that `q_sample` would have taken to x_t with this noise: (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
+        """Undo `q_sample`, given the noise: x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
         alpha_bar = self.schedule.alpha_bar
         return (x_t - self._at(np.sqrt(1 - alpha_bar), t, x_t) * eps) / self._at(np.sqrt(alpha_bar), t, x_t)
 
     def posterior_mean(self, x0: Array, x_t: Array, t: np.ndarray) -> Array:
         """Mean of q(x_{t-1} | x_t, x_0), the step back if x_0 were known (equation 7):
 
-            sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0 + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
+        sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0 + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
+        x_t
         """
         s = self.schedule
         return self._at(s.posterior_mean_x0, t, x0) * x0 + self._at(s.posterior_mean_xt, t, x_t) * x_t

@@ -87,7 +87,7 @@ def mse(a, b):
 
 
 def dropout(x: Tensor, p: float, rng: np.random.Generator | None = None) -> Tensor:
-    """Zero each element with probability `p` and scale the rest by 1 / (1 - p); without a generator, return `x` as it is.
+    """Zero each element with probability `p` and scale the rest by 1 / (1 - p); without a generator, return `x`.
 
     There is no training flag: whoever trains hands over a generator. Srivastava et al. 2014.
     """

@@ -34,7 +34,9 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
     if groups < 1 or C % groups:
         raise ValueError(f"groups: {groups} does not divide the {C} channels of x; use a divisor of {C}")
     if gamma.shape != (C,) or beta.shape != (C,):
-        raise ValueError(f"gamma, beta: expected shape ({C},) for x of shape {x.shape}, got {gamma.shape}, {beta.shape}")
+        raise ValueError(
+            f"gamma, beta: expected shape ({C},) for x of shape {x.shape}, got {gamma.shape}, {beta.shape}"
+        )
     rows = x.reshape(N, -1, C)
 
     def group_mean(sums: Array) -> Array:

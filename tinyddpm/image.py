@@ -41,7 +41,7 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int = 2, gap: in
 
 
 def noising_strip(diffusion, x0: np.ndarray, rng: np.random.Generator, columns: int = 10) -> Image.Image:
-    """One row for each image of x0 (N, H, W, C): x_0, then x_t at evenly spaced t up to T-1, all with the same noise."""
+    """A row for each image of x0 (N, H, W, C): x_0, then x_t at evenly spaced t up to T-1, all with the same noise."""
     eps = rng.standard_normal(x0.shape).astype(x0.dtype)
     ts = np.linspace(0, diffusion.T - 1, columns).round().astype(int)[1:]
     steps = [x0] + [diffusion.q_sample(x0, np.full(len(x0), t), eps) for t in ts]

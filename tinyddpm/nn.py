@@ -55,7 +55,7 @@ class Module:
         return device_of(self.parameters()[0].data)
 
     def to(self, device: str | None = None, dtype=None) -> Module:
-        """Move the parameters to `device` ("cpu", "cuda", "cuda:N") and convert them to `dtype`, in place; return self."""
+        """Move the parameters to `device` ("cpu", "cuda", "cuda:N"), convert them to `dtype`, in place; return self."""
         if dtype is not None and np.dtype(dtype).kind != "f":
             raise ValueError(f"dtype: expected a floating-point type such as 'float32' or 'float64', got {dtype!r}")
         for p in self.parameters():
@@ -107,7 +107,14 @@ class Conv2d(Module):
     """Convolution of images (N, H, W, inputs) -> (N, OH, OW, outputs); see `tinyddpm.conv.conv2d`."""
 
     def __init__(
-        self, inputs: int, outputs: int, kernel: int, rng: np.random.Generator, stride: int = 1, padding=0, scale: float = 1.0
+        self,
+        inputs: int,
+        outputs: int,
+        kernel: int,
+        rng: np.random.Generator,
+        stride: int = 1,
+        padding=0,
+        scale: float = 1.0,
     ):
         area = kernel * kernel
         self.w = _uniform(rng, (kernel, kernel, inputs, outputs), area * inputs, area * outputs, scale)
@@ -131,7 +138,7 @@ class GroupNorm(Module):
 
 
 class Attention(Module):
-    """Self-attention: every position (N, L, channels) looks at all others of its image. The projection starts as zero."""
+    """Self-attention: every position of (N, L, channels) looks at all others of its image; `out` starts as zero."""
 
     def __init__(self, channels: int, heads: int, rng: np.random.Generator):
         self.q, self.k, self.v = (Linear(channels, channels, rng) for _ in range(3))

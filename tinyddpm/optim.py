@@ -1,7 +1,7 @@
-"""Optimisation on one flat vector: Adam, gradient clipping, warm-up, and the moving average that samples are drawn from.
+"""Optimisation on one flat vector: Adam, gradient clipping, warm-up, and the moving average to draw samples from.
 
-`flatten` lays all parameters of a model out in one vector theta of which each parameter becomes a view. An update of the
-whole model is then a few long vector operations that read like the papers' equations.
+`flatten` lays all parameters of a model out in one vector theta of which each parameter becomes a view. An update of
+the whole model is then a few long vector operations that read like the papers' equations.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ def flatten(parameters: list[Parameter]) -> Array:
 def flat_gradient(gradients: dict[Parameter, Array], parameters: list[Parameter]) -> Array:
     """Lay out what `backward` returned in the order of `parameters`, as one vector (P,); what is missing is 0."""
     xp = array_module(parameters[0].data)
-    return xp.concatenate([gradients[p].reshape(-1) if p in gradients else xp.zeros(p.data.size, p.dtype) for p in parameters])
+    return xp.concatenate(
+        [gradients[p].reshape(-1) if p in gradients else xp.zeros(p.data.size, p.dtype) for p in parameters]
+    )
 
 
 def clip_norm(gradient: Array, max_norm: float) -> Array:
-    """Scale `gradient` in place to Euclidean norm `max_norm` if it is longer; return its norm before (Pascanu et al. 2013)."""
+    """Shorten `gradient` in place to Euclidean norm `max_norm`; return its norm before (Pascanu et al. 2013)."""
     if not max_norm > 0:
         raise ValueError(f"max_norm: expected a number > 0, got {max_norm}")
     xp = array_module(gradient)
@@ -52,14 +54,19 @@ def warmup(lr: float, step: int, steps: int) -> float:
 class Adam:
     """Adam (Kingma & Ba 2015, algorithm 1), with decoupled weight decay (AdamW; Loshchilov & Hutter 2019) if asked.
 
-        m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2
-        theta <- theta - lr (mhat / (sqrt(vhat) + eps) + weight_decay theta),   mhat = m / (1 - b1^n), vhat = v / (1 - b2^n)
+        m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2 theta <- theta - lr (mhat / (sqrt(vhat) + eps) + weight_decay
+        theta),   mhat = m / (1 - b1^n), vhat = v / (1 - b2^n)
 
     Args: theta: the vector (P,) from `flatten`, updated in place. Raises ValueError for a setting out of range.
     """
 
     def __init__(
-        self, theta: Array, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0
+        self,
+        theta: Array,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
     ):
         if not (lr > 0 and eps > 0 and weight_decay >= 0):
             raise ValueError(f"lr, eps, weight_decay: expected > 0, > 0, >= 0, got {lr}, {eps}, {weight_decay}")

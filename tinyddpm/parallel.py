@@ -1,8 +1,9 @@
 """Worker threads. The only file that knows of them.
 
-NumPy releases Python's lock inside its kernels, so several threads can each run forward and backward on a micro-batch of
-their own. That keeps every op plain single-threaded NumPy, runs elementwise work in parallel too, and stays in cache; BLAS is
-held to one thread meanwhile. What a micro-batch computes does not depend on who computes it, so neither does the result.
+NumPy releases Python's lock inside its kernels, so several threads can each run forward and backward on a micro-batch
+of their own. That keeps every op plain single-threaded NumPy, runs elementwise work in parallel too, and stays in
+cache; BLAS is held to one thread meanwhile. What a micro-batch computes does not depend on who computes it, so neither
+does the result.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def cpu_count() -> int:
 
 @contextlib.contextmanager
 def worker_threads(count: int | None = None) -> Iterator[Callable]:
-    """Within this block, have `count` threads (None: one per CPU); yields `run(function, items)`, which is `map` on them.
+    """Within this block, have `count` threads (None: one per CPU); yields `run(function, items)`, `map` on them.
 
     Results come in the order of the items; an exception in a worker is raised where its result is taken.
     Raises ValueError if `count` is below 1.
@@ -37,4 +38,7 @@ def worker_threads(count: int | None = None) -> Iterator[Callable]:
 def blas_name() -> str:
     """The BLAS behind NumPy and the kernels it chose, for instance "openblas 0.3.31 SkylakeX"."""
     found = [info for info in threadpool_info() if info["user_api"] == "blas"]
-    return ", ".join(f"{i['internal_api']} {i['version']} {i.get('architecture') or ''}".strip() for i in found) or "unknown"
+    return (
+        ", ".join(f"{i['internal_api']} {i['version']} {i.get('architecture') or ''}".strip() for i in found)
+        or "unknown"
+    )

@@ -1,8 +1,8 @@
 """Samplers: from noise to images. Each is one flat generator to read beside its paper; `sample` runs them.
 
-A sampler works on plain arrays and on the whole batch. `sample` hands it a model that cuts the batch into shards and runs
-them on worker threads, and noise in which every image has a random stream of its own: image i does not depend on how many
-others are made, nor on the number of threads.
+A sampler works on plain arrays and on the whole batch. `sample` hands it a model that cuts the batch into shards and
+runs them on worker threads, and noise in which every image has a random stream of its own: image i does not depend on
+how many others are made, nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from .tensor import as_array, no_grad
 SHARD = 8  # images per forward pass: enough for the matrix products, few enough for the cache
 
 
-def ddpm(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: bool = True) -> Iterator[tuple[int, Array, Array]]:
+def ddpm(
+    diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: bool = True
+) -> Iterator[tuple[int, Array, Array]]:
     """Ancestral sampling (Ho et al. 2020, algorithm 2), yielding (t, x_{t-1}, predicted x_0) for t = T-1 ... 0.
 
         x_{t-1} = mu_tilde(x0hat, x_t) + sigma_t z,   z ~ N(0, I) for t > 0, else 0
@@ -57,7 +59,8 @@ def sample(
 
     Args:
         diffusion: the process the model was trained for.
-        model: callable (x_t, t) -> prediction of the shape of x_t; its `dtype` and `device`, if any, are those of the images.
+        model: callable (x_t, t) -> prediction of the shape of x_t; its `dtype` and `device`, if any, are those of the
+            images.
         shape: (N, H, W, C) of the images to make.
         method: "ddpm".
         steps: how many steps to take; None for all T, which is what "ddpm" takes.
@@ -66,14 +69,17 @@ def sample(
         callback: called as callback(t, x_{t-1}, predicted x_0) after every step.
         workers: threads; None for one per CPU.
 
-    Returns (N, H, W, C), about within [-1, 1]. Raises ValueError for an unknown method, a shape or steps that do not fit.
+    Returns (N, H, W, C), about within [-1, 1]. Raises ValueError for an unknown method, a shape or steps that do not
+    fit.
     """
     if method not in SAMPLERS:
         raise ValueError(f"method: unknown sampler {method!r}; known: {', '.join(SAMPLERS)}")
     if len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape}")
     if steps not in (None, diffusion.T):
-        raise ValueError(f"steps: {method!r} takes all {diffusion.T} steps of the schedule; leave steps out, got {steps}")
+        raise ValueError(
+            f"steps: {method!r} takes all {diffusion.T} steps of the schedule; leave steps out, got {steps}"
+        )
     dtype, device = getattr(model, "dtype", np.dtype("float32")), getattr(model, "device", "cpu")
     streams = np.random.default_rng(rng).spawn(shape[0])
 

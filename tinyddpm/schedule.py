@@ -1,7 +1,7 @@
 """Noise schedules: how much noise each step of the forward process adds (Ho et al. 2020, section 2).
 
-A schedule is the array beta (T,); everything else follows from it. Steps are counted t = 0 ... T-1, and alpha_bar before the
-first step is 1. All tables are float64, read-only and of length T; whoever uses them casts what is gathered.
+A schedule is the array beta (T,); everything else follows from it. Steps are counted t = 0 ... T-1, and alpha_bar
+before the first step is 1. All tables are float64, read-only and of length T; whoever uses them casts what is gathered.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Schedule:
 
     @_table
     def posterior_mean_x0(self) -> np.ndarray:
-        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0): sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) (equation 7)."""
+        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0): sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) (eq. 7)."""
         return np.sqrt(self.alpha_bar_prev) * self.beta / (1 - self.alpha_bar)
 
     @_table

@@ -7,9 +7,9 @@ together with `pull`, a function that turns dL/d(value) into dL/d(each input):
     def mul(a, b):
         return a * b, lambda g: (g * b, g * a)
 
-What backward needs is whatever `pull` closes over; there is no other saved state. `backward(loss)` walks the graph from the
-loss to the parameters, calls every `pull` once and returns {parameter: gradient}. Nothing is written to the parameters, so
-several threads can differentiate through the same ones at once.
+What backward needs is whatever `pull` closes over; there is no other saved state. `backward(loss)` walks the graph from
+the loss to the parameters, calls every `pull` once and returns {parameter: gradient}. Nothing is written to the
+parameters, so several threads can differentiate through the same ones at once.
 """
 
 from __future__ import annotations
@@ -174,8 +174,8 @@ def op(function: Callable) -> Callable:
     function without arguments, called only if someone wants it. Where an input was broadcast, its gradient is summed
     down centrally.
 
-    An op reads its inputs and `g` and writes only to arrays that it made itself. The dtype of its inputs is kept: mixing
-    float32 with float64, or a value of another dtype, raises TypeError. The undecorated function is `op.raw`.
+    An op reads its inputs and `g` and writes only to arrays that it made itself. The dtype of its inputs is kept:
+    mixing float32 with float64, or a value of another dtype, raises TypeError. The undecorated function is `op.raw`.
     """
 
     names = function.__code__.co_varnames[: function.__code__.co_argcount]
@@ -188,9 +188,13 @@ def op(function: Callable) -> Callable:
         value, pull = function(*arrays, **settings)
         y = Tensor(value)
         if y.dtype != dtype:
-            raise TypeError(f"{function.__name__}: {dtype} became {y.dtype}; convert the input that is not a float array")
+            raise TypeError(
+                f"{function.__name__}: {dtype} became {y.dtype}; convert the input that is not a float array"
+            )
         if _mode.recording:
-            parents = tuple(x if isinstance(x, Parameter) or (isinstance(x, Tensor) and x.pull) else None for x in inputs)
+            parents = tuple(
+                x if isinstance(x, Parameter) or (isinstance(x, Tensor) and x.pull) else None for x in inputs
+            )
             if any(parent is not None for parent in parents):
                 y.parents, y.pull, y.op = parents, pull, function.__name__
         return y

@@ -1,8 +1,8 @@
 """The training loop (Ho et al. 2020, algorithm 1), as a generator: it yields its state after every step.
 
-Logging, sampling, saving and stopping are up to whoever iterates. A batch is cut into micro-batches of fixed size, which
-worker threads differentiate side by side; gradients are added up in micro-batch order and each micro-batch has a random
-stream of its own, so the result is the same to the bit for any number of workers.
+Logging, sampling, saving and stopping are up to whoever iterates. A batch is cut into micro-batches of fixed size,
+which worker threads differentiate side by side; gradients are added up in micro-batch order and each micro-batch has a
+random stream of its own, so the result is the same to the bit for any number of workers.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def train(
     ema = EMA(model, ema_decay)
 
     def differentiate(step: int, indices: np.ndarray, start: int) -> tuple[float, np.ndarray]:
-        """Loss and flat gradient of one micro-batch, weighted so that the sum over micro-batches is the batch's mean."""
+        """Loss and flat gradient of one micro-batch, weighted so that the micro-batches add up to the batch's mean."""
         chosen = indices[start : start + micro_batch]
         rng = random_stream(seed, "noise", step, start)
         net = functools.partial(model, rng=rng) if getattr(model, "dropout", 0) else model
@@ -89,7 +89,9 @@ def train(
                 gradient = g if gradient is None else np.add(gradient, g, out=gradient)
             norm = float(clip_norm(gradient, max_norm))
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise FloatingPointError(f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; try a lower lr than {lr}")
+                raise FloatingPointError(
+                    f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; try a lower lr than {lr}"
+                )
             rate = warmup(lr, step, warmup_steps)
             optimizer.step(gradient, rate)
             ema.update(theta)

@@ -25,7 +25,8 @@ def timestep_encoding(t: Array, channels: int) -> np.ndarray:
 
         P(t, i) = sin(t w_i),  P(t, channels/2 + i) = cos(t w_i),  w_i = 10000^(-i / (channels/2 - 1))
 
-    for i = 0 ... channels/2 - 1. Vaswani et al. 2017 interleave the two; a dense layer follows, so the order is no matter.
+    for i = 0 ... channels/2 - 1. Vaswani et al. 2017 interleave the two; a dense layer follows, so the order is no
+    matter.
     """
     half = channels // 2
     angle = t[:, None] * np.exp(-math.log(10000) * np.arange(half) / (half - 1))
@@ -197,13 +198,17 @@ class UNet(Module):
 
 
 def _check(in_channels, out_channels, channels, blocks, attention, heads, groups, dropout) -> None:
-    for name, value in dict(in_channels=in_channels, out_channels=out_channels, blocks=blocks, heads=heads, groups=groups).items():
+    for name, value in dict(
+        in_channels=in_channels, out_channels=out_channels, blocks=blocks, heads=heads, groups=groups
+    ).items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
     if not channels or not all(isinstance(c, int) and c > 0 and c % groups == 0 for c in channels):
         raise ValueError(f"channels: expected one or more multiples of groups = {groups}, got {channels}")
     if channels[0] % 2 or channels[0] < 4:
-        raise ValueError(f"channels: the first must be even and at least 4 for the timestep encoding, got {channels[0]}")
+        raise ValueError(
+            f"channels: the first must be even and at least 4 for the timestep encoding, got {channels[0]}"
+        )
     if len(attention) != len(channels):
         raise ValueError(f"attention: expected {len(channels)} entries, one for each level, got {attention}")
     for c, attends in zip(channels, attention[:-1] + (True,)):  # the middle has the last level's channels
