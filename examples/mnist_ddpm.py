@@ -1,6 +1,6 @@
 """Train a DDPM on handwritten digits and watch them appear: `python examples/mnist_ddpm.py`.
 
-Read from top to bottom, this is the tutorial. Everything that is not in here is in the package, one idea per file.
+Read from top to bottom, this is the tutorial. What is not in here is in the package, one idea to a file.
 """
 
 import argparse
@@ -19,31 +19,18 @@ from tinyddpm.parallel import blas_name, cpu_count
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=int, default=2000, help="training steps")
-    add("--minutes", type=float, default=7.0, help="stop training after so many minutes, even if steps are left")
+    add("--steps", type=int, default=2700, help="training steps")
+    add("--minutes", type=float, default=8.0, help="stop training after so many minutes, even if steps are left")
     add("--batch", type=int, default=32, help="images per step")
     add("--lr", type=float, default=2e-3, help="Adam's learning rate")
-    add(
-        "--channels",
-        type=int,
-        nargs="+",
-        default=[16, 32, 64],
-        help="channels of the U-Net's levels; each level halves the image",
-    )
+    add("--channels", type=int, nargs="+", default=[16, 32, 64], help="of each level; every level halves the image")
     add("--blocks", type=int, default=1, help="residual blocks per level")
-    add(
-        "--dropout",
-        type=float,
-        default=0.0,
-        help="probability of dropping an activation in a residual block, while training",
-    )
+    add("--dropout", type=float, default=0.0, help="probability of dropping an activation while training")
     add("--timesteps", type=int, default=300, help="T, the number of diffusion steps")
     add("--samples", type=int, default=64, help="digits in the final grid")
-    add("--sample-every", type=int, default=500, help="training steps between sample grids")
+    add("--sample-every", type=int, default=1000, help="training steps between sample grids")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--workers", type=int, default=cpu_count(), help="worker threads")
     add("--seed", type=int, default=0, help="the same seed gives the same digits")
@@ -53,9 +40,7 @@ def parse_arguments():
         if not getattr(args, name) > 0:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
     if args.timesteps <= 20:
-        parser.error(
-            f"--timesteps must be greater than 20, got {args.timesteps}: fewer steps cannot get from an image to noise"
-        )
+        parser.error(f"--timesteps must be greater than 20 to get from an image to noise, got {args.timesteps}")
     try:  # better to know now than after the training
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "noising.png").touch()
@@ -82,13 +67,12 @@ def main():
     print(f"device   {args.device}, {args.workers} worker threads, BLAS {blas_name()}")
     print(f"network  U-Net {'-'.join(map(str, args.channels))}, {unet.size:,} parameters")
     print(f"data     {len(images):,} digits of {images.shape[1]} x {images.shape[2]} pixels, T = {args.timesteps}")
-    print(
-        f"training {args.steps:,} steps of {args.batch} images, at most {args.minutes:g} minutes; Ctrl-C stops early and samples"
-    )
-    print(f"results  {args.out.resolve()}", flush=True)
+    print(f"training {args.steps:,} steps of {args.batch} images, at most {args.minutes:g} minutes")
+    print(f"results  {args.out.resolve()}")
+    print("Ctrl-C ends the training early; what was trained is saved and sampled", flush=True)
 
-    first_of_each = images[np.searchsorted(labels, [2, 3, 5, 8])]
-    noising_strip(diffusion, first_of_each, np.random.default_rng(args.seed)).save(args.out / "noising.png")
+    some_digits = images[np.searchsorted(labels, [2, 3, 5, 8])]  # the first of each
+    noising_strip(diffusion, some_digits, np.random.default_rng(args.seed)).save(args.out / "noising.png")
 
     # Ctrl-C asks the training to stop after the step at hand; pressed again, it ends the program at once.
     interrupted = []
@@ -101,9 +85,16 @@ def main():
 
     began, losses = time.monotonic(), []
     training = train(
-        unet, diffusion, images, steps=args.steps, batch=args.batch, lr=args.lr, workers=args.workers, seed=args.seed
+        unet, diffusion, images, args.steps, batch=args.batch, lr=args.lr, workers=args.workers, seed=args.seed
     )
-    with tqdm(total=args.steps, unit="step", dynamic_ncols=True) as bar:
+
+    def draw(n, callback=None):  # from the averaged weights, always starting from the same noise
+        shape = (n, *images.shape[1:])
+        return to_numpy(
+            sample(diffusion, state.ema.model, shape, rng=args.seed, callback=callback, workers=args.workers)
+        )
+
+    with tqdm(total=args.steps, unit="step", desc="training", dynamic_ncols=True) as bar:
         for state in training:
             losses.append(state.loss)
             speed = state.step * args.batch / (time.monotonic() - began)
@@ -112,17 +103,18 @@ def main():
             if interrupted or time.monotonic() - began > 60 * args.minutes:
                 break
             if state.step % args.sample_every == 0 and state.step < args.steps:
-                some = sample(diffusion, state.ema.model, (16, *images.shape[1:]), rng=args.seed, workers=args.workers)
-                grid(to_numpy(some)).save(args.out / f"step_{state.step:05d}.png")
+                grid(draw(16)).save(args.out / f"step_{state.step:05d}.png")
+    training.close()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     save_model(args.out / "model.safetensors", state.ema.model, diffusion)
-    print(f"trained {state.step} steps in {(time.monotonic() - began) / 60:.1f} min; loss {np.mean(losses[-100:]):.4f}")
+    print(f"trained  {state.step:,} steps in {(time.monotonic() - began) / 60:.1f} minutes")
     try:
         save_loss_curve(args.out / "loss.png", losses)
     except ImportError:
         print("no loss curve: that needs matplotlib, pip install 'tinyddpm[plots]'")
 
-    # The reverse process: from pure noise, take a little noise away T times. Keep some of the way for the animation.
+    # The reverse process: from pure noise, take a little noise away T times. Some of the way is kept for the animation.
     frames, every = [], max(1, args.timesteps // 50)
     with tqdm(total=args.timesteps, unit="step", desc="sampling", dynamic_ncols=True) as bar:
 
@@ -131,19 +123,9 @@ def main():
             if t % every == 0:
                 frames.append(grid(to_numpy(x)))
 
-        digits = sample(
-            diffusion,
-            state.ema.model,
-            (args.samples, *images.shape[1:]),
-            rng=args.seed,
-            callback=watch,
-            workers=args.workers,
-        )
-    grid(to_numpy(digits)).save(args.out / "samples.png")
+        grid(draw(args.samples, watch)).save(args.out / "samples.png")
     save_gif(args.out / "denoising.gif", frames)
-    print(
-        f"done in {(time.monotonic() - began) / 60:.1f} min: look at {args.out / 'samples.png'} and {args.out / 'denoising.gif'}"
-    )
+    print(f"done in {(time.monotonic() - began) / 60:.1f} minutes: look at samples.png and denoising.gif in {args.out}")
 
 
 if __name__ == "__main__":

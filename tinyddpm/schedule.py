@@ -68,17 +68,17 @@ class Schedule:
 
     @_table
     def posterior_mean_x0(self) -> np.ndarray:
-        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0): sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) (eq. 7)."""
+        """Of x_0 in the mean of q(x_{t-1} | x_t, x_0): sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t), equation 7."""
         return np.sqrt(self.alpha_bar_prev) * self.beta / (1 - self.alpha_bar)
 
     @_table
     def posterior_mean_xt(self) -> np.ndarray:
-        """Weight of x_t in that mean: sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) (equation 7)."""
+        """Of x_t in that mean: sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), equation 7."""
         return np.sqrt(self.alpha) * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
 
     @_table
     def posterior_variance(self) -> np.ndarray:
-        """beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), which is 0 at t = 0 (equation 7)."""
+        """beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), its variance, equation 7; 0 at t = 0."""
         return self.beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
 
     @_table
