@@ -4,9 +4,11 @@ Read from top to bottom, this is the tutorial. What is not in here is in the pac
 """
 
 import argparse
+import math
 import pathlib
 import signal
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -19,31 +21,36 @@ from tinyddpm.parallel import blas_name, cpu_count
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--steps", type=int, default=2700, help="training steps")
-    add("--minutes", type=float, default=8.0, help="stop training after so many minutes, even if steps are left")
-    add("--batch", type=int, default=32, help="images per step")
-    add("--lr", type=float, default=2e-3, help="Adam's learning rate")
-    add("--channels", type=int, nargs="+", default=[16, 32, 64], help="of each level; every level halves the image")
-    add("--blocks", type=int, default=1, help="residual blocks per level")
-    add("--dropout", type=float, default=0.0, help="probability of dropping an activation while training")
-    add("--timesteps", type=int, default=300, help="T, the number of diffusion steps")
-    add("--samples", type=int, default=64, help="digits in the final grid")
-    add("--sample-every", type=int, default=1000, help="training steps between sample grids")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N")
-    add("--workers", type=int, default=cpu_count(), help="worker threads")
-    add("--seed", type=int, default=0, help="the same seed gives the same digits")
-    add("--out", type=pathlib.Path, default=pathlib.Path("runs/mnist"), help="folder for the results")
+    add("--steps", type=int, help="training steps [2700, or as many as --minutes allows]")
+    add("--minutes", type=float, help="stop training after so many minutes [8, or no limit if --steps is given]")
+    add("--batch", type=int, default=32, help="images per step [%(default)s]")
+    add("--lr", type=float, default=2e-3, help="Adam's learning rate [%(default)s]")
+    add("--channels", type=int, nargs="+", default=[16, 32, 64], help="of the U-Net's levels [16 32 64]")
+    add("--blocks", type=int, default=1, help="residual blocks per level [%(default)s]")
+    add("--dropout", type=float, default=0.0, help="probability of dropping an activation while training [%(default)s]")
+    add("--timesteps", type=int, default=300, help="T, the number of diffusion steps [%(default)s]")
+    add("--samples", type=int, default=64, help="digits in the final grid [%(default)s]")
+    add("--sample-every", type=int, default=1000, help="training steps between sample grids [%(default)s]")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
+    add("--workers", type=int, default=cpu_count(), help="worker threads [one per CPU: %(default)s]")
+    add("--seed", type=int, default=0, help="the same seed and steps give the same digits [%(default)s]")
+    add("--out", type=pathlib.Path, default=pathlib.Path("runs/mnist"), help="folder for the results [%(default)s]")
     args = parser.parse_args()
+    if args.steps is None and args.minutes is None:
+        args.steps, args.minutes = 2700, 8.0
     for name in ("steps", "minutes", "batch", "lr", "blocks", "timesteps", "samples", "sample_every", "workers"):
-        if not getattr(args, name) > 0:
-            parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
     if args.timesteps <= 20:
         parser.error(f"--timesteps must be greater than 20 to get from an image to noise, got {args.timesteps}")
+    if args.seed < 0:
+        parser.error(f"--seed must be 0 or greater, got {args.seed}")
     try:  # better to know now than after the training
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "noising.png").touch()
+        tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
         parser.error(f"--out: cannot write to {args.out}: {error.strerror}")
     return args
@@ -67,9 +74,12 @@ def main():
     print(f"device   {args.device}, {args.workers} worker threads, BLAS {blas_name()}")
     print(f"network  U-Net {'-'.join(map(str, args.channels))}, {unet.size:,} parameters")
     print(f"data     {len(images):,} digits of {images.shape[1]} x {images.shape[2]} pixels, T = {args.timesteps}")
-    print(f"training {args.steps:,} steps of {args.batch} images, at most {args.minutes:g} minutes")
-    print(f"results  {args.out.resolve()}")
-    print("Ctrl-C ends the training early; what was trained is saved and sampled", flush=True)
+    print(
+        f"training {args.batch} images a step; ends after {args.steps} steps or {args.minutes} minutes".replace(
+            "None", "any"
+        )
+    )
+    print(f"results  {args.out.resolve()}", flush=True)
 
     some_digits = images[np.searchsorted(labels, [2, 3, 5, 8])]  # the first of each
     noising_strip(diffusion, some_digits, np.random.default_rng(args.seed)).save(args.out / "noising.png")
@@ -80,32 +90,36 @@ def main():
     def stop_politely(signum, frame):
         interrupted.append(signum)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+        print("\nCtrl-C: what was trained is saved and sampled in a moment; again to quit at once", flush=True)
 
     signal.signal(signal.SIGINT, stop_politely)
 
-    began, losses = time.monotonic(), []
-    training = train(
-        unet, diffusion, images, args.steps, batch=args.batch, lr=args.lr, workers=args.workers, seed=args.seed
-    )
+    steps, seconds = args.steps or sys.maxsize, 60 * (args.minutes or math.inf)
+    training = train(unet, diffusion, images, steps, args.batch, lr=args.lr, workers=args.workers, seed=args.seed)
+    losses, began, busy = [], time.monotonic(), 0.0  # `busy`: seconds of training, without those of drawing
 
     def draw(n, callback=None):  # from the averaged weights, always starting from the same noise
-        shape = (n, *images.shape[1:])
-        return to_numpy(
-            sample(diffusion, state.ema.model, shape, rng=args.seed, callback=callback, workers=args.workers)
-        )
+        settings = {"rng": args.seed, "workers": args.workers, "callback": callback}
+        return to_numpy(sample(diffusion, state.ema.model, (n, *images.shape[1:]), **settings))
 
-    with tqdm(total=args.steps, unit="step", desc="training", dynamic_ncols=True) as bar:
+    with tqdm(unit="step", desc="training", dynamic_ncols=True) as bar:
+        resumed = began
         for state in training:
             losses.append(state.loss)
-            speed = state.step * args.batch / (time.monotonic() - began)
+            busy, gone = busy + time.monotonic() - resumed, time.monotonic() - began
+            bar.total = int(min(steps, max(state.step, state.step * seconds / gone)))
+            speed = state.step * args.batch / busy
             bar.set_postfix_str(f"loss {np.mean(losses[-100:]):.4f}, {speed:.0f} images/s", refresh=False)
             bar.update()
-            if interrupted or time.monotonic() - began > 60 * args.minutes:
+            if interrupted or gone > seconds:
                 break
-            if state.step % args.sample_every == 0 and state.step < args.steps:
-                grid(draw(16)).save(args.out / f"step_{state.step:05d}.png")
+            if state.step % args.sample_every == 0 and state.step < steps:
+                try:
+                    grid(draw(16)).save(args.out / f"step_{state.step:05d}.png")
+                except OSError as error:  # a full disk, perhaps: no reason to lose the training
+                    bar.write(f"no grid after {state.step} steps: {error}")
+            resumed = time.monotonic()
     training.close()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     save_model(args.out / "model.safetensors", state.ema.model, diffusion)
     print(f"trained  {state.step:,} steps in {(time.monotonic() - began) / 60:.1f} minutes")
@@ -113,6 +127,7 @@ def main():
         save_loss_curve(args.out / "loss.png", losses)
     except ImportError:
         print("no loss curve: that needs matplotlib, pip install 'tinyddpm[plots]'")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     # The reverse process: from pure noise, take a little noise away T times. Some of the way is kept for the animation.
     frames, every = [], max(1, args.timesteps // 50)
@@ -131,5 +146,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, RuntimeError, FloatingPointError) as error:  # these say what was wrong and what would be right
+    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong, and mend
         sys.exit(f"mnist_ddpm.py: {error}")

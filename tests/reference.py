@@ -64,3 +64,53 @@ def adam(theta, gradients, lr, b1, b2, eps, weight_decay):
             mhat, vhat = m[i] / (1 - b1**n), v[i] / (1 - b2**n)
             theta[i] -= lr * (mhat / (vhat**0.5 + eps) + weight_decay * theta[i])
     return np.array(theta)
+
+
+def unet(p, x, t, channels, blocks, attention_at, heads, groups):
+    """eps_theta(x_t, t) of Ho et al. 2020 from the parameters p = {name: array}, layer by layer."""
+
+    def conv(name, x, stride=1, padding=((1, 1), (1, 1))):
+        return conv2d(x, p[name + ".w"], p[name + ".b"], stride, padding)
+
+    def dense(name, x):
+        return x @ p[name + ".w"] + p[name + ".b"]
+
+    def norm(name, x):
+        return group_norm(x, p[name + ".gamma"], p[name + ".beta"], groups, 1e-6, False)
+
+    def block(name, x):
+        h = conv(name + ".conv1", silu(norm(name + ".norm1", x)))
+        h = h + dense(name + ".time", silu(temb))[:, None, None, :]
+        h = conv(name + ".conv2", silu(norm(name + ".norm2", h)))
+        if name + ".shortcut.w" in p:
+            x = conv(name + ".shortcut", x, padding=((0, 0), (0, 0)))
+        return x + h
+
+    def attend(name, x):
+        N, H, W, C = x.shape
+        h = norm(name + ".norm", x).reshape(N, H * W, C)
+        q, k, v = (dense(f"{name}.attention.{part}", h) for part in "qkv")
+        return x + dense(name + ".attention.out", attention(q, k, v, heads)).reshape(N, H, W, C)
+
+    half = channels[0] // 2
+    angle = t[:, None] / 10000 ** (np.arange(half) / (half - 1))
+    temb = dense("time2", silu(dense("time1", np.concatenate([np.sin(angle), np.cos(angle)], axis=1))))
+
+    h = conv("conv_in", x)
+    skips = [h]
+    for i in range(len(channels)):
+        for j in range(blocks):
+            h = block(f"down.{i}.res.{j}", h)
+            h = attend(f"down.{i}.attention.{j}", h) if attention_at[i] else h
+            skips.append(h)
+        if i < len(channels) - 1:
+            h = conv(f"down.{i}.resize", h, 2, ((0, 1), (0, 1)))
+            skips.append(h)
+    h = block("middle2", attend("middle_attention", block("middle1", h)))
+    for u, i in enumerate(reversed(range(len(channels)))):
+        for j in range(blocks + 1):
+            h = block(f"up.{u}.res.{j}", np.concatenate([h, skips.pop()], axis=3))
+            h = attend(f"up.{u}.attention.{j}", h) if attention_at[i] else h
+        if i > 0:
+            h = conv(f"up.{u}.resize", upsample(h))
+    return conv("conv_out", silu(norm("norm_out", h)))

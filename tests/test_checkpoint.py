@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule, sample, save_model
@@ -35,11 +36,11 @@ def test_an_older_file_is_replaced_or_left_whole(tmp_path, monkeypatch):
 
     def disk_full(tensors, filename, metadata):
         filename.write_bytes(b"half of it")
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("I/O error: No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr("tinyddpm.checkpoint.save_file", disk_full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="path: cannot write .*m.safetensors: I/O error: No space left"):
             save_model(path, UNet(**TINY, rng=2), DIFFUSION)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
     save_model(path, UNet(**TINY, rng=2), DIFFUSION)
@@ -105,7 +106,7 @@ class TestBadInput:
     def test_a_configuration_that_does_not_fit(self, tmp_path, change, message):
         unet = UNet(**TINY)
         config = {
-            "unet": unet.config, "schedule": {"name": "linear", "T": 5},
+            "unet": unet.config, "schedule": {"name": "linear", "T": 1000},
             "diffusion": {"objective": "eps", "variance": "small"},
         }  # fmt: skip
         change(config)
@@ -114,7 +115,16 @@ class TestBadInput:
             load_model(tmp_path / "m")
         assert message in str(error.value)
 
-    def test_a_configuration_that_is_no_json(self, tmp_path):
-        save_file(UNet(**TINY).state_dict(), tmp_path / "m", metadata={"tinyddpm": "{"})
+    @pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", "3"])
+    def test_a_configuration_that_is_no_json(self, tmp_path, text):
+        save_file(UNet(**TINY).state_dict(), tmp_path / "m", metadata={"tinyddpm": text})
+        with pytest.raises(ValueError, match="holds no model that can be built"):
+            load_model(tmp_path / "m")
+
+    def test_weights_of_several_dtypes(self, tmp_path):
+        save_model(tmp_path / "m", UNet(**TINY), DIFFUSION)
+        with safe_open(tmp_path / "m", "numpy") as file:
+            state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        save_file(state | {"conv_in.b": np.zeros(4, np.int32)}, tmp_path / "m", metadata=metadata)
         with pytest.raises(ValueError, match="holds no model that can be built"):
             load_model(tmp_path / "m")

@@ -113,6 +113,24 @@ def test_a_gif_plays_its_frames_and_holds_the_last(tmp_path):
     assert durations == [200, 200, 1500]
 
 
+def test_frames_are_shown_long_enough_to_be_shown_at_all(tmp_path):
+    save_gif(tmp_path / "a.gif", [grid(np.full((1, 4, 4, 1), v)) for v in np.linspace(-1, 1, 100)], seconds=0.1)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.info["duration"] == 20  # browsers slow down what is faster
+
+
+def test_the_loss_curve_shows_every_step_and_the_running_mean(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    seen = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, dpi: seen.append(self))
+    losses = np.random.default_rng(0).uniform(0.1, 1, 150)
+    save_loss_curve(tmp_path / "loss.png", losses)
+    raw, mean = seen[0].axes[0].lines
+    np.testing.assert_array_equal(raw.get_xydata(), np.stack([np.arange(1, 151), losses], 1))
+    means = [losses[i - 3 : i].mean() for i in range(3, 151)]  # 2 % of 150 steps
+    np.testing.assert_allclose(mean.get_xydata(), np.stack([np.arange(3, 151), means], 1))
+
+
 @pytest.mark.parametrize("n", [1, 2, 500])
 def test_the_loss_curve_is_drawn(tmp_path, n):
     pytest.importorskip("matplotlib")

@@ -7,15 +7,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyddpm import Diffusion, Schedule, backward, make_schedule, sample
-from tinyddpm.sample import SHARD, ddpm
+from tinyddpm import Diffusion, Schedule, UNet, backward, make_schedule, sample
+from tinyddpm.sample import SAMPLERS, SHARD, ddpm
+from tinyddpm.schedule import linear_beta
 from tinyddpm.tensor import Parameter, Tensor
 
 TABLES = ["alpha", "alpha_bar", "alpha_bar_prev", "snr", "posterior_mean_x0", "posterior_mean_xt", "posterior_variance",
           "posterior_log_variance"]  # fmt: skip
 
+
+def linear(T, beta_start=1e-4, beta_end=0.02):
+    """A linear schedule that need not end at pure noise."""
+    return Schedule(linear_beta(T, beta_start, beta_end))
+
+
 schedules = st.builds(
-    lambda T, a, b: make_schedule("linear", T, beta_start=min(a, b), beta_end=max(a, b)),
+    lambda T, a, b: linear(T, min(a, b), max(a, b)),
     st.integers(1, 200), st.floats(1e-5, 0.5), st.floats(1e-5, 0.5),
 )  # fmt: skip
 
@@ -39,7 +46,7 @@ class TestSchedule:
         ],
     )
     def test_what_the_linear_schedule_leaves_of_the_image(self, T, last):
-        assert math.isclose(make_schedule("linear", T).alpha_bar[-1], last, rel_tol=8e-3)
+        assert math.isclose(linear(T).alpha_bar[-1], last, rel_tol=8e-3)
 
     def test_published_values(self):
         s = make_schedule("linear", 1000)
@@ -74,12 +81,12 @@ class TestSchedule:
                 assert math.isclose(s.posterior_log_variance[t], math.log(s.posterior_variance[t]), rel_tol=1e-12)
 
     def test_one_step(self):
-        s = make_schedule("linear", 1)
+        s = linear(1)
         assert s.alpha_bar[0] == 1 - s.beta[0] and s.posterior_log_variance[0] == math.log(s.beta[0])
 
     @pytest.mark.parametrize("name", ["beta", *TABLES])
     def test_tables_are_float64_of_length_T_and_read_only(self, name):
-        s = make_schedule("linear", 7)
+        s = linear(7)
         table = getattr(s, name)
         assert table.dtype == np.float64 and table.shape == (7,) and len(s) == 7
         with pytest.raises(ValueError, match="read-only"):
@@ -98,6 +105,17 @@ class TestSchedule:
     def test_bad_beta(self, beta):
         with pytest.raises(ValueError, match=r"beta: expected a vector of one or more numbers in \(0, 1\)"):
             Schedule(beta)
+
+    def test_a_schedule_that_ends_far_from_noise_is_warned_about(self):
+        with pytest.warns(
+            UserWarning, match="'linear' with T = 50 ends far from pure noise: its last alpha_bar is 0.603"
+        ):
+            make_schedule("linear", 50)
+        make_schedule("linear", 1000)  # pytest makes an error of any other warning
+
+    def test_numbers_of_numpy_are_numbers(self):
+        s = make_schedule("linear", np.int64(1000), beta_end=np.float32(0.25))
+        assert len(s) == 1000 and s.parameters == {"beta_end": 0.25} and type(s.parameters["beta_end"]) is float
 
     def test_bad_arguments(self):
         with pytest.raises(ValueError, match="name: unknown schedule 'liner'; known: linear"):
@@ -127,7 +145,7 @@ class TestForward:
             np.testing.assert_allclose(d.q_sample(0 * x0, ts, one) ** 2, variance, rtol=1e-8)
 
     def test_samples_of_many_small_steps_have_that_mean_and_variance(self):
-        s = make_schedule("linear", 20, beta_end=0.3)
+        s = linear(20, beta_end=0.3)
         rng = np.random.default_rng(0)
         x = np.full(200_000, 0.7)
         for beta in s.beta:
@@ -136,7 +154,7 @@ class TestForward:
         assert abs(x.var() - (1 - s.alpha_bar[-1])) < 0.01
 
     def test_each_image_has_a_timestep_of_its_own(self):
-        d = Diffusion(make_schedule("linear", 10))
+        d = Diffusion(linear(10))
         x0, eps = np.random.default_rng(0).standard_normal((2, 3, 4, 4, 1))
         t = np.array([0, 9, 4])
         x_t = d.q_sample(x0, t, eps)
@@ -151,8 +169,14 @@ class TestForward:
         if s.alpha_bar[t[0]] > 1e-6:
             np.testing.assert_allclose(d.predict_x0(d.q_sample(x0, t, eps), t, eps), x0, atol=1e-9)
 
+    def test_timesteps_may_be_unsigned(self):
+        d = Diffusion(linear(10))
+        x = np.random.default_rng(0).standard_normal((2, 4, 4, 1))
+        signed, unsigned = (d.q_sample(x, np.array([3, 9], dtype), x) for dtype in ("int64", "uint8"))
+        np.testing.assert_array_equal(signed, unsigned)
+
     def test_float32_stays_float32(self):
-        d = Diffusion(make_schedule("linear", 10))
+        d = Diffusion(linear(10))
         x = np.ones((2, 4, 4, 1), np.float32)
         t = np.array([3, 4])
         assert d.q_sample(x, t, x).dtype == d.predict_x0(x, t, x).dtype == d.posterior_mean(x, x, t).dtype == np.float32
@@ -172,7 +196,7 @@ class TestPosterior:
 
     def test_it_is_bayes_theorem(self):
         """q(x_{t-1} | x_t, x_0) is proportional to q(x_t | x_{t-1}) q(x_{t-1} | x_0), here on a fine grid."""
-        s = make_schedule("linear", 50, beta_end=0.2)
+        s = linear(50, beta_end=0.2)
         d = Diffusion(s)
         x0, x_t, t = 0.4, -0.3, 20
         x = np.linspace(-8, 8, 200_001)
@@ -185,7 +209,7 @@ class TestPosterior:
         assert math.isclose((p * (x - mean) ** 2).sum(), s.posterior_variance[t], rel_tol=1e-6)
 
     def test_variances(self):
-        s = make_schedule("linear", 10)
+        s = linear(10)
         small, large = (np.exp(Diffusion(s, variance=v).log_variance()) for v in ("small", "large"))
         np.testing.assert_allclose(small[1:], s.posterior_variance[1:])
         np.testing.assert_allclose(large[1:], s.beta[1:])
@@ -193,7 +217,7 @@ class TestPosterior:
 
 
 class TestLoss:
-    d = Diffusion(make_schedule("linear", 100))
+    d = Diffusion(linear(100))
     x0 = np.random.default_rng(0).uniform(-1, 1, (4000, 2, 2, 1))
 
     def test_a_model_that_says_zero_has_the_variance_of_the_noise(self):
@@ -234,11 +258,11 @@ class TestLoss:
 
 
 class TestDiffusionBadInput:
-    d = Diffusion(make_schedule("linear", 10))
+    d = Diffusion(linear(10))
     x = np.zeros((2, 4, 4, 1))
 
     def test_names(self):
-        s = make_schedule("linear", 10)
+        s = linear(10)
         with pytest.raises(ValueError, match="objective: unknown 'noise'; known: eps"):
             Diffusion(s, objective="noise")
         with pytest.raises(ValueError, match="variance: unknown 'tiny'; known: small, large"):
@@ -262,32 +286,40 @@ class TestDiffusionBadInput:
         with pytest.raises(ValueError, match=r"eps: expected the shape of x0, \(2, 4, 4, 1\), got \(4, 4, 1\)"):
             self.d.q_sample(self.x, np.array([0, 1]), self.x[0])
 
+    def test_images_of_integers(self):
+        with pytest.raises(TypeError, match="images: expected floats in .-1, 1., got uint8"):
+            self.d.q_sample(self.x.astype(np.uint8), np.array([0, 1]), self.x.astype(np.uint8))
+
     def test_loss(self):
         rng = np.random.default_rng(0)
         for bad in (self.x[:0], self.x[0]):
             with pytest.raises(ValueError, match="x0: expected one or more images"):
                 self.d.loss(zeros, bad, rng)
-        with pytest.raises(TypeError, match="x0: expected float32 or float64 images in .-1, 1., got uint8"):
-            self.d.loss(zeros, self.x.astype(np.uint8), rng)
+        for dtype in ("uint8", "float16"):
+            with pytest.raises(TypeError, match=f"x0: expected float32 or float64 images in .-1, 1., got {dtype}"):
+                self.d.loss(zeros, self.x.astype(dtype), rng)
         with pytest.raises(ValueError, match=r"model: expected it to return the shape of x0, .* got \(2, 4, 4, 2\)"):
             self.d.loss(lambda x, t: np.concatenate([x, x], -1), self.x, rng)
 
 
 class TestSample:
-    d = Diffusion(make_schedule("linear", 30, beta_start=1e-4, beta_end=0.5))
+    d = Diffusion(linear(30, beta_start=1e-4, beta_end=0.5))
 
-    def test_the_chain_is_algorithm_2(self):
+    @pytest.mark.parametrize("variance", ["small", "large"])
+    def test_the_chain_is_algorithm_2(self, variance):
         """Step by step with the paper's own form of the mean, on a model whose x0 is never clipped."""
-        s = self.d.schedule
+        s, d = self.d.schedule, Diffusion(self.d.schedule, variance=variance)
+        beta_tilde = s.beta * (1 - s.alpha_bar_prev) / (1 - s.alpha_bar)
+        sigma = np.sqrt(beta_tilde if variance == "small" else s.beta)
         model = lambda x, t: 0.1 * x
         noises = iter(np.random.default_rng(1).standard_normal((30, 3, 2, 2, 1)))
         x = np.random.default_rng(2).standard_normal((3, 2, 2, 1))
-        ours = [step for _, step, _ in ddpm(self.d, model, x, lambda: next(noises), clip=False)]
+        ours = [step for _, step, _ in ddpm(d, model, x, lambda: next(noises), clip=False)]
         z = iter(np.random.default_rng(1).standard_normal((30, 3, 2, 2, 1)))
         for t, got in zip(range(29, -1, -1), ours):
             x = (x - s.beta[t] / np.sqrt(1 - s.alpha_bar[t]) * model(x, t)) / np.sqrt(s.alpha[t])
             if t > 0:
-                x = x + np.sqrt(s.beta[t] * (1 - s.alpha_bar_prev[t]) / (1 - s.alpha_bar[t])) * next(z)
+                x = x + sigma[t] * next(z)
             np.testing.assert_allclose(got, x, rtol=1e-9)
         assert len(ours) == 30
 
@@ -295,6 +327,12 @@ class TestSample:
         calls = []
         list(ddpm(self.d, zeros, np.zeros((1, 2, 2, 1)), lambda: calls.append(1) or np.zeros((1, 2, 2, 1))))
         assert len(calls) == 29
+
+    def test_it_starts_from_standard_normal_noise(self):
+        seen = []
+        sample(self.d, lambda x, t: seen.append(x) or zeros(x, t), (100, 10, 10, 1))
+        first = np.concatenate(seen[: -(-100 // SHARD)])
+        assert abs(first.mean()) < 0.05 and abs(first.var() - 1) < 0.05
 
     def test_an_oracle_for_one_image_arrives_at_it(self):
         target = np.random.default_rng(0).uniform(-1, 1, (4, 4, 1))
@@ -308,7 +346,7 @@ class TestSample:
 
     def test_an_ideal_denoiser_of_two_images_draws_each_half_of_the_time(self):
         a, b = np.full((1, 1, 1), -0.5), np.full((1, 1, 1), 0.5)
-        d = Diffusion(make_schedule("linear", 200, beta_start=5e-4, beta_end=0.1))
+        d = Diffusion(linear(200, beta_start=5e-4, beta_end=0.1))
 
         def ideal(x, t):  # E[eps | x_t], a softmax over the data
             bar = d.schedule.alpha_bar[t].reshape(-1, 1, 1, 1)
@@ -326,14 +364,25 @@ class TestSample:
         assert np.abs(kept).max() <= 1 and np.abs(wild).max() > 1
 
     def test_an_image_depends_neither_on_the_others_nor_on_the_workers(self):
-        model = lambda x, t: np.tanh(x) * (t.reshape(-1, 1, 1, 1) / 30).astype(x.dtype)
+        unet = UNet(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
+        for p in unet.parameters():
+            p.data = (p.data + 0.1 * np.random.default_rng(0).standard_normal(p.shape)).astype(np.float32)
         n = 2 * SHARD + 3
-        images = [sample(self.d, model, (n, 4, 4, 1), rng=5, workers=w) for w in (1, 2, 3)]
+        images = [sample(self.d, unet, (n, 4, 4, 1), rng=5, workers=w) for w in (1, 2, 3)]
         np.testing.assert_array_equal(images[0], images[1])
         np.testing.assert_array_equal(images[0], images[2])
-        np.testing.assert_array_equal(images[0][:4], sample(self.d, model, (4, 4, 4, 1), rng=5))
+        for fewer in (1, 4, SHARD + 1):  # other shapes of matrix may round differently
+            np.testing.assert_allclose(images[0][:fewer], sample(self.d, unet, (fewer, 4, 4, 1), rng=5), atol=1e-3)
         assert len({image.tobytes() for image in images[0]}) == n
-        assert (sample(self.d, model, (n, 4, 4, 1), rng=6) != images[0]).any()
+        assert np.abs(sample(self.d, unet, (n, 4, 4, 1), rng=6) - images[0]).max() > 0.1
+
+    def test_every_shard_gets_its_own_timesteps(self, monkeypatch):
+        def odd(diffusion, model, x, noise, clip):
+            yield 0, model(x, np.arange(len(x))), x
+
+        monkeypatch.setitem(SAMPLERS, "odd", odd)
+        ts = sample(self.d, lambda x, t: 0 * x + t.reshape(-1, 1, 1, 1).astype(x.dtype), (20, 2, 2, 1), method="odd")
+        assert ts[:, 0, 0, 0].tolist() == list(range(20))
 
     def test_the_callback_sees_every_step(self):
         seen = []
@@ -353,15 +402,15 @@ class TestSample:
         assert sample(self.d, zeros, (1, 2, 2, 1)).dtype == np.float32
 
     def test_no_graph_is_kept_in_the_workers(self):
-        w, pulls = Parameter(np.ones(1, np.float32)), []
+        w, nodes = Parameter(np.ones(1, np.float32)), []
 
         def model(x, t):
             y = Tensor(x) * w
-            pulls.append(y.pull)
+            nodes.append(y.node)
             return y
 
         sample(self.d, model, (1, 2, 2, 1))
-        assert set(pulls) == {None}
+        assert set(nodes) == {None}
 
     def test_bad_input(self):
         with pytest.raises(ValueError, match="method: unknown sampler 'dpm'; known: ddpm"):
@@ -373,6 +422,12 @@ class TestSample:
             ValueError, match="steps: 'ddpm' takes all 30 steps of the schedule; leave steps out, got 10"
         ):
             sample(self.d, zeros, (1, 2, 2, 1), steps=10)
-        with pytest.raises(ValueError, match="workers: expected at least 1, got 0"):
-            sample(self.d, zeros, (1, 2, 2, 1), workers=0)
+        for workers in (0, 1.5):
+            with pytest.raises(ValueError, match=f"workers: expected an integer >= 1, got {workers}"):
+                sample(self.d, zeros, (1, 2, 2, 1), workers=workers)
+        for model in (lambda x, t: x[..., :1], lambda x, t: x[:1], lambda x, t: np.concatenate([x, x], -1)):
+            with pytest.raises(ValueError, match=r"model: expected it to return the shape of x_t, \(2, 2, 2, 3\), got"):
+                sample(self.d, model, (2, 2, 2, 3))
+        with pytest.raises(FloatingPointError, match="model: it led to images that are not finite"):
+            sample(self.d, lambda x, t: x * np.float32(np.nan), (1, 2, 2, 1))
         sample(self.d, zeros, (1, 2, 2, 1), steps=30)

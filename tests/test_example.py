@@ -1,6 +1,9 @@
 """The example itself, as a user would run it, on a tiny setting."""
 
+import inspect
 import pathlib
+import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -10,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyddpm import load_model, sample
+import tinyddpm
+from tinyddpm import load_digits, load_model, no_grad, sample
 from tinyddpm.image import grid
 
 EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "mnist_ddpm.py"
@@ -39,7 +43,7 @@ def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path):
         "device   cpu, 2 worker threads, BLAS",
         "parameters",
         "10,000 digits of 28 x 28 pixels, T = 25",
-        "5 steps of 4 images",
+        "after 5 steps",
     ):
         assert words in result.stdout
     assert str(out) in result.stdout and "images/s" in result.stderr and "loss" in result.stderr
@@ -91,14 +95,130 @@ def test_ctrl_c_ends_politely(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} >= {"model.safetensors", "samples.png", "denoising.gif"}
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to a child there")
+def test_ctrl_c_again_ends_at_once(tmp_path):
+    arguments = [sys.executable, str(EXAMPLE), *TINY, "--samples=500", f"--out={tmp_path}"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        seen = ""
+        while "sampling:" not in seen:
+            seen += process.stderr.read(1)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT
+    assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "samples.png").exists()
+
+
+def run_here(monkeypatch, tmp_path, *arguments):
+    """Run the example in this process, and return how it called the package."""
+    calls = {}
+
+    def recorded(name, function):
+        def wrapper(*args, **kwargs):
+            bound = inspect.signature(function).bind(*args, **kwargs)
+            bound.apply_defaults()
+            result = function(*args, **kwargs)
+            calls.setdefault(name, []).append((bound.arguments, result))
+            return result
+
+        return wrapper
+
+    for name in ("UNet", "Diffusion", "train", "sample", "save_model"):
+        monkeypatch.setattr(tinyddpm, name, recorded(name, getattr(tinyddpm, name)))
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *TINY, f"--out={tmp_path}", *arguments])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    return calls
+
+
+def test_every_option_arrives_where_it_belongs(monkeypatch, tmp_path):
+    options = ["--batch=6", "--lr=0.003", "--blocks=2", "--dropout=0.1", "--seed=7", "--steps=4", "--timesteps=30"]
+    calls = run_here(monkeypatch, tmp_path, *options)
+    unet, diffusion = calls["UNet"][0], calls["Diffusion"][0][1]
+    expected = {"channels": [8, 16], "blocks": 2, "dropout": 0.1, "rng": 7, "attention": [False, True]}
+    assert {name: unet[0][name] for name in expected} == expected
+    assert diffusion.T == 30 and diffusion.schedule.alpha_bar[-1] < 1e-4  # as noisy at the end as with 1000 steps
+    training = calls["train"][0][0]
+    expected = {"steps": 4, "batch": 6, "lr": 0.003, "workers": 2, "seed": 7, "model": unet[1], "diffusion": diffusion}
+    assert {name: training[name] for name in expected} == expected
+    averages = [arguments["model"] for arguments, _ in calls["sample"]] + [calls["save_model"][0][0]["unet"]]
+    assert len(averages) == 3 and all(model is averages[0] is not unet[1] for model in averages)
+    assert [(arguments["shape"], arguments["rng"], arguments["workers"]) for arguments, _ in calls["sample"]] == [
+        ((16, 28, 28, 1), 7, 2),  # after step 2; step 4 is the last, whose grid is the final one
+        ((6, 28, 28, 1), 7, 2),
+    ]
+    with Image.open(tmp_path / "denoising.gif") as gif:
+        gif.seek(gif.n_frames - 1)  # its last frame is the result
+        difference = np.asarray(gif.convert("L")).astype(int) - np.asarray(Image.open(tmp_path / "samples.png"))
+    assert gif.n_frames == 30 and np.abs(difference).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [([], 2700), (["--minutes=0.01"], sys.maxsize), (["--steps=7"], 7), (["--steps=3", "--minutes=9"], 3)],
+)
+def test_steps_and_minutes(monkeypatch, tmp_path, given, steps):
+    class Enough(Exception):
+        pass
+
+    def stop_here(*args, **kwargs):
+        raise Enough(args[3])
+
+    monkeypatch.setattr(tinyddpm, "train", stop_here)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", [str(EXAMPLE), f"--out={tmp_path}", *given])
+    with pytest.raises(Enough) as error:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    assert error.value.args == (steps,)
+
+
+def test_the_same_seed_gives_the_same_digits(tmp_path):
+    names = ["first", "again", "other"]
+    for name, seed in zip(names, (3, 3, 4)):
+        assert run(*TINY, "--sample-every=100", f"--seed={seed}", f"--out={tmp_path / name}").returncode == 0
+    first, again, other = ((tmp_path / name / "samples.png").read_bytes() for name in names)
+    assert first == again != other
+
+
+def test_a_grid_that_cannot_be_written_does_not_lose_the_training(tmp_path):
+    (tmp_path / "step_00002.png").mkdir()  # in the way
+    result = run(*TINY, f"--out={tmp_path}")
+    assert result.returncode == 0 and "no grid after 2 steps" in result.stderr + result.stdout
+    assert (tmp_path / "model.safetensors").exists() and (tmp_path / "samples.png").exists()
+
+
+def test_a_result_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "samples.png").mkdir()
+    result = run(*TINY, f"--out={tmp_path}")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "mnist_ddpm.py: " in result.stderr and "samples.png" in result.stderr
+    assert (tmp_path / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_minutes_of_training_learn_something(tmp_path):
+    """The default recipe, cut short: the noise in unseen digits is predicted far better than by chance (a loss of 1)."""
+    result = run("--steps=400", "--samples=16", "--sample-every=1000", f"--out={tmp_path}", timeout=900)
+    assert result.returncode == 0, result.stderr
+    unet, diffusion = load_model(tmp_path / "model.safetensors")
+    with no_grad():
+        loss = diffusion.loss(unet, load_digits()[0][::50], np.random.default_rng(0)).item()
+    assert loss < 0.06
+    digits = np.asarray(Image.open(tmp_path / "samples.png")) / 255
+    assert 0.05 < (digits > 0.5).mean() < 0.3  # strokes on a dark ground, as in the data (0.13)
+
+
 def test_help_documents_every_option():
     result = run("--help")
     assert result.returncode == 0
-    options = ["steps", "minutes", "batch", "lr", "channels", "blocks", "dropout", "timesteps", "samples",
-               "sample-every", "device", "workers", "seed", "out"]  # fmt: skip
-    for option in options:
-        assert f"--{option} " in result.stdout
-    assert " ".join(result.stdout.split()).count("(default: ") == len(options)
+    text = " ".join(result.stdout.split())
+    for option in ("steps", "minutes", "batch", "lr", "channels", "blocks", "dropout", "timesteps", "samples",
+                   "sample-every", "device", "workers", "seed", "out"):  # fmt: skip
+        assert re.search(rf"--{option} [A-Z_ \[\].]+ [^-]+\[[^\]]+\]", text), (
+            option
+        )  # its meaning, and its default in brackets
 
 
 @pytest.mark.parametrize(
@@ -109,10 +229,11 @@ def test_help_documents_every_option():
         (["--lr=nan"], "--lr must be greater than 0, got nan"),
         (["--sample-every=0"], "--sample-every must be greater than 0"),
         (["--timesteps=20"], "--timesteps must be greater than 20 to get from an image to noise, got 20"),
-        (["--channels", "12"], "channels: expected one or more multiples of groups = 8, got (12,)"),
+        (["--channels", "12"], "channels: expected multiples of groups = 8, got [12]"),
         (["--channels", "8", "8", "8", "8"], "x: height and width must be multiples of 8"),
         (["--dropout=1"], "dropout: expected a probability in [0, 1), got 1.0"),
         (["--device=gpu"], "device: 'gpu' is unknown; use 'cpu', 'cuda' or 'cuda:N'"),
+        (["--seed=-1"], "--seed must be 0 or greater, got -1"),
         (["--colour=red"], "unrecognized arguments: --colour=red"),
     ],
 )

@@ -181,13 +181,15 @@ class Nested(Module):
         self.norm = GroupNorm(4, 2)
         self.absent = None
         self.numbers = [1, 2]
+        self.more = (Parameter(np.ones(5, np.float32)), {"tied": self.scale, "deep": Linear(1, 1, rng)})
 
 
 class TestModule:
     def test_names_and_order(self):
         names = ["scale", "blocks.0.w", "blocks.0.b", "blocks.1.w", "blocks.1.b", "norm.gamma", "norm.beta"]
+        names += ["more.0", "more.1.deep.w", "more.1.deep.b"]  # the tied one is listed where it is met first
         assert list(Nested().named_parameters()) == names
-        assert Nested().size == 3 + 6 + 3 + 6 + 2 + 4 + 4
+        assert Nested().size == 3 + 6 + 3 + 6 + 2 + 4 + 4 + 5 + 1 + 1
         assert Nested().dtype == np.float32 and Nested().device == "cpu"
 
     def test_state_goes_out_and_in(self):
@@ -236,7 +238,11 @@ class TestBadInput:
         [
             ({"x": np.zeros((5, 5, 3))}, r"x: expected images \(N, H, W, C\), none of them 0, got shape \(5, 5, 3\)"),
             ({"x": np.zeros((0, 5, 5, 3))}, r"got shape \(0, 5, 5, 3\)"),
-            ({"w": np.zeros((3, 3, 2, 4))}, r"w: expected filters \(kh, kw, 3, O\).*got shape \(3, 3, 2, 4\)"),
+            (
+                {"w": np.zeros((3, 3, 2, 4))},
+                r"w: expected filters \(kh, kw, 3, O\), none of them 0, for.*got \(3, 3, 2, 4\)",
+            ),
+            ({"w": np.zeros((0, 1, 3, 4))}, r"w: expected filters .* none of them 0, for .* got \(0, 1, 3, 4\)"),
             ({"b": np.zeros(3)}, r"b: expected shape \(4,\).*got \(3,\)"),
             ({"stride": 0}, "stride: expected an integer >= 1, got 0"),
             ({"stride": 1.5}, "stride: expected an integer >= 1, got 1.5"),
@@ -258,7 +264,7 @@ class TestBadInput:
 
     def test_group_norm(self):
         x, one = np.zeros((2, 3, 6)), np.ones(6)
-        for groups in (0, 4, 7):
+        for groups in (0, 4, 7, 2.0):
             with pytest.raises(ValueError, match=f"groups: {groups} does not divide the 6 channels of x"):
                 group_norm(x, one, one, groups=groups)
         with pytest.raises(ValueError, match=r"gamma, beta: expected shape \(6,\).*got \(6,\), \(5,\)"):
@@ -268,12 +274,15 @@ class TestBadInput:
 
     def test_attention(self):
         x = np.zeros((2, 3, 6))
-        for heads in (0, 4):
+        for heads in (0, 4, 2.0):
             with pytest.raises(ValueError, match=f"heads: {heads} does not divide the 6 channels of q"):
                 attention(x, x, x, heads=heads)
         for q, k, v in itertools.permutations([x, x, np.zeros((2, 4, 6))][::-1]):
             if k.shape != v.shape:
                 with pytest.raises(ValueError, match="q, k, v: expected"):
                     attention(q, k, v)
-        with pytest.raises(ValueError, match="q, k, v: expected"):
-            attention(x, np.zeros((2, 3, 4)), np.zeros((2, 3, 4)))
+        for other in (np.zeros((2, 3, 4)), np.zeros((1, 3, 6))):
+            with pytest.raises(ValueError, match="q, k, v: expected"):
+                attention(x, other, other)
+        with pytest.raises(ValueError, match="q, k, v: expected none of them empty"):
+            attention(x[:, :0], x, x)

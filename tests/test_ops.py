@@ -169,7 +169,17 @@ def test_the_checker_fails_an_op_that_writes_to_what_it_was_given():
 
         return x * x, pull
 
-    for bad in (writes_to_input, writes_to_gradient):
+    @op
+    def writes_to_its_value(x):
+        y = x * x
+
+        def pull(g):
+            y[...] = 0
+            return 2 * g * x
+
+        return y, pull
+
+    for bad in (writes_to_input, writes_to_gradient, writes_to_its_value):
         with pytest.raises(ValueError, match="read-only"):
             check_op(bad, normal((3,)))
     with pytest.raises(AssertionError):
@@ -334,8 +344,30 @@ class TestBadInput:
         ):
             linear(Tensor(normal((3, 5))), normal((4, 2)))
 
+        for w in (normal((5,)), normal((2, 5, 3))):
+            with pytest.raises(ValueError, match=r"w: expected shape \(C, O\), got"):
+                linear(Tensor(normal((3, 5))), w)
+        for b in (normal((5,)), normal((1,))):
+            with pytest.raises(ValueError, match=r"b: expected shape \(2,\) to fit w of shape \(4, 2\), got"):
+                linear(Tensor(normal((3, 4))), normal((4, 2)), b)
+
+    def test_axes(self):
+        with pytest.raises(ValueError, match="axis 5 is out of bounds"):
+            concat(Tensor(normal((2, 3))), normal((2, 3)), axis=5)
+        with pytest.raises(ValueError, match="must match"):
+            concat(Tensor(normal((2, 3))), normal((3, 3)))
+
+    def test_dropout_takes_arrays(self):
+        assert dropout(np.ones(1000), 0.5, np.random.default_rng(0)).shape == (1000,)
+
+    def test_mse_of_nothing(self):
+        with pytest.raises(ValueError, match="mse: expected the same shape twice, and not an empty one"):
+            mse(Tensor(normal((0, 3))), normal((0, 3)))
+
     def test_mse_does_not_broadcast(self):
-        with pytest.raises(ValueError, match=r"mse: both shapes must be the same, got \(3, 1\) and \(3,\)"):
+        with pytest.raises(
+            ValueError, match=r"mse: expected the same shape twice, and not an empty one, got \(3, 1\) and \(3,\)"
+        ):
             mse(Tensor(normal((3, 1))), normal((3,)))
 
 

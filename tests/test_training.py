@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+import os
 import threading
 
 import numpy as np
@@ -17,10 +18,10 @@ from tinyddpm.functional import mse
 from tinyddpm.nn import Linear, Module
 from tinyddpm.optim import clip_norm, flat_gradient, flatten, warmup
 from tinyddpm.parallel import blas_name, cpu_count, worker_threads
-from tinyddpm.tensor import Parameter, Tensor
+from tinyddpm.tensor import Parameter, Tensor, op
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
-DIFFUSION = Diffusion(make_schedule("linear", 20, beta_end=0.3))
+DIFFUSION = Diffusion(make_schedule("linear", 20, beta_end=0.6))
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (23, 4, 4, 1)).astype(np.float32)
 
 
@@ -72,6 +73,9 @@ class TestAdam:
         theta = np.zeros(1)
         Adam(theta, lr=0.5).step(np.ones(1), lr=0.1)
         assert math.isclose(theta[0], -0.1, rel_tol=1e-6)
+        theta = np.ones(1)
+        Adam(theta, lr=0.5, weight_decay=0.2).step(np.zeros(1), lr=0.1)
+        assert math.isclose(theta[0], 1 - 0.1 * 0.2)
 
     def test_it_learns_a_line(self):
         rng = np.random.default_rng(0)
@@ -163,9 +167,12 @@ class TestWorkers:
 
         threads = lambda: {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
         before = threads()
-        with worker_threads(2):
-            assert threads() <= {1}
-        assert threads() == before
+        with worker_threads(2) as run:
+            assert all(seen <= {1} for seen in run(lambda _: threads(), range(4)))
+            assert threads() == before  # the setting is the whole process's: it is taken back between calls
+            with pytest.raises(ZeroDivisionError):
+                list(run(lambda i: 1 / i, [0]))
+            assert threads() == before
 
     def test_an_exception_surfaces_and_the_threads_end(self):
         before = threading.active_count()
@@ -174,8 +181,10 @@ class TestWorkers:
         assert threading.active_count() == before
 
     def test_names_and_counts(self):
-        assert cpu_count() >= 1 and blas_name()
-        with pytest.raises(ValueError, match="workers: expected at least 1, got 0"), worker_threads(0):
+        assert blas_name()
+        if hasattr(os, "sched_getaffinity"):
+            assert cpu_count() == len(os.sched_getaffinity(0))
+        with pytest.raises(ValueError, match="workers: expected an integer >= 1, got 0"), worker_threads(0):
             pass
 
 
@@ -251,21 +260,67 @@ class TestTrain:
         loss, gradient = ((x - 0.3) ** 2).mean(), abs((2 * (x - 0.3) * x).mean())
         np.testing.assert_allclose(gradients, [(loss, gradient)] * 4, rtol=1e-12)
 
-    def test_one_step_is_the_algorithm_by_hand(self):
-        unet, (state,) = self.run(steps=1, micro_batch=11, lr=0.01, warmup_steps=0, max_norm=0.1)
-        by_hand = UNet(**TINY)
+    def test_two_steps_are_the_algorithm_by_hand(self):
+        """Every micro-batch with noise of its own, clipping, warm-up, Adam, and then the average."""
+        settings = dict(batch=11, micro_batch=4, lr=0.01, warmup_steps=3, max_norm=0.1, ema_decay=0.15, seed=3)
+        unet = UNet(**TINY).to(dtype="float64")
+        images = IMAGES.astype(np.float64)
+        states = list(train(unet, DIFFUSION, images, steps=2, **settings))
+
+        by_hand = UNet(**TINY).to(dtype="float64")
         parameters = by_hand.parameters()
         theta = flatten(parameters)
-        x0 = IMAGES[batch_indices(23, 0, 11, 3)]
-        rng = np.random.default_rng(np.random.SeedSequence(3, spawn_key=(1, 0, 0)))
-        loss = DIFFUSION.loss(by_hand, x0, rng)
-        gradient = flat_gradient(backward(loss), parameters)
-        norm = np.sqrt((gradient.astype(float) ** 2).sum())
-        Adam(theta, lr=0.01).step(gradient * np.float32(0.1 / norm))
-        np.testing.assert_allclose(state.loss, loss.item(), rtol=1e-6)
-        np.testing.assert_allclose(state.grad_norm, norm, rtol=1e-5)
+        adam, average = Adam(theta), theta.copy()
+        for step, d in enumerate([1 / 10, 0.15]):  # (1 + n) / (10 + n), at most the decay
+            x0 = images[batch_indices(23, step, 11, 3)]
+            loss, gradient = 0, 0
+            for start in (0, 4, 8):
+                rng = np.random.default_rng(np.random.SeedSequence(3, spawn_key=(1, step, start)))
+                part = DIFFUSION.loss(by_hand, x0[start : start + 4], rng) * (min(4, 11 - start) / 11)
+                loss += part.item()
+                gradient = gradient + flat_gradient(backward(part), parameters)
+            norm = np.sqrt((gradient**2).sum())
+            assert norm > 0.1
+            adam.step(gradient * (0.1 / norm), lr=0.01 * (step + 1) / 3)
+            average = d * average + (1 - d) * theta
+            np.testing.assert_allclose([states[step].loss, states[step].grad_norm], [loss, norm], rtol=1e-12)
         for name, value in unet.state_dict().items():
-            np.testing.assert_allclose(by_hand.state_dict()[name], value, atol=1e-5, err_msg=name)
+            np.testing.assert_allclose(by_hand.state_dict()[name], value, atol=1e-12, err_msg=name)
+        np.testing.assert_allclose(states[-1].ema.average, average, atol=1e-12)
+
+    def test_as_many_workers_as_asked_for_are_at_it(self):
+        barrier = threading.Barrier(3, timeout=10)
+
+        class Meeting(UNet):
+            def __call__(self, x, t, rng=None):
+                barrier.wait()  # passes only if three threads are at it
+                return super().__call__(x, t, rng)
+
+        list(train(Meeting(**TINY), DIFFUSION, IMAGES, steps=2, batch=12, micro_batch=4, workers=3))
+
+    def test_moving_the_model_while_it_trains_is_noticed(self):
+        unet = UNet(**TINY)
+        training = train(unet, DIFFUSION, IMAGES, steps=3, batch=4)
+        next(training)
+        unet.to(dtype="float64").to(dtype="float32")
+        with pytest.raises(RuntimeError, match="step 2: the model's parameters were moved or replaced while it trains"):
+            next(training)
+
+    @pytest.mark.parametrize(("value", "slope"), [(np.inf, 0.0), (1.0, np.inf), (np.nan, 0.0)])
+    def test_loss_and_gradient_must_both_be_finite(self, value, slope):
+        @op
+        def broken(x):
+            return x.sum() * 0 + value, lambda g: np.full_like(x, slope)
+
+        class Broken(Diffusion):
+            def loss(self, model, x0, rng):
+                return broken(model.w)
+
+        model = Linear(1, 1, np.random.default_rng(0))
+        before = model.w.data.copy()
+        with pytest.raises(FloatingPointError, match="step 1: the loss is"), np.errstate(invalid="ignore"):
+            next(train(model, Broken(DIFFUSION.schedule), IMAGES, steps=1, batch=4))
+        np.testing.assert_array_equal(model.w.data, before)
 
     def test_a_float64_model_trains_in_float64(self):
         unet = UNet(**TINY).to(dtype="float64")
@@ -294,7 +349,8 @@ class TestTrain:
         next(training)
         good = unet.state_dict()
         with pytest.raises(
-            FloatingPointError, match="step 2: the loss is nan, the gradient's norm nan; try a lower lr than 0.01"
+            FloatingPointError,
+            match="step 2: the loss is nan, the gradient's norm nan; if all images are finite, try a lower lr than 0.01",
         ):
             next(training)
         assert all((good[name] == value).all() for name, value in unet.state_dict().items())
@@ -313,10 +369,13 @@ class TestTrain:
             ({"steps": 0}, "steps: expected an integer >= 1, got 0"),
             ({"batch": 0}, "batch: expected an integer >= 1, got 0"),
             ({"micro_batch": 1.5}, "micro_batch: expected an integer >= 1, got 1.5"),
+            ({"seed": -1}, "seed: expected an integer >= 0, got -1"),
+            ({"seed": None}, "seed: expected an integer >= 0, got None"),
+            ({"warmup_steps": -1}, "warmup_steps: expected an integer >= 0, got -1"),
             ({"lr": -1}, "lr, eps, weight_decay: expected > 0"),
             ({"max_norm": 0}, "max_norm: expected a number > 0, got 0"),
             ({"ema_decay": 1}, r"decay: expected a number in \[0, 1\), got 1"),
-            ({"workers": -2}, "workers: expected at least 1, got -2"),
+            ({"workers": -2}, "workers: expected an integer >= 1, got -2"),
             (
                 {"images": IMAGES[:0]},
                 r"images: expected float32 \(M, H, W, C\) with M >= 1, got float32 \(0, 4, 4, 1\)",

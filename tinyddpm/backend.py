@@ -1,7 +1,8 @@
 """The array module: NumPy on a CPU, CuPy on an NVIDIA GPU. The only file that imports CuPy.
 
-NumPy and CuPy share one interface, so the rest of the package asks an array which module it belongs to
-(`xp = array_module(x)`) and never asks what device it is on.
+NumPy and CuPy share one interface, so the rest of the package never asks what device an array is on. NumPy's ufuncs
+(np.exp, np.sqrt, ...) run CuPy's when they are given a CuPy array; whatever makes new arrays or is no ufunc is taken
+from the array's own module, `xp = array_module(x)`.
 """
 
 from __future__ import annotations

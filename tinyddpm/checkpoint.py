@@ -20,7 +20,8 @@ from .unet import UNet
 def save_model(path: str | pathlib.Path, unet: UNet, diffusion: Diffusion) -> None:
     """Write the weights of `unet` and the configuration of both to `path`, replacing it in one move.
 
-    Raises FileNotFoundError if the folder does not exist, ValueError if the schedule is not one of `make_schedule`'s.
+    Raises FileNotFoundError if the folder does not exist, OSError if it cannot be written, ValueError if the schedule
+    is not one of `make_schedule`'s.
     """
     path, schedule = pathlib.Path(path), diffusion.schedule
     if not path.parent.is_dir():
@@ -36,6 +37,8 @@ def save_model(path: str | pathlib.Path, unet: UNet, diffusion: Diffusion) -> No
     try:
         save_file(unet.state_dict(), unfinished, metadata={"tinyddpm": json.dumps(config)})
         os.replace(unfinished, path)
+    except SafetensorError as error:
+        raise OSError(f"path: cannot write {path}: {error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -57,8 +60,9 @@ def load_model(path: str | pathlib.Path) -> tuple[UNet, Diffusion]:
         raise ValueError(f"path: {path} was not written by save_model: its metadata has no entry 'tinyddpm'")
     try:
         config = json.loads(metadata["tinyddpm"])
-        unet = UNet(**config["unet"])
-        unet.to(dtype=state["conv_in.w"].dtype).load_state_dict(state)
+        (dtype,) = {value.dtype for value in state.values()}
+        unet = UNet(**config["unet"]).to(dtype=dtype)
+        unet.load_state_dict(state)
         return unet, Diffusion(make_schedule(**config["schedule"]), **config["diffusion"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"path: {path} holds no model that can be built: {error}") from error

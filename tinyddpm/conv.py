@@ -8,6 +8,8 @@ is a convolution of the gradient with the filters turned by 180 degrees (Dumouli
 
 from __future__ import annotations
 
+import numbers
+
 from .backend import Array, array_module
 from .functional import column_sums
 from .tensor import op
@@ -16,7 +18,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, righ
 
 
 @op
-def conv2d(x, w, b=None, *, stride: int = 1, padding=0):
+def conv2d(x, w, b=None, *, stride: int = 1, padding: int | Padding = 0):
     """2-D convolution (cross-correlation, as in every deep-learning library).
 
         y[n, i, j, o] = b[o] + sum_{u, v, c} x[n, i*stride + u - top, j*stride + v - left, c] w[u, v, c, o]
@@ -90,18 +92,18 @@ def columns(x: Array, kh: int, kw: int, stride: int, pad: Padding) -> tuple[Arra
 def _spread(size: int, stride: int, start: int, room: int) -> tuple[slice, slice]:
     """Where entries 0 ... size-1 go if entry i is put at start + i*stride: (slice of 0 ... room-1, slice of them)."""
     first = max(0, -(start // stride))  # the first entry at or after 0: ceil(-start / stride)
-    last = min(size, max(first, (room - 1 - start) // stride + 1))
+    last = min(size, (room - 1 - start) // stride + 1)
     begin = start + first * stride
     return slice(begin, begin + (last - first) * stride, stride), slice(first, last)
 
 
-def _padding(padding) -> Padding:
+def _padding(padding: int | Padding) -> Padding:
     """Bring `padding` into the form ((top, bottom), (left, right)) and check it."""
-    if isinstance(padding, int):
+    if isinstance(padding, numbers.Integral):
         padding = ((padding, padding), (padding, padding))
     try:
         (top, bottom), (left, right) = padding
-        good = all(isinstance(p, int) and p >= 0 for p in (top, bottom, left, right))
+        good = all(isinstance(p, numbers.Integral) and p >= 0 for p in (top, bottom, left, right))
     except (TypeError, ValueError):
         good = False
     if not good:
@@ -112,11 +114,13 @@ def _padding(padding) -> Padding:
 def _check(x: Array, w: Array, b: Array | None, stride: int, pad: Padding) -> None:
     if x.ndim != 4 or x.size == 0:
         raise ValueError(f"x: expected images (N, H, W, C), none of them 0, got shape {x.shape}")
-    if w.ndim != 4 or w.shape[2] != x.shape[3]:
-        raise ValueError(f"w: expected filters (kh, kw, {x.shape[3]}, O) for x of shape {x.shape}, got shape {w.shape}")
+    if w.ndim != 4 or w.shape[2] != x.shape[3] or w.size == 0:
+        raise ValueError(
+            f"w: expected filters (kh, kw, {x.shape[3]}, O), none of them 0, for x of shape {x.shape}, got {w.shape}"
+        )
     if b is not None and b.shape != w.shape[3:]:
         raise ValueError(f"b: expected shape {w.shape[3:]} for w of shape {w.shape}, got {b.shape}")
-    if not isinstance(stride, int) or stride < 1:
+    if not isinstance(stride, numbers.Integral) or stride < 1:
         raise ValueError(f"stride: expected an integer >= 1, got {stride!r}")
     for size, k, p, axis in zip(x.shape[1:3], w.shape[:2], pad, ("height", "width")):
         if size + sum(p) < k:

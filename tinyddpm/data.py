@@ -40,5 +40,5 @@ def batch_indices(n: int, step: int, batch: int, seed: int) -> np.ndarray:
     """
     first, last = step * batch, (step + 1) * batch
     epochs = range(first // n, (last - 1) // n + 1)
-    stream = np.concatenate([random_stream(seed, "order", epoch).permutation(n) for epoch in epochs])
-    return stream[first - epochs[0] * n : last - epochs[0] * n]
+    order = np.concatenate([random_stream(seed, "order", epoch).permutation(n) for epoch in epochs])
+    return order[first - epochs[0] * n : last - epochs[0] * n]

@@ -55,6 +55,8 @@ class Diffusion:
             raise ValueError(f"t: expected {x.shape[0]} timesteps, one for each image, got shape {t.shape}")
         if t.size and not (0 <= t.min() and t.max() < self.T):
             raise ValueError(f"t: timesteps run from 0 to {self.T - 1}, got {t.min()} ... {t.max()}")
+        if x.dtype.kind != "f":
+            raise TypeError(f"images: expected floats in [-1, 1], got {x.dtype}")
         return like(table[t].reshape(-1, *[1] * (x.ndim - 1)), x)
 
     def q_sample(self, x0: Array, t: np.ndarray, eps: Array) -> Array:
@@ -67,16 +69,23 @@ class Diffusion:
         alpha_bar = self.schedule.alpha_bar
         return self._at(np.sqrt(alpha_bar), t, x0) * x0 + self._at(np.sqrt(1 - alpha_bar), t, x0) * eps
 
-    def predict_x0(self, x_t: Array, t: np.ndarray, eps: Array) -> Array:
-        """Undo `q_sample`, given the noise: x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)."""
+    def target(self, x0: Array, t: np.ndarray, eps: Array) -> Array:
+        """What the model should return for x_t = `q_sample(x0, t, eps)`: the noise eps."""
+        return eps
+
+    def predict_x0(self, x_t: Array, t: np.ndarray, prediction: Array) -> Array:
+        """The x_0 that the model's prediction, eps, implies by equation 4:
+
+        (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
+        """
         alpha_bar = self.schedule.alpha_bar
-        return (x_t - self._at(np.sqrt(1 - alpha_bar), t, x_t) * eps) / self._at(np.sqrt(alpha_bar), t, x_t)
+        return (x_t - self._at(np.sqrt(1 - alpha_bar), t, x_t) * prediction) / self._at(np.sqrt(alpha_bar), t, x_t)
 
     def posterior_mean(self, x0: Array, x_t: Array, t: np.ndarray) -> Array:
         """Mean of q(x_{t-1} | x_t, x_0), the step back if x_0 were known (equation 7):
 
-        sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0 + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)
-        x_t
+        sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
+        + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
         """
         s = self.schedule
         return self._at(s.posterior_mean_x0, t, x0) * x0 + self._at(s.posterior_mean_xt, t, x_t) * x_t
@@ -103,4 +112,4 @@ class Diffusion:
         prediction = model(self.q_sample(x0, t, eps), t)
         if prediction.shape != x0.shape:
             raise ValueError(f"model: expected it to return the shape of x0, {x0.shape}, got {prediction.shape}")
-        return mse(prediction, eps)
+        return mse(prediction, self.target(x0, t, eps))

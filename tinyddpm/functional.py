@@ -1,4 +1,4 @@
-"""Functions without parameters: activations, softmax, linear maps, dropout, the squared error.
+"""Functions that own no parameters: activations, softmax, linear maps, dropout, the squared error.
 
 Each is one op on the last axis or on all elements; see tensor.py for how an op is written.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from .backend import Array, array_module, like
-from .tensor import Tensor, op
+from .tensor import Tensor, as_array, mul, op
 
 
 def logistic(x: Array) -> Array:
@@ -49,17 +49,22 @@ def softmax(x, *, axis: int = -1):
 
 @op
 def concat(*xs, axis: int = -1):
-    """Join arrays along `axis`; all their other axes must agree. The gradient is cut where they were joined."""
-    cuts = np.cumsum([x.shape[axis] for x in xs])[:-1].tolist()
+    """Join arrays along `axis`; their other axes must agree, or ValueError. The gradient is cut at the joints."""
     xp = array_module(xs[0])
-    return xp.concatenate(xs, axis=axis), lambda g: tuple(xp.split(g, cuts, axis=axis))
+    y = xp.concatenate(xs, axis=axis)
+    cuts = np.cumsum([x.shape[axis] for x in xs])[:-1].tolist()
+    return y, lambda g: tuple(xp.split(g, cuts, axis=axis))
 
 
 @op
 def linear(x, w, b=None):
-    """x w + b over the last axis: x (..., C), w (C, O), b (O,) -> (..., O)."""
-    if x.shape[-1] != w.shape[0]:
+    """x w + b over the last axis: x (..., C), w (C, O), b (O,) or None -> (..., O). ValueError if they do not fit."""
+    if w.ndim != 2:
+        raise ValueError(f"w: expected shape (C, O), got {w.shape}")
+    if x.ndim == 0 or x.shape[-1] != w.shape[0]:
         raise ValueError(f"x: last axis must be {w.shape[0]} to fit w of shape {w.shape}, got x of shape {x.shape}")
+    if b is not None and b.shape != w.shape[1:]:
+        raise ValueError(f"b: expected shape {w.shape[1:]} to fit w of shape {w.shape}, got {b.shape}")
     rows = x.reshape(-1, w.shape[0])
     y = rows @ w
     if b is not None:
@@ -74,9 +79,9 @@ def linear(x, w, b=None):
 
 @op
 def mse(a, b):
-    """Mean squared error mean((a - b)^2) over all elements of two arrays of one shape."""
-    if a.shape != b.shape:
-        raise ValueError(f"mse: both shapes must be the same, got {a.shape} and {b.shape}")
+    """Mean squared error mean((a - b)^2) over all elements of two arrays of one shape (else ValueError)."""
+    if a.shape != b.shape or a.size == 0:
+        raise ValueError(f"mse: expected the same shape twice, and not an empty one, got {a.shape} and {b.shape}")
     d = a - b
 
     def pull(g):
@@ -86,7 +91,7 @@ def mse(a, b):
     return (d * d).mean(), pull
 
 
-def dropout(x: Tensor, p: float, rng: np.random.Generator | None = None) -> Tensor:
+def dropout(x: Tensor | Array, p: float, rng: np.random.Generator | None = None) -> Tensor | Array:
     """Zero each element with probability `p` and scale the rest by 1 / (1 - p); without a generator, return `x`.
 
     There is no training flag: whoever trains hands over a generator. Srivastava et al. 2014.
@@ -96,4 +101,4 @@ def dropout(x: Tensor, p: float, rng: np.random.Generator | None = None) -> Tens
     if rng is None or p == 0:
         return x
     keep = rng.random(x.shape, dtype=np.float32) >= p
-    return x * like(keep / (1 - p), x.data)
+    return mul(x, like(keep / (1 - p), as_array(x)))

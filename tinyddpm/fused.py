@@ -7,8 +7,11 @@ compositions stand in tests/reference.py, and the tests hold the two equal.
 from __future__ import annotations
 
 import math
+import numbers
 
-from .backend import Array, array_module
+import numpy as np
+
+from .backend import Array
 from .functional import column_sums, logistic
 from .tensor import op
 
@@ -31,21 +34,22 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
     if x.ndim < 2 or x.size == 0:
         raise ValueError(f"x: expected (N, ..., C), no axis of them empty, got shape {x.shape}")
     N, C = x.shape[0], x.shape[-1]
-    if groups < 1 or C % groups:
+    if not isinstance(groups, numbers.Integral) or groups < 1 or C % groups:
         raise ValueError(f"groups: {groups} does not divide the {C} channels of x; use a divisor of {C}")
     if gamma.shape != (C,) or beta.shape != (C,):
         raise ValueError(
             f"gamma, beta: expected shape ({C},) for x of shape {x.shape}, got {gamma.shape}, {beta.shape}"
         )
-    rows = x.reshape(N, -1, C)
+    shape, L = x.shape, x.size // (N * C)  # plain numbers, so that `pull` does not keep x
 
     def group_mean(sums: Array) -> Array:
-        """(N, C), each channel's sum over positions -> (N, 1, C), the mean over that channel's group."""
-        mean = sums.reshape(N, groups, -1).mean(axis=2, keepdims=True) / rows.shape[1]
+        """(N, C), each channel's sum over its L positions -> (N, 1, C), the mean over that channel's group."""
+        mean = sums.reshape(N, groups, -1).mean(axis=2, keepdims=True) / L
         return mean.repeat(C // groups, axis=2).reshape(N, 1, C)
 
-    xhat = rows - group_mean(column_sums(rows))
-    rstd = 1 / array_module(x).sqrt(group_mean(column_sums(xhat * xhat)) + eps)
+    x = x.reshape(N, L, C)
+    xhat = x - group_mean(column_sums(x))
+    rstd = 1 / np.sqrt(group_mean(column_sums(xhat * xhat)) + eps)
     xhat *= rstd
     y = xhat * gamma
     y += beta
@@ -53,8 +57,8 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
         y *= logistic(y)
 
     def pull(g):
-        dz = g.reshape(rows.shape)
-        if silu:  # z is computed again rather than kept: memory is dearer
+        dz = g.reshape(N, L, C)
+        if silu:  # dz = g s (1 + z (1 - s)), in place; z is computed again rather than kept: memory is dearer
             z = xhat * gamma
             z += beta
             s = logistic(z)
@@ -69,9 +73,9 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
         dx -= group_mean(dbeta * gamma)
         dx -= xhat * group_mean(dgamma * gamma)
         dx *= rstd
-        return dx.reshape(x.shape), dgamma.sum(axis=0), dbeta.sum(axis=0)
+        return dx.reshape(shape), dgamma.sum(axis=0), dbeta.sum(axis=0)
 
-    return y.reshape(x.shape), pull
+    return y.reshape(shape), pull
 
 
 @op
@@ -86,8 +90,10 @@ def attention(q, k, v, *, heads: int = 1):
     """
     if q.ndim != 3 or k.shape != v.shape or k.ndim != 3 or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
         raise ValueError(f"q, k, v: expected (N, L, C), (N, S, C), (N, S, C), got {q.shape}, {k.shape}, {v.shape}")
+    if q.size == 0 or k.size == 0:
+        raise ValueError(f"q, k, v: expected none of them empty, got {q.shape}, {k.shape}, {v.shape}")
     C = q.shape[2]
-    if heads < 1 or C % heads:
+    if not isinstance(heads, numbers.Integral) or heads < 1 or C % heads:
         raise ValueError(f"heads: {heads} does not divide the {C} channels of q; use a divisor of {C}")
     scale = 1 / math.sqrt(C // heads)
 
@@ -100,7 +106,7 @@ def attention(q, k, v, *, heads: int = 1):
     q, k, v = split(q), split(k), split(v)
     p = (q * scale) @ k.swapaxes(2, 3)  # (N, heads, L, S): what each query gives each key
     p -= p.max(axis=3, keepdims=True)
-    array_module(p).exp(p, out=p)
+    np.exp(p, out=p)
     p /= p.sum(axis=3, keepdims=True)
 
     def pull(g):

@@ -13,29 +13,24 @@ from collections.abc import Iterator
 import numpy as np
 
 from .backend import array_module, device_of, to_device, to_numpy
-from .conv import conv2d
+from .conv import Padding, conv2d
 from .functional import linear
 from .fused import attention, group_norm
 from .tensor import Parameter, Tensor
 
 
 class Module:
-    """Something with parameters: among its attributes are `Parameter`s, `Module`s or lists of `Module`s."""
+    """Something with parameters: `Parameter`s and other `Module`s among its attributes, alone or in lists."""
 
     def named_parameters(self) -> dict[str, Parameter]:
-        """Return {name: parameter} in the order in which they were made; names look like "down.0.res.1.conv1.w"."""
-        return dict(self._walk(""))
+        """Return {name: parameter} in the order in which they were made; names look like "down.0.res.1.conv1.w".
 
-    def _walk(self, prefix: str) -> Iterator[tuple[str, Parameter]]:
-        for name, value in vars(self).items():
-            if isinstance(value, Parameter):
-                yield prefix + name, value
-            elif isinstance(value, Module):
-                yield from value._walk(f"{prefix}{name}.")
-            elif isinstance(value, list):
-                for i, item in enumerate(value):
-                    if isinstance(item, Module):
-                        yield from item._walk(f"{prefix}{name}.{i}.")
+        A parameter that is used in several places is listed once, under its first name.
+        """
+        names = {}
+        for name, p in _walk(self, ""):
+            names.setdefault(p, name)
+        return {name: p for p, name in names.items()}
 
     def parameters(self) -> list[Parameter]:
         """Return all parameters, in the order of `named_parameters`."""
@@ -54,7 +49,7 @@ class Module:
     def device(self) -> str:
         return device_of(self.parameters()[0].data)
 
-    def to(self, device: str | None = None, dtype=None) -> Module:
+    def to(self, device: str | None = None, dtype: str | np.dtype | None = None) -> Module:
         """Move the parameters to `device` ("cpu", "cuda", "cuda:N"), convert them to `dtype`, in place; return self."""
         if dtype is not None and np.dtype(dtype).kind != "f":
             raise ValueError(f"dtype: expected a floating-point type such as 'float32' or 'float64', got {dtype!r}")
@@ -81,6 +76,19 @@ class Module:
             raise ValueError(f"state: it does not fit {type(self).__name__}: {'; '.join(wrong)}")
         for name, p in own.items():
             p.data[...] = array_module(p.data).asarray(state[name])
+
+
+def _walk(value: object, name: str) -> Iterator[tuple[str, Parameter]]:
+    """Yield the parameters within a module, list, tuple or dict, each with the path that leads to it."""
+    if isinstance(value, Parameter):
+        yield name, value
+        return
+    inside = vars(value) if isinstance(value, Module) else value
+    items = (
+        inside.items() if isinstance(inside, dict) else enumerate(inside) if isinstance(inside, (list, tuple)) else ()
+    )
+    for key, item in items:
+        yield from _walk(item, f"{name}.{key}" if name else str(key))
 
 
 def _uniform(rng: np.random.Generator, shape: tuple[int, ...], fan_in: int, fan_out: int, scale: float) -> Parameter:
@@ -113,7 +121,7 @@ class Conv2d(Module):
         kernel: int,
         rng: np.random.Generator,
         stride: int = 1,
-        padding=0,
+        padding: int | Padding = 0,
         scale: float = 1.0,
     ):
         area = kernel * kernel

@@ -54,8 +54,9 @@ def warmup(lr: float, step: int, steps: int) -> float:
 class Adam:
     """Adam (Kingma & Ba 2015, algorithm 1), with decoupled weight decay (AdamW; Loshchilov & Hutter 2019) if asked.
 
-        m <- b1 m + (1 - b1) g,   v <- b2 v + (1 - b2) g^2 theta <- theta - lr (mhat / (sqrt(vhat) + eps) + weight_decay
-        theta),   mhat = m / (1 - b1^n), vhat = v / (1 - b2^n)
+        m <- b1 m + (1 - b1) g,         mhat = m / (1 - b1^n)
+        v <- b2 v + (1 - b2) g^2,       vhat = v / (1 - b2^n)
+        theta <- theta - lr (mhat / (sqrt(vhat) + eps) + weight_decay theta)
 
     Args: theta: the vector (P,) from `flatten`, updated in place. Raises ValueError for a setting out of range.
     """

@@ -9,11 +9,12 @@ does the result.
 from __future__ import annotations
 
 import contextlib
+import numbers
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import ThreadpoolController
 
 
 def cpu_count() -> int:
@@ -25,20 +26,23 @@ def cpu_count() -> int:
 def worker_threads(count: int | None = None) -> Iterator[Callable]:
     """Within this block, have `count` threads (None: one per CPU); yields `run(function, items)`, `map` on them.
 
-    Results come in the order of the items; an exception in a worker is raised where its result is taken.
-    Raises ValueError if `count` is below 1.
+    Results come in the order of the items, as they are asked for; an exception in a worker is raised where its result
+    is taken. Raises ValueError unless `count` is an integer >= 1.
     """
     count = cpu_count() if count is None else count
-    if count < 1:
-        raise ValueError(f"workers: expected at least 1, got {count}")
-    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(count) as pool:
-        yield pool.map
+    if not isinstance(count, numbers.Integral) or count < 1:
+        raise ValueError(f"workers: expected an integer >= 1, got {count!r}")
+    blas = ThreadpoolController()
+    with ThreadPoolExecutor(count) as pool:
+
+        def run(function: Callable, items: Iterable) -> Iterator:
+            with blas.limit(limits=1, user_api="blas"):  # a setting of the whole process, so only while we need it
+                yield from pool.map(function, items)
+
+        yield run
 
 
 def blas_name() -> str:
     """The BLAS behind NumPy and the kernels it chose, for instance "openblas 0.3.31 SkylakeX"."""
-    found = [info for info in threadpool_info() if info["user_api"] == "blas"]
-    return (
-        ", ".join(f"{i['internal_api']} {i['version']} {i.get('architecture') or ''}".strip() for i in found)
-        or "unknown"
-    )
+    found = ThreadpoolController().select(user_api="blas").info()
+    return ", ".join(f"{i['internal_api']} {i['version']} {i.get('architecture') or ''}".strip() for i in found) or "?"

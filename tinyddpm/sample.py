@@ -1,8 +1,8 @@
 """Samplers: from noise to images. Each is one flat generator to read beside its paper; `sample` runs them.
 
 A sampler works on plain arrays and on the whole batch. `sample` hands it a model that cuts the batch into shards and
-runs them on worker threads, and noise in which every image has a random stream of its own: image i does not depend on
-how many others are made, nor on the number of threads.
+runs them on worker threads, and noise in which every image has a random stream of its own: the same seed gives the same
+image i, to the bit for any number of threads, up to rounding for any number of other images.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ def sample(
         callback: called as callback(t, x_{t-1}, predicted x_0) after every step.
         workers: threads; None for one per CPU.
 
-    Returns (N, H, W, C), about within [-1, 1]. Raises ValueError for an unknown method, a shape or steps that do not
-    fit.
+    Returns (N, H, W, C), within [-1, 1] if clipped. Raises ValueError for an unknown method, a shape or steps that do
+    not fit, FloatingPointError if what comes out is not finite.
     """
     if method not in SAMPLERS:
         raise ValueError(f"method: unknown sampler {method!r}; known: {', '.join(SAMPLERS)}")
@@ -81,6 +81,7 @@ def sample(
             f"steps: {method!r} takes all {diffusion.T} steps of the schedule; leave steps out, got {steps}"
         )
     dtype, device = getattr(model, "dtype", np.dtype("float32")), getattr(model, "device", "cpu")
+    size = SHARD if device == "cpu" else shape[0]
     streams = np.random.default_rng(rng).spawn(shape[0])
 
     def noise() -> Array:
@@ -91,11 +92,16 @@ def sample(
         def in_shards(x: Array, t: np.ndarray) -> Array:
             def shard(i: int) -> Array:
                 with no_grad():
-                    return as_array(model(x[i : i + SHARD], t[i : i + SHARD]))
+                    return as_array(model(x[i : i + size], t[i : i + size]))
 
-            return array_module(x).concatenate(list(run(shard, range(0, len(x), SHARD))))
+            y = array_module(x).concatenate(list(run(shard, range(0, len(x), size))))
+            if y.shape != x.shape:
+                raise ValueError(f"model: expected it to return the shape of x_t, {x.shape}, got {y.shape}")
+            return y
 
         for t, x, x0 in SAMPLERS[method](diffusion, in_shards, noise(), noise, clip=clip):
             if callback:
                 callback(t, x, x0)
+    if not array_module(x).isfinite(x).all():
+        raise FloatingPointError("model: it led to images that are not finite; are its weights?")
     return x

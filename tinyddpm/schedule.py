@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
+import warnings
 
 import numpy as np
 
@@ -68,17 +70,23 @@ class Schedule:
 
     @_table
     def posterior_mean_x0(self) -> np.ndarray:
-        """Of x_0 in the mean of q(x_{t-1} | x_t, x_0): sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t), equation 7."""
+        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0) (equation 7):
+
+        sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t).
+        """
         return np.sqrt(self.alpha_bar_prev) * self.beta / (1 - self.alpha_bar)
 
     @_table
     def posterior_mean_xt(self) -> np.ndarray:
-        """Of x_t in that mean: sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), equation 7."""
+        """Weight of x_t in that mean: sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)."""
         return np.sqrt(self.alpha) * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
 
     @_table
     def posterior_variance(self) -> np.ndarray:
-        """beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t), its variance, equation 7; 0 at t = 0."""
+        """Variance of q(x_{t-1} | x_t, x_0), which is 0 at t = 0 (equation 7):
+
+        beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t).
+        """
         return self.beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
 
     @_table
@@ -110,10 +118,20 @@ def make_schedule(name: str = "linear", T: int = 1000, **parameters: float) -> S
         T: number of steps, >= 1.
         parameters: of the schedule: beta_start, beta_end.
 
-    Raises ValueError for an unknown name, a T below 1 or a parameter out of range, TypeError for an unknown parameter.
+    Raises ValueError for an unknown name, a T below 1 or a parameter out of range, TypeError for an unknown parameter;
+    warns if the last alpha_bar is not near 0.
     """
     if name not in SCHEDULES:
         raise ValueError(f"name: unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
-    if not isinstance(T, int) or T < 1:
+    if not isinstance(T, numbers.Integral) or T < 1:
         raise ValueError(f"T: expected an integer >= 1, got {T!r}")
-    return Schedule(SCHEDULES[name](T, **parameters), name, parameters)
+    parameters = {key: float(value) for key, value in parameters.items()}
+    schedule = Schedule(SCHEDULES[name](int(T), **parameters), name, parameters)
+    last = schedule.alpha_bar[-1]
+    if last > 0.01:
+        warnings.warn(
+            f"schedule {name!r} with T = {T} ends far from pure noise: its last alpha_bar is {last:.3g}, but sampling "
+            "starts from N(0, I); take more steps or add more noise in each",
+            stacklevel=2,
+        )
+    return schedule

@@ -7,7 +7,7 @@ together with `pull`, a function that turns dL/d(value) into dL/d(each input):
     def mul(a, b):
         return a * b, lambda g: (g * b, g * a)
 
-What backward needs is whatever `pull` closes over; there is no other saved state. `backward(loss)` walks the graph from
+What backward needs is whatever `pull` closes over; nothing else is kept. `backward(loss)` walks the graph from
 the loss to the parameters, calls every `pull` once and returns {parameter: gradient}. Nothing is written to the
 parameters, so several threads can differentiate through the same ones at once.
 """
@@ -16,24 +16,36 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import numbers
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from .backend import Array, is_array
+from .backend import Array, array_module, is_array
 
 # ---------------------------------------------------------------------------------------------------------- tensors
 
 
+class Node:
+    """An op that was run: `pull`, and where its gradients go. It knows shape and dtype of its value, not the value."""
+
+    __slots__ = ("op", "parents", "pull", "shape", "dtype", "__weakref__")
+
+    def __init__(self, op: str, parents: tuple[Node | Parameter | None, ...], pull: Callable, value: Array):
+        self.op, self.parents, self.shape, self.dtype = op, parents, value.shape, value.dtype
+        self.pull: Callable | None = pull  # None once `backward` has been here
+
+
 class Tensor:
-    """A float array, and how it was computed: `parents` (one per input; None where no gradient goes) and `pull`.
+    """A float array, and the node that computed it (None if no parameter was involved).
 
     Raises TypeError for anything but a NumPy or CuPy array of floats.
     """
 
-    __slots__ = ("data", "parents", "pull", "op", "__weakref__")
+    __slots__ = ("data", "node")
     __array_ufunc__ = None  # array * tensor is handed to Tensor.__rmul__, not looped over
 
     def __init__(self, data: Array):
@@ -42,9 +54,7 @@ class Tensor:
             what = f"an array of {data.dtype}" if is_array(data) else type(data).__name__
             raise TypeError(f"data: expected a NumPy or CuPy array of floats, got {what}")
         self.data = data
-        self.parents: tuple[Tensor | None, ...] = ()
-        self.pull: Callable | None = None
-        self.op = ""
+        self.node: Node | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -122,11 +132,11 @@ class Tensor:
     def mean(self, axis=None, keepdims=False) -> Tensor:
         return reduce_mean(self, axis=axis, keepdims=keepdims)
 
-    def reshape(self, *shape: int) -> Tensor:
-        return reshape(self, shape=shape)
+    def reshape(self, *shape: int | tuple[int, ...]) -> Tensor:
+        return reshape(self, shape=shape[0] if shape and isinstance(shape[0], tuple) else shape)
 
-    def transpose(self, *axes: int) -> Tensor:
-        return transpose(self, axes=axes)
+    def transpose(self, *axes: int | tuple[int, ...]) -> Tensor:
+        return transpose(self, axes=axes[0] if axes and isinstance(axes[0], tuple) else axes)
 
 
 class Parameter(Tensor):
@@ -177,26 +187,28 @@ def op(function: Callable) -> Callable:
     An op reads its inputs and `g` and writes only to arrays that it made itself. The dtype of its inputs is kept:
     mixing float32 with float64, or a value of another dtype, raises TypeError. The undecorated function is `op.raw`.
     """
-
-    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    name = function.__name__
+    signature = inspect.signature(function)
+    inputs_expected = sum(p.kind is p.POSITIONAL_OR_KEYWORD for p in signature.parameters.values())
 
     @functools.wraps(function)
     def apply(*inputs: Any, **settings: Any) -> Tensor:
-        inputs += tuple(settings.pop(name, None) for name in names[len(inputs) :])  # given by name, or left out
+        if len(inputs) < inputs_expected:  # some are given by name, or left out
+            bound = signature.bind(*inputs, **settings)
+            bound.apply_defaults()
+            inputs, settings = bound.args, bound.kwargs
         arrays = [as_array(x) for x in inputs]
-        dtype = _common_dtype(function.__name__, arrays)
+        dtype = _common_dtype(name, arrays)
         value, pull = function(*arrays, **settings)
         y = Tensor(value)
         if y.dtype != dtype:
-            raise TypeError(
-                f"{function.__name__}: {dtype} became {y.dtype}; convert the input that is not a float array"
-            )
+            raise TypeError(f"{name}: {dtype} became {y.dtype}; convert the input that is not a float array")
         if _mode.recording:
             parents = tuple(
-                x if isinstance(x, Parameter) or (isinstance(x, Tensor) and x.pull) else None for x in inputs
+                x if isinstance(x, Parameter) else x.node if isinstance(x, Tensor) else None for x in inputs
             )
             if any(parent is not None for parent in parents):
-                y.parents, y.pull, y.op = parents, pull, function.__name__
+                y.node = Node(name, parents, pull, y.data)
         return y
 
     apply.raw = function
@@ -218,80 +230,93 @@ def _common_dtype(name: str, arrays: list) -> np.dtype:
 def backward(loss: Tensor) -> dict[Parameter, Array]:
     """Return dL/dp for every `Parameter` p that the scalar `loss` L depends on, as {p: array of p's shape and dtype}.
 
-    The chain rule from the loss to the leaves: a tensor used in several places sums what comes back from each. Every
+    The chain rule from the loss to the leaves: what is used in several places sums what comes back from each. Every
     op's saved arrays are freed as soon as its `pull` has run, so a graph can be walked once.
 
-    Raises ValueError if `loss` is not a scalar or depends on no parameter, RuntimeError on a second walk.
+    Raises TypeError if `loss` is no tensor, ValueError if it is not a scalar or depends on no parameter, RuntimeError
+    on a second walk.
     """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss: expected a Tensor, got {type(loss).__name__}")
     if loss.data.size != 1:
         raise ValueError(f"loss: expected a scalar, got shape {loss.shape}; reduce it with .mean() or .sum()")
-    if loss.pull is None and not isinstance(loss, Parameter):
+    root = loss if isinstance(loss, Parameter) else loss.node
+    if root is None:
         raise ValueError("loss: it depends on no Parameter (was it computed under no_grad?)")
-    order = _parents_first(loss)
-    incoming = {loss: np.ones_like(loss.data)}  # np.ones_like makes a CuPy array from a CuPy array
-    ours: set[Tensor] = set()  # tensors whose incoming sum is an array made here; any other is borrowed from a pull
+    order = _parents_first(root)
+    incoming = {root: np.ones_like(loss.data)}  # given a CuPy array, NumPy asks CuPy
+    ours = set()  # those whose incoming sum is an array made here; any other is borrowed from a pull
     gradients = {}
     while order:
-        tensor = order.pop()
-        if tensor not in incoming:  # every path to it ended in a None
+        node = order.pop()
+        if node not in incoming:  # every path to it ended in a None
             continue
-        g = incoming.pop(tensor)
-        if isinstance(tensor, Parameter):
-            gradients[tensor] = g if tensor in ours else g.copy()
+        g = incoming.pop(node)
+        if isinstance(node, Parameter):
+            gradients[node] = g if node in ours else g.copy()
             continue
-        parents, pull, name = tensor.parents, tensor.pull, tensor.op
-        tensor.parents, tensor.pull = (), _walked
-        pulled = pull(g)
-        pulled = pulled if isinstance(pulled, tuple) else (pulled,)
-        if len(pulled) != len(parents):
-            raise RuntimeError(f"{name}: {len(parents)} inputs but {len(pulled)} gradients")
-        for parent, g in zip(parents, pulled):
-            g = g() if parent is not None and callable(g) else g
-            if parent is None or g is None:
-                continue
-            g = _fit(g, parent, name)
+        ours.discard(node)
+        for parent, contribution in _pull(node, g):
             if parent not in incoming:
-                incoming[parent] = g
+                incoming[parent] = contribution
             elif parent in ours:
-                incoming[parent] += g
+                incoming[parent] += contribution
             else:
-                incoming[parent] = _no_scalar(incoming[parent] + g)
+                incoming[parent] = _no_scalar(incoming[parent] + contribution)
                 ours.add(parent)
-        ours.discard(tensor)
     return gradients
 
 
-def _walked(g):
-    """Stands in a tensor for the pull that has run; never called."""
-    raise RuntimeError("backward has been here already")
+def _pull(node: Node, g: Array) -> list[tuple[Node | Parameter, Array]]:
+    """Run the pull of `node`, forget it, and return what goes to each parent. All that it saved is free on return."""
+    parents, gradients = node.parents, node.pull(g)
+    node.parents, node.pull = (), None
+    gradients = gradients if isinstance(gradients, tuple) else (gradients,)
+    if len(gradients) != len(parents):
+        raise RuntimeError(f"{node.op}: {len(parents)} inputs but {len(gradients)} gradients")
+    contributions = []
+    for parent, gradient in zip(parents, gradients):
+        if parent is not None:
+            gradient = gradient() if callable(gradient) else gradient
+            if gradient is not None:
+                contributions.append((parent, _fit(gradient, parent, node.op)))
+    return contributions
 
 
-def _parents_first(loss: Tensor) -> list[Tensor]:
-    """Return the tensors that `loss` depends on, each after its parents (depth first, without recursion)."""
-    order, seen, stack = [], {loss}, [(loss, iter(loss.parents))]
+def _parents_first(root: Node | Parameter) -> list[Node | Parameter]:
+    """Return all that `root` depends on, each after its parents (depth first, without recursion)."""
+    order, seen, stack = [], {root}, [(root, iter(_parents(root)))]
     while stack:
-        tensor, parents = stack[-1]
-        if tensor.pull is _walked:
-            raise RuntimeError(
-                "backward has already gone through this part of the graph and freed it; compute the loss anew, or add "
-                "the losses up and call backward once"
-            )
+        node, parents = stack[-1]
         for parent in parents:
             if parent is not None and parent not in seen:
                 seen.add(parent)
-                stack.append((parent, iter(parent.parents)))
+                stack.append((parent, iter(_parents(parent))))
                 break
         else:
-            order.append(tensor)
+            order.append(node)
             stack.pop()
     return order
 
 
-def _fit(g: Array, parent: Tensor, name: str) -> Array:
+def _parents(node: Node | Parameter) -> tuple[Node | Parameter | None, ...]:
+    if isinstance(node, Parameter):
+        return ()
+    if node.pull is None:
+        raise RuntimeError(
+            "backward has already gone through this part of the graph and freed it; compute the loss anew, or add the "
+            "losses up and call backward once"
+        )
+    return node.parents
+
+
+def _fit(g: Array, parent: Node | Parameter, name: str) -> Array:
     """Sum `g` over the axes along which `parent` was broadcast, and check its shape and dtype."""
     g = _no_scalar(g)
+    if not is_array(g):
+        raise RuntimeError(f"{name}: a gradient must be an array, got {type(g).__name__}")
     if g.shape != parent.shape:
-        extra = g.ndim - parent.ndim
+        extra = g.ndim - len(parent.shape)
         if extra < 0 or any(size not in (1, n) for size, n in zip(parent.shape, g.shape[extra:])):
             raise RuntimeError(f"{name}: gradient of shape {g.shape} for an input of shape {parent.shape}")
         axes = tuple(i for i in range(g.ndim) if i < extra or parent.shape[i - extra] != g.shape[i])
@@ -331,9 +356,9 @@ def neg(x):
 
 @op
 def power(x, *, exponent: float):
-    """x ** exponent for a Python number `exponent`."""
-    if not isinstance(exponent, (int, float)):
-        raise TypeError(f"exponent: expected a Python number, got {type(exponent).__name__}")
+    """x ** exponent for a number `exponent`."""
+    if not isinstance(exponent, numbers.Real):
+        raise TypeError(f"exponent: expected a number, got {type(exponent).__name__}")
     exponent = float(exponent)  # a NumPy scalar would promote float32 to float64
     return x**exponent, lambda g: g * (exponent * x ** (exponent - 1) if exponent else 0.0)
 
@@ -381,38 +406,44 @@ def _unreduce(g: Array, shape: tuple[int, ...], axis, keepdims: bool) -> Array:
 
 @op
 def reduce_sum(x, *, axis=None, keepdims=False):
-    return x.sum(axis=axis, keepdims=keepdims), lambda g: _unreduce(g, x.shape, axis, keepdims)
+    shape = x.shape  # so that `pull` does not keep x
+    return x.sum(axis=axis, keepdims=keepdims), lambda g: _unreduce(g, shape, axis, keepdims)
 
 
 @op
 def reduce_mean(x, *, axis=None, keepdims=False):
-    y = x.mean(axis=axis, keepdims=keepdims)
-    return y, lambda g: _unreduce(g / (x.size // y.size), x.shape, axis, keepdims)
+    if x.size == 0:
+        raise ValueError(f"x: nothing has no mean, got shape {x.shape}")
+    shape, y = x.shape, x.mean(axis=axis, keepdims=keepdims)
+    count = x.size // y.size
+    return y, lambda g: _unreduce(g / count, shape, axis, keepdims)
 
 
 @op
 def reshape(x, *, shape: tuple[int, ...]):
-    return x.reshape(shape), lambda g: g.reshape(x.shape)
+    before = x.shape
+    return x.reshape(shape), lambda g: g.reshape(before)
 
 
 @op
 def transpose(x, *, axes: tuple[int, ...]):
     """Permute the axes; with none given, reverse them."""
-    axes = axes or tuple(reversed(range(x.ndim)))
-    inverse = sorted(range(x.ndim), key=lambda i: axes[i] % x.ndim)
-    return x.transpose(axes), lambda g: g.transpose(inverse)
+    y = x.transpose(axes or None)
+    inverse = sorted(range(y.ndim), key=lambda i: axes[i] % y.ndim) if axes else None
+    return y, lambda g: g.transpose(inverse)
 
 
 @op
 def getitem(x, *, index):
     """x[index] for integers, slices, None and Ellipsis (which name each element at most once)."""
     for i in index if isinstance(index, tuple) else (index,):
-        if not (i is None or i is Ellipsis or isinstance(i, (int, slice))):
+        if not (i is None or i is Ellipsis or isinstance(i, (numbers.Integral, slice))):
             raise TypeError(f"index: expected integers, slices, None or Ellipsis, got {type(i).__name__}")
 
     def pull(g):
-        dx = np.zeros_like(x)
+        dx = array_module(g).zeros(shape, g.dtype)
         dx[index] = g
         return dx
 
+    shape = x.shape
     return x[index], pull

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 from collections.abc import Iterator
 
 import numpy as np
@@ -41,7 +42,7 @@ def train(
     images: np.ndarray,
     steps: int,
     batch: int = 64,
-    micro_batch: int = 16,
+    micro_batch: int | None = None,
     lr: float = 1e-3,
     warmup_steps: int = 100,
     max_norm: float = 1.0,
@@ -54,17 +55,22 @@ def train(
     Args:
         model: a Module (x_t, t) -> prediction; if it has dropout, called as model(x_t, t, rng=...).
         images: (M, H, W, C) floats in [-1, 1], of the model's dtype.
-        batch: images per step. micro_batch: images a worker takes at a time.
+        batch: images per step.
+        micro_batch: images a worker takes at a time; None for 16 on a CPU, the whole batch on a GPU.
         lr, warmup_steps: Adam's learning rate, and the steps over which it rises to it.
         max_norm: longest gradient. ema_decay: of the moving average.
-        workers: threads; None for one per CPU. seed: of batches, timesteps and noise.
+        workers: threads; None for one per CPU. seed: of batches, timesteps, noise and dropout.
 
-    Raises ValueError if an argument is out of range, FloatingPointError if the loss or a gradient stops being finite:
-    the parameters are then those of the last good step.
+    Being a generator, it raises what follows when its first state is asked for: ValueError if an argument is out of
+    range, FloatingPointError as soon as the loss or the gradient is not finite, before the parameters are touched,
+    RuntimeError if the model's parameters are moved or replaced while it trains.
     """
-    for name, value in dict(steps=steps, batch=batch, micro_batch=micro_batch).items():
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    micro_batch = (16 if model.device == "cpu" else batch) if micro_batch is None else micro_batch
+    at_least_one = {"steps": steps, "batch": batch, "micro_batch": micro_batch}
+    for name, value in (at_least_one | {"warmup_steps": warmup_steps, "seed": seed}).items():
+        least = 1 if name in at_least_one else 0
+        if not isinstance(value, numbers.Integral) or value < least:
+            raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
     if images.ndim != 4 or len(images) == 0 or images.dtype != model.dtype:
         raise ValueError(f"images: expected {model.dtype} (M, H, W, C) with M >= 1, got {images.dtype} {images.shape}")
     parameters = model.parameters()
@@ -90,8 +96,11 @@ def train(
             norm = float(clip_norm(gradient, max_norm))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(
-                    f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; try a lower lr than {lr}"
+                    f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; if all images are finite, try a "
+                    f"lower lr than {lr}"
                 )
+            if any(p.data.base is not theta for p in parameters):
+                raise RuntimeError(f"step {step + 1}: the model's parameters were moved or replaced while it trains")
             rate = warmup(lr, step, warmup_steps)
             optimizer.step(gradient, rate)
             ema.update(theta)

@@ -9,11 +9,12 @@ The timestep t reaches every residual block through a sinusoidal encoding (Vaswa
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
 
-from .backend import Array, like
+from .backend import Array, is_array, like
 from .conv import upsample
 from .functional import concat, dropout, silu
 from .nn import Attention, Conv2d, GroupNorm, Linear, Module
@@ -34,9 +35,10 @@ def timestep_encoding(t: Array, channels: int) -> np.ndarray:
 
 
 class ResBlock(Module):
-    """Residual block: h = conv(SiLU(norm(x))) + dense(SiLU(temb));  y = x + conv(dropout(SiLU(norm(h)))).
+    """Residual block: h = conv(SiLU(norm(x))) + dense(temb);  y = x + conv(dropout(SiLU(norm(h)))).
 
-    The timestep's term is the same at every pixel. Where the channels change, x passes a 1x1 convolution.
+    The timestep's term is the same at every pixel; `temb` (N, time) comes with its SiLU already taken. Where the
+    channels change, x passes a 1x1 convolution. `p` is the probability of dropout.
     """
 
     def __init__(self, inputs: int, outputs: int, time: int, groups: int, p: float, rng: np.random.Generator):
@@ -48,9 +50,9 @@ class ResBlock(Module):
         self.shortcut = Conv2d(inputs, outputs, 1, rng) if inputs != outputs else None
         self.p = p
 
-    def __call__(self, x: Tensor, activated_temb: Tensor, rng: np.random.Generator | None) -> Tensor:
+    def __call__(self, x: Tensor, temb: Tensor, rng: np.random.Generator | None) -> Tensor:
         h = self.conv1(self.norm1(x, silu=True))
-        h = h + self.time(activated_temb).reshape(h.shape[0], 1, 1, -1)  # (N, 1, 1, C) over (N, H, W, C)
+        h = h + self.time(temb).reshape(h.shape[0], 1, 1, -1)  # (N, 1, 1, C) over (N, H, W, C)
         h = self.conv2(dropout(self.norm2(h, silu=True), self.p, rng))
         return h + (self.shortcut(x) if self.shortcut else x)
 
@@ -109,12 +111,8 @@ class UNet(Module):
         dropout: float = 0.0,
         rng: int | np.random.Generator = 0,
     ):
-        channels, attention = tuple(channels), tuple(map(bool, attention))
-        self.config = dict(
-            in_channels=in_channels, out_channels=out_channels, channels=channels, blocks=blocks,
-            attention=attention, heads=heads, groups=groups, dropout=dropout,
-        )  # fmt: skip
-        _check(**self.config)
+        self.config = _checked(in_channels, out_channels, channels, blocks, attention, heads, groups, dropout)
+        channels, attention, blocks = (self.config[name] for name in ("channels", "attention", "blocks"))
         self.dropout = dropout
         rng = np.random.default_rng(rng)
         time = 4 * channels[0]
@@ -160,8 +158,8 @@ class UNet(Module):
         Returns (N, H, W, out_channels). Raises ValueError if the shapes do not fit, TypeError if a dtype does not.
         """
         self._check_input(as_array(x), t)
-        temb = like(timestep_encoding(t, self.config["channels"][0]), self.time1.w.data)
-        temb = silu(self.time2(silu(self.time1(temb))))  # the blocks use the embedding only through SiLU
+        encoding = like(timestep_encoding(t, self.config["channels"][0]), self.time1.w.data)
+        temb = silu(self.time2(silu(self.time1(encoding))))  # every block takes SiLU of the embedding: once is enough
         h = self.conv_in(x)
         skips = [h]
         for level in self.down:
@@ -182,6 +180,8 @@ class UNet(Module):
 
     def _check_input(self, x: Array, t: np.ndarray) -> None:
         C, factor = self.config["in_channels"], 2 ** (len(self.config["channels"]) - 1)
+        if not is_array(x):
+            raise TypeError(f"x: expected an array or a Tensor, got {type(x).__name__}")
         if x.ndim != 4 or x.shape[3] != C or x.shape[0] == 0:
             raise ValueError(f"x: expected one or more images (N, H, W, {C}), got shape {x.shape}")
         if x.shape[1] % factor or x.shape[2] % factor or 0 in x.shape:
@@ -197,22 +197,38 @@ class UNet(Module):
             raise ValueError(f"t: expected {x.shape[0]} timesteps >= 0, one for each image, got shape {t.shape}, {t}")
 
 
-def _check(in_channels, out_channels, channels, blocks, attention, heads, groups, dropout) -> None:
-    for name, value in dict(
-        in_channels=in_channels, out_channels=out_channels, blocks=blocks, heads=heads, groups=groups
-    ).items():
-        if not isinstance(value, int) or value < 1:
+def _checked(in_channels, out_channels, channels, blocks, attention, heads, groups, dropout) -> dict:
+    """Return the arguments of `UNet` as plain numbers and tuples, or raise ValueError."""
+    ones = {
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "blocks": blocks,
+        "heads": heads,
+        "groups": groups,
+    }
+    for name, value in ones.items():
+        if not isinstance(value, numbers.Integral) or value < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-    if not channels or not all(isinstance(c, int) and c > 0 and c % groups == 0 for c in channels):
-        raise ValueError(f"channels: expected one or more multiples of groups = {groups}, got {channels}")
+    for name, value in (("channels", channels), ("attention", attention)):
+        if np.ndim(value) != 1 or len(value) == 0:
+            raise ValueError(f"{name}: expected a sequence with an entry for each level, got {value!r}")
+    if not all(isinstance(c, numbers.Integral) and c > 0 and c % groups == 0 for c in channels):
+        raise ValueError(f"channels: expected multiples of groups = {groups}, got {channels}")
     if channels[0] % 2 or channels[0] < 4:
         raise ValueError(
             f"channels: the first must be even and at least 4 for the timestep encoding, got {channels[0]}"
         )
     if len(attention) != len(channels):
         raise ValueError(f"attention: expected {len(channels)} entries, one for each level, got {attention}")
-    for c, attends in zip(channels, attention[:-1] + (True,)):  # the middle has the last level's channels
+    for c, attends in zip(channels, [*attention[:-1], True]):  # the middle has the last level's channels
         if attends and c % heads:
             raise ValueError(f"heads: {heads} does not divide the {c} channels of a level with attention")
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
+    if not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
+    config = {name: int(value) for name, value in ones.items()}
+    config |= {
+        "channels": tuple(map(int, channels)),
+        "attention": tuple(map(bool, attention)),
+        "dropout": float(dropout),
+    }
+    return config
