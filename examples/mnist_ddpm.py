@@ -29,7 +29,6 @@ def parse_arguments():
     add("--lr", type=float, default=2e-3, help="Adam's learning rate [%(default)s]")
     add("--channels", type=int, nargs="+", default=[16, 32, 64], help="of the U-Net's levels [16 32 64]")
     add("--blocks", type=int, default=1, help="residual blocks per level [%(default)s]")
-    add("--dropout", type=float, default=0.0, help="probability of dropping an activation while training [%(default)s]")
     add("--timesteps", type=int, default=300, help="T, the number of diffusion steps [%(default)s]")
     add("--samples", type=int, default=64, help="digits in the final grid [%(default)s]")
     add("--sample-every", type=int, default=1000, help="training steps between sample grids [%(default)s]")
@@ -68,17 +67,15 @@ def main():
 
     # The network that predicts the noise in an image, with attention at the lowest resolution.
     attention = [False] * (len(args.channels) - 1) + [True]
-    unet = UNet(channels=args.channels, blocks=args.blocks, attention=attention, dropout=args.dropout, rng=args.seed)
+    unet = UNet(channels=args.channels, blocks=args.blocks, attention=attention, rng=args.seed)
     unet.to(args.device)
 
     print(f"device   {args.device}, {args.workers} worker threads, BLAS {blas_name()}")
     print(f"network  U-Net {'-'.join(map(str, args.channels))}, {unet.size:,} parameters")
     print(f"data     {len(images):,} digits of {images.shape[1]} x {images.shape[2]} pixels, T = {args.timesteps}")
-    print(
-        f"training {args.batch} images a step; ends after {args.steps} steps or {args.minutes} minutes".replace(
-            "None", "any"
-        )
-    )
+    limits = [(args.steps, "steps"), (args.minutes, "minutes")]
+    until = " or ".join(f"{limit:,} {unit}" for limit, unit in limits if limit is not None)
+    print(f"training {until}, {args.batch} images a step; Ctrl-C ends it earlier")
     print(f"results  {args.out.resolve()}", flush=True)
 
     some_digits = images[np.searchsorted(labels, [2, 3, 5, 8])]  # the first of each
