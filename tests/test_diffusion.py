@@ -286,6 +286,10 @@ class TestDiffusionBadInput:
         with pytest.raises(ValueError, match=r"eps: expected the shape of x0, \(2, 4, 4, 1\), got \(4, 4, 1\)"):
             self.d.q_sample(self.x, np.array([0, 1]), self.x[0])
 
+    def test_a_seed_is_no_generator(self):
+        with pytest.raises(TypeError, match="rng: expected a generator from numpy.random.default_rng, got int"):
+            self.d.loss(zeros, self.x, 0)
+
     def test_images_of_integers(self):
         with pytest.raises(TypeError, match="images: expected floats in .-1, 1., got uint8"):
             self.d.q_sample(self.x.astype(np.uint8), np.array([0, 1]), self.x.astype(np.uint8))
@@ -415,7 +419,7 @@ class TestSample:
     def test_bad_input(self):
         with pytest.raises(ValueError, match="method: unknown sampler 'dpm'; known: ddpm"):
             sample(self.d, zeros, (1, 2, 2, 1), method="dpm")
-        for shape in ((2, 2, 1), (0, 2, 2, 1)):
+        for shape in ((2, 2, 1), (0, 2, 2, 1), 16):
             with pytest.raises(ValueError, match=r"shape: expected \(N, H, W, C\), each at least 1"):
                 sample(self.d, zeros, shape)
         with pytest.raises(

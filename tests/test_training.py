@@ -390,6 +390,11 @@ class TestTrain:
             next(train(UNet(**TINY), DIFFUSION, **arguments))
 
 
+def test_images_that_are_no_array():
+    with pytest.raises(TypeError, match="images: expected a NumPy array, got list"):
+        next(train(UNet(**TINY), DIFFUSION, IMAGES.tolist(), steps=1))
+
+
 def test_partial_models_are_models_too():
     """Whatever takes (x_t, t) will do: here a model with its generator bound, as `train` does for dropout."""
     unet = UNet(**TINY, dropout=0.5)

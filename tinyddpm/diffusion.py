@@ -76,7 +76,9 @@ class Diffusion:
     def predict_x0(self, x_t: Array, t: np.ndarray, prediction: Array) -> Array:
         """The x_0 that the model's prediction, eps, implies by equation 4:
 
-        (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
+            x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
+
+        Args: x_t, prediction: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
         alpha_bar = self.schedule.alpha_bar
         return (x_t - self._at(np.sqrt(1 - alpha_bar), t, x_t) * prediction) / self._at(np.sqrt(alpha_bar), t, x_t)
@@ -84,8 +86,10 @@ class Diffusion:
     def posterior_mean(self, x0: Array, x_t: Array, t: np.ndarray) -> Array:
         """Mean of q(x_{t-1} | x_t, x_0), the step back if x_0 were known (equation 7):
 
-        sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
-        + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
+            sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
+            + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
+
+        Args: x0, x_t: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
         s = self.schedule
         return self._at(s.posterior_mean_x0, t, x0) * x0 + self._at(s.posterior_mean_xt, t, x_t) * x_t
@@ -101,12 +105,14 @@ class Diffusion:
         Each image gets its own t ~ Uniform{0 ... T-1} and eps ~ N(0, I) from `rng`.
 
         Args: model: callable (x_t, t) -> (N, H, W, C). x0: (N, H, W, C) in [-1, 1]. Returns a scalar tensor.
-        Raises ValueError for an empty batch or a model output of another shape.
+        Raises ValueError for an empty batch or a model output of another shape, TypeError for anything but floats.
         """
         if x0.ndim != 4 or x0.size == 0:
             raise ValueError(f"x0: expected one or more images (N, H, W, C), got shape {x0.shape}")
         if x0.dtype not in (np.float32, np.float64):
             raise TypeError(f"x0: expected float32 or float64 images in [-1, 1], got {x0.dtype}")
+        if not isinstance(rng, np.random.Generator):
+            raise TypeError(f"rng: expected a generator from numpy.random.default_rng, got {type(rng).__name__}")
         t = rng.integers(0, self.T, size=len(x0))
         eps = to_device(rng.standard_normal(x0.shape, dtype=x0.dtype), device_of(x0))
         prediction = model(self.q_sample(x0, t, eps), t)

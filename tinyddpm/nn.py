@@ -43,11 +43,13 @@ class Module:
 
     @property
     def dtype(self) -> np.dtype:
-        return self.parameters()[0].dtype
+        """The floating-point type of the parameters."""
+        return next(_walk(self, ""))[1].dtype
 
     @property
     def device(self) -> str:
-        return device_of(self.parameters()[0].data)
+        """The name of the device that holds the parameters."""
+        return device_of(next(_walk(self, ""))[1].data)
 
     def to(self, device: str | None = None, dtype: str | np.dtype | None = None) -> Module:
         """Move the parameters to `device` ("cpu", "cuda", "cuda:N"), convert them to `dtype`, in place; return self."""

@@ -74,7 +74,7 @@ def sample(
     """
     if method not in SAMPLERS:
         raise ValueError(f"method: unknown sampler {method!r}; known: {', '.join(SAMPLERS)}")
-    if len(shape) != 4 or min(shape) < 1:
+    if np.ndim(shape) != 1 or len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape}")
     if steps not in (None, diffusion.T):
         raise ValueError(

@@ -61,9 +61,9 @@ def train(
         max_norm: longest gradient. ema_decay: of the moving average.
         workers: threads; None for one per CPU. seed: of batches, timesteps, noise and dropout.
 
-    Being a generator, it raises what follows when its first state is asked for: ValueError if an argument is out of
-    range, FloatingPointError as soon as the loss or the gradient is not finite, before the parameters are touched,
-    RuntimeError if the model's parameters are moved or replaced while it trains.
+    Being a generator, it raises what follows when its first state is asked for: TypeError or ValueError if an argument
+    is of the wrong type or out of range, FloatingPointError as soon as the loss or the gradient is not finite, before
+    the parameters are touched, RuntimeError if the model's parameters are moved or replaced while it trains.
     """
     micro_batch = (16 if model.device == "cpu" else batch) if micro_batch is None else micro_batch
     at_least_one = {"steps": steps, "batch": batch, "micro_batch": micro_batch}
@@ -71,6 +71,8 @@ def train(
         least = 1 if name in at_least_one else 0
         if not isinstance(value, numbers.Integral) or value < least:
             raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
+    if not isinstance(images, np.ndarray):
+        raise TypeError(f"images: expected a NumPy array, got {type(images).__name__}")
     if images.ndim != 4 or len(images) == 0 or images.dtype != model.dtype:
         raise ValueError(f"images: expected {model.dtype} (M, H, W, C) with M >= 1, got {images.dtype} {images.shape}")
     parameters = model.parameters()
