@@ -101,6 +101,14 @@ def test_group_norm_plain_and_with_silu(n, between, groups, size, eps, silu, see
     check_op(group_norm, x, gamma, beta, groups=groups, eps=max(eps, 1e-2), silu=silu)
 
 
+def test_epsilon_of_group_norm():
+    x, one, zero = np.full((1, 2, 2), 1e-3) * [[[1], [-1]]], np.ones(2), np.zeros(2)
+    default = group_norm(Tensor(x), one, zero, groups=1).data
+    np.testing.assert_allclose(default, x / np.sqrt(1e-6 + 1e-6), rtol=1e-12)  # variance 1e-6, epsilon of Ho et al.
+    layer = GroupNorm(2, 1, eps=0.5).to(dtype="float64")
+    np.testing.assert_allclose(layer(Tensor(x)).data, x / np.sqrt(1e-6 + 0.5), rtol=1e-12)
+
+
 def test_group_norm_of_one_number_is_beta():
     x = np.random.default_rng(0).standard_normal((3, 1, 4))
     y = group_norm(Tensor(x), np.ones(4), np.arange(4.0), groups=4).data

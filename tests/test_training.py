@@ -213,6 +213,7 @@ class TestTrain:
         assert [s.step for s in states] == [1, 2, 3, 4, 5]
         np.testing.assert_allclose([s.lr for s in states], [0.0025, 0.005, 0.0075, 0.01, 0.01])
         assert all(math.isfinite(s.loss) and s.grad_norm > 0 for s in states)
+        assert math.isclose(self.run(steps=1, lr=0.01, warmup_steps=1000)[1][0].lr, 0.01 / 1000)
         assert states[-1].optimizer.n == 5 and states[-1].ema.n == 5
         assert any(
             (a != b).any() for a, b in zip(unet.state_dict().values(), states[-1].ema.model.state_dict().values())

@@ -288,6 +288,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match="heads: 3 does not divide the 4 channels"):
             UNet(**(TINY | {"channels": (4, 6), "heads": 3, "attention": (True, False)}))
 
+    def test_heads_must_always_fit_the_middle(self):
+        with pytest.raises(ValueError, match="heads: 4 does not divide the 6 channels"):
+            UNet(**(TINY | {"channels": (4, 6), "heads": 4, "attention": (True, False)}))
+
     @pytest.mark.parametrize("size", [(7, 8), (8, 9), (0, 8)])
     def test_sizes_that_do_not_divide(self, size):
         unet = UNet(**TINY)

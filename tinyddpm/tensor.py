@@ -255,7 +255,6 @@ def backward(loss: Tensor) -> dict[Parameter, Array]:
         if isinstance(node, Parameter):
             gradients[node] = g if node in ours else g.copy()
             continue
-        ours.discard(node)
         for parent, contribution in _pull(node, g):
             if parent not in incoming:
                 incoming[parent] = contribution
