@@ -108,6 +108,21 @@ def test_ctrl_c_again_ends_at_once(tmp_path):
     assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "samples.png").exists()
 
 
+def test_after_the_first_ctrl_c_the_second_is_not_caught(monkeypatch, tmp_path):
+    handlers, train = [], tinyddpm.train
+
+    def interrupted(*args, **kwargs):
+        for state in train(*args, **kwargs):
+            signal.raise_signal(signal.SIGINT)
+            handlers.append(signal.getsignal(signal.SIGINT))
+            yield state
+
+    monkeypatch.setattr(tinyddpm, "train", interrupted)
+    run_here(monkeypatch, tmp_path)
+    assert handlers == [signal.SIG_DFL]  # and it was asked for no second step
+    assert (tmp_path / "samples.png").exists()
+
+
 def run_here(monkeypatch, tmp_path, *arguments):
     """Run the example in this process, and return how it called the package."""
     calls = {}
