@@ -92,7 +92,8 @@ def main():
     signal.signal(signal.SIGINT, stop_politely)
 
     steps, seconds = args.steps or sys.maxsize, 60 * (args.minutes or math.inf)
-    training = train(unet, diffusion, images, steps, args.batch, lr=args.lr, workers=args.workers, seed=args.seed)
+    settings = {"lr": args.lr, "decay_steps": (args.steps or 0) // 2, "workers": args.workers, "seed": args.seed}
+    training = train(unet, diffusion, images, steps, args.batch, **settings)
     losses, began, busy = [], time.monotonic(), 0.0  # `busy`: seconds of training, without those of drawing
 
     def draw(n, callback=None):  # from the averaged weights, always starting from the same noise

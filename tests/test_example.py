@@ -156,7 +156,16 @@ def test_every_option_arrives_where_it_belongs(monkeypatch, tmp_path):
     assert {name: unet[0][name] for name in expected} == expected
     assert diffusion.T == 30 and diffusion.schedule.alpha_bar[-1] < 1e-4  # as noisy at the end as with 1000 steps
     training = calls["train"][0][0]
-    expected = {"steps": 4, "batch": 6, "lr": 0.003, "workers": 2, "seed": 7, "model": unet[1], "diffusion": diffusion}
+    expected = {
+        "steps": 4,
+        "decay_steps": 2,
+        "batch": 6,
+        "lr": 0.003,
+        "workers": 2,
+        "seed": 7,
+        "model": unet[1],
+        "diffusion": diffusion,
+    }
     assert {name: training[name] for name in expected} == expected
     averages = [arguments["model"] for arguments, _ in calls["sample"]] + [calls["save_model"][0][0]["unet"]]
     assert len(averages) == 3 and all(model is averages[0] is not unet[1] for model in averages)

@@ -16,7 +16,7 @@ from tinyddpm import EMA, Adam, Diffusion, UNet, backward, make_schedule, train
 from tinyddpm.data import batch_indices
 from tinyddpm.functional import mse
 from tinyddpm.nn import Linear, Module
-from tinyddpm.optim import clip_norm, flat_gradient, flatten, warmup
+from tinyddpm.optim import clip_norm, flat_gradient, flatten, learning_rate
 from tinyddpm.parallel import blas_name, cpu_count, worker_threads
 from tinyddpm.tensor import Parameter, Tensor, op
 
@@ -121,9 +121,11 @@ class TestClipping:
                 clip_norm(g, bad)
 
 
-def test_warmup():
-    assert [warmup(2.0, step, 4) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
-    assert warmup(2.0, 0, 0) == 2.0
+def test_learning_rate():
+    assert [learning_rate(2.0, step, 100, 4, 0) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert [learning_rate(2.0, step, 6, 0, 4) for step in range(6)] == [2.0, 2.0, 2.0, 1.5, 1.0, 0.5]
+    assert [learning_rate(2.0, step, 4, 4, 4) for step in range(4)] == [0.5, 1.0, 1.0, 0.5]
+    assert learning_rate(2.0, 99, 100, 0, 0) == 2.0
 
 
 class TestEMA:
@@ -209,12 +211,12 @@ class TestTrain:
         return unet, states
 
     def test_it_yields_its_state_after_every_step(self):
-        unet, states = self.run(steps=5, lr=0.01, warmup_steps=4)
-        assert [s.step for s in states] == [1, 2, 3, 4, 5]
-        np.testing.assert_allclose([s.lr for s in states], [0.0025, 0.005, 0.0075, 0.01, 0.01])
+        unet, states = self.run(steps=7, lr=0.01, warmup_steps=4, decay_steps=2)
+        assert [s.step for s in states] == [1, 2, 3, 4, 5, 6, 7]
+        np.testing.assert_allclose([s.lr for s in states], [0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01, 0.005])
         assert all(math.isfinite(s.loss) and s.grad_norm > 0 for s in states)
         assert math.isclose(self.run(steps=1, lr=0.01, warmup_steps=1000)[1][0].lr, 0.01 / 1000)
-        assert states[-1].optimizer.n == 5 and states[-1].ema.n == 5
+        assert states[-1].optimizer.n == 7 and states[-1].ema.n == 7
         assert any(
             (a != b).any() for a, b in zip(unet.state_dict().values(), states[-1].ema.model.state_dict().values())
         )
@@ -373,6 +375,7 @@ class TestTrain:
             ({"seed": -1}, "seed: expected an integer >= 0, got -1"),
             ({"seed": None}, "seed: expected an integer >= 0, got None"),
             ({"warmup_steps": -1}, "warmup_steps: expected an integer >= 0, got -1"),
+            ({"decay_steps": 0.5}, "decay_steps: expected an integer >= 0, got 0.5"),
             ({"lr": -1}, "lr, eps, weight_decay: expected > 0"),
             ({"max_norm": 0}, "max_norm: expected a number > 0, got 0"),
             ({"ema_decay": 1}, r"decay: expected a number in \[0, 1\), got 1"),

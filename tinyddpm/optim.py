@@ -1,4 +1,4 @@
-"""Optimisation on one flat vector: Adam, gradient clipping, warm-up, and the moving average to draw samples from.
+"""Optimisation on one flat vector: Adam, gradient clipping, the learning rate, and the moving average to sample from.
 
 `flatten` lays all parameters of a model out in one vector theta of which each parameter becomes a view. An update of
 the whole model is then a few long vector operations that read like the papers' equations.
@@ -46,9 +46,10 @@ def clip_norm(gradient: Array, max_norm: float) -> Array:
     return norm
 
 
-def warmup(lr: float, step: int, steps: int) -> float:
-    """The learning rate at `step` = 0, 1, ...: rises linearly to `lr` over the first `steps`, then stays."""
-    return lr * min(1.0, (step + 1) / max(1, steps))
+def learning_rate(lr: float, step: int, steps: int, warmup_steps: int, decay_steps: int) -> float:
+    """The learning rate at `step` = 0 ... steps-1: it rises linearly to `lr` over the first `warmup_steps` and falls
+    linearly towards 0 over the last `decay_steps`."""
+    return lr * min(1.0, (step + 1) / max(1, warmup_steps), (steps - step) / max(1, decay_steps))
 
 
 class Adam:

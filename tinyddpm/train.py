@@ -19,7 +19,7 @@ from .backend import to_device
 from .data import batch_indices, random_stream
 from .diffusion import Diffusion
 from .nn import Module
-from .optim import EMA, Adam, clip_norm, flat_gradient, flatten, warmup
+from .optim import EMA, Adam, clip_norm, flat_gradient, flatten, learning_rate
 from .parallel import worker_threads
 from .tensor import backward
 
@@ -45,6 +45,7 @@ def train(
     micro_batch: int | None = None,
     lr: float = 1e-3,
     warmup_steps: int = 100,
+    decay_steps: int = 0,
     max_norm: float = 1.0,
     ema_decay: float = 0.995,
     workers: int | None = None,
@@ -57,7 +58,8 @@ def train(
         images: (M, H, W, C) floats in [-1, 1], of the model's dtype.
         batch: images per step.
         micro_batch: images a worker takes at a time; None for 16 on a CPU, the whole batch on a GPU.
-        lr, warmup_steps: Adam's learning rate, and the steps over which it rises to it.
+        lr: Adam's learning rate, to which it rises over the first `warmup_steps` and from which it falls towards 0 over
+            the last `decay_steps`.
         max_norm: longest gradient. ema_decay: of the moving average.
         workers: threads; None for one per CPU. seed: of batches, timesteps, noise and dropout.
 
@@ -67,7 +69,9 @@ def train(
     """
     micro_batch = (16 if model.device == "cpu" else batch) if micro_batch is None else micro_batch
     at_least_one = {"steps": steps, "batch": batch, "micro_batch": micro_batch}
-    for name, value in (at_least_one | {"warmup_steps": warmup_steps, "seed": seed}).items():
+    for name, value in (
+        at_least_one | {"warmup_steps": warmup_steps, "decay_steps": decay_steps, "seed": seed}
+    ).items():
         least = 1 if name in at_least_one else 0
         if not isinstance(value, numbers.Integral) or value < least:
             raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
@@ -103,7 +107,7 @@ def train(
                 )
             if any(p.data.base is not theta for p in parameters):
                 raise RuntimeError(f"step {step + 1}: the model's parameters were moved or replaced while it trains")
-            rate = warmup(lr, step, warmup_steps)
+            rate = learning_rate(lr, step, steps, warmup_steps, decay_steps)
             optimizer.step(gradient, rate)
             ema.update(theta)
             yield TrainState(step + 1, loss, norm, rate, ema, optimizer)
