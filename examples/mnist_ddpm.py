@@ -23,10 +23,10 @@ from tinyddpm.parallel import blas_name, cpu_count
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
-    add("--steps", type=int, help="training steps [2700, or as many as --minutes allows]")
-    add("--minutes", type=float, help="stop training after so many minutes [8, or no limit if --steps is given]")
+    add("--steps", type=int, help="training steps [2400, or as many as --minutes allows]")
+    add("--minutes", type=float, help="stop training after so many minutes [8.5, or no limit if --steps is given]")
     add("--batch", type=int, default=32, help="images per step [%(default)s]")
-    add("--lr", type=float, default=2e-3, help="Adam's learning rate [%(default)s]")
+    add("--lr", type=float, default=4e-3, help="Adam's learning rate [%(default)s]")
     add("--channels", type=int, nargs="+", default=[16, 32, 64], help="of the U-Net's levels [16 32 64]")
     add("--blocks", type=int, default=1, help="residual blocks per level [%(default)s]")
     add("--timesteps", type=int, default=300, help="T, the number of diffusion steps [%(default)s]")
@@ -38,7 +38,7 @@ def parse_arguments():
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/mnist"), help="folder for the results [%(default)s]")
     args = parser.parse_args()
     if args.steps is None and args.minutes is None:
-        args.steps, args.minutes = 2700, 8.0
+        args.steps, args.minutes = 2400, 8.5
     for name in ("steps", "minutes", "batch", "lr", "blocks", "timesteps", "samples", "sample_every", "workers"):
         value = getattr(args, name)
         if value is not None and not value > 0:

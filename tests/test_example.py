@@ -181,7 +181,7 @@ def test_every_option_arrives_where_it_belongs(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "steps"),
-    [([], 2700), (["--minutes=0.01"], sys.maxsize), (["--steps=7"], 7), (["--steps=3", "--minutes=9"], 3)],
+    [([], 2400), (["--minutes=0.01"], sys.maxsize), (["--steps=7"], 7), (["--steps=3", "--minutes=9"], 3)],
 )
 def test_steps_and_minutes(monkeypatch, tmp_path, given, steps):
     class Enough(Exception):
