@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule, sample, save_model
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2, heads=2, dropout=0.1)
-DIFFUSION = Diffusion(make_schedule("linear", 25, beta_start=1e-3, beta_end=0.4), variance="large")
+DIFFUSION = Diffusion(make_schedule("linear", 25, beta_start=1e-3, beta_end=0.4), "v", variance="large")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -25,7 +25,7 @@ def test_there_and_back(tmp_path, dtype):
     for name, value in unet.state_dict().items():
         np.testing.assert_array_equal(again.state_dict()[name], value)
     np.testing.assert_array_equal(diffusion.schedule.beta, DIFFUSION.schedule.beta)
-    assert (diffusion.objective, diffusion.variance) == ("eps", "large")
+    assert (diffusion.objective, diffusion.variance) == ("v", "large")
     np.testing.assert_array_equal(sample(diffusion, again, (1, 4, 4, 1)), sample(DIFFUSION, unet, (1, 4, 4, 1)))
 
 

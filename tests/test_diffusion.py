@@ -161,13 +161,24 @@ class TestForward:
         for i in range(3):
             np.testing.assert_array_equal(x_t[i : i + 1], d.q_sample(x0[i : i + 1], t[i : i + 1], eps[i : i + 1]))
 
-    @given(s=schedules, data=st.data())
-    def test_predict_x0_undoes_q_sample(self, s, data):
-        d = Diffusion(s)
+    @given(s=schedules, objective=st.sampled_from(["eps", "v"]), data=st.data())
+    def test_predict_x0_undoes_q_sample(self, s, objective, data):
+        d = Diffusion(s, objective)
         t = np.array([data.draw(st.integers(0, d.T - 1))])
         x0, eps = np.random.default_rng(0).standard_normal((2, 1, 3, 3, 1))
         if s.alpha_bar[t[0]] > 1e-6:
-            np.testing.assert_allclose(d.predict_x0(d.q_sample(x0, t, eps), t, eps), x0, atol=1e-9)
+            np.testing.assert_allclose(d.predict_x0(d.q_sample(x0, t, eps), t, d.target(x0, t, eps)), x0, atol=1e-9)
+
+    @given(s=schedules, data=st.data())
+    def test_v_and_what_follows_from_it(self, s, data):
+        t = data.draw(st.integers(0, len(s) - 1))
+        a, b = math.sqrt(s.alpha_bar[t]), math.sqrt(1 - s.alpha_bar[t])
+        x0, eps = np.random.default_rng(0).standard_normal((2, 1, 3, 3, 1))
+        ts = np.array([t])
+        x_t, v = Diffusion(s).q_sample(x0, ts, eps), Diffusion(s, "v").target(x0, ts, eps)
+        np.testing.assert_allclose(v, a * eps - b * x0, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(a * v + b * x_t, eps, atol=1e-9)
+        np.testing.assert_array_equal(Diffusion(s).target(x0, ts, eps), eps)
 
     def test_timesteps_may_be_unsigned(self):
         d = Diffusion(linear(10))
@@ -230,6 +241,16 @@ class TestLoss:
 
         assert self.d.loss(oracle, self.x0, np.random.default_rng(0)).item() < 1e-20
 
+    def test_with_v_a_model_that_knows_x0_has_no_loss_either(self):
+        def oracle(x_t, t):
+            a = self.d.schedule.alpha_bar[t].reshape(-1, 1, 1, 1)
+            eps = (x_t - np.sqrt(a) * self.x0) / np.sqrt(1 - a)
+            return np.sqrt(a) * eps - np.sqrt(1 - a) * self.x0
+
+        d = Diffusion(self.d.schedule, "v")
+        assert d.loss(oracle, self.x0, np.random.default_rng(0)).item() < 1e-20
+        assert d.loss(zeros, self.x0, np.random.default_rng(0)).item() > 0.1
+
     def test_timesteps_are_drawn_for_each_image_and_evenly(self):
         seen = []
         self.d.loss(lambda x, t: seen.append(t) or zeros(x, t), self.x0, np.random.default_rng(0))
@@ -263,7 +284,7 @@ class TestDiffusionBadInput:
 
     def test_names(self):
         s = linear(10)
-        with pytest.raises(ValueError, match="objective: unknown 'noise'; known: eps"):
+        with pytest.raises(ValueError, match="objective: unknown 'noise'; known: eps, v"):
             Diffusion(s, objective="noise")
         with pytest.raises(ValueError, match="variance: unknown 'tiny'; known: small, large"):
             Diffusion(s, variance="tiny")
@@ -326,6 +347,17 @@ class TestSample:
                 x = x + sigma[t] * next(z)
             np.testing.assert_allclose(got, x, rtol=1e-9)
         assert len(ours) == 30
+
+    def test_a_model_of_v_takes_the_same_way_as_the_same_model_of_eps(self):
+        s = self.d.schedule
+        eps = lambda x, t: 0.1 * x
+        v = lambda x, t: (eps(x, t) - np.sqrt(1 - s.alpha_bar[t[0]]) * x) / np.sqrt(s.alpha_bar[t[0]])
+        ways = []
+        for d, model in ((self.d, eps), (Diffusion(s, "v"), v)):
+            rng = np.random.default_rng(1)
+            x = rng.standard_normal((3, 2, 2, 1))
+            ways.append([step for _, step, _ in ddpm(d, model, x, lambda rng=rng: rng.standard_normal((3, 2, 2, 1)))])
+        np.testing.assert_allclose(ways[0], ways[1], atol=1e-9)
 
     def test_noise_is_added_at_every_step_but_the_last(self):
         calls = []

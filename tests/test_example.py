@@ -149,12 +149,14 @@ def run_here(monkeypatch, tmp_path, *arguments):
 
 
 def test_every_option_arrives_where_it_belongs(monkeypatch, tmp_path):
-    options = ["--batch=6", "--lr=0.003", "--blocks=2", "--seed=7", "--steps=4", "--timesteps=30"]
+    options = ["--batch=6", "--lr=0.003", "--blocks=2", "--seed=7", "--steps=4", "--timesteps=30", "--objective=eps"]
     calls = run_here(monkeypatch, tmp_path, *options)
     unet, diffusion = calls["UNet"][0], calls["Diffusion"][0][1]
     expected = {"channels": [8, 16], "blocks": 2, "rng": 7, "attention": [False, True]}
     assert {name: unet[0][name] for name in expected} == expected
-    assert diffusion.T == 30 and diffusion.schedule.alpha_bar[-1] < 1e-4  # as noisy at the end as with 1000 steps
+    assert (
+        diffusion.objective == "eps" and diffusion.T == 30 and diffusion.schedule.alpha_bar[-1] < 1e-4
+    )  # as noisy at the end as with 1000 steps
     training = calls["train"][0][0]
     expected = {
         "steps": 4,
@@ -238,7 +240,7 @@ def test_help_documents_every_option():
     result = run("--help")
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
-    for option in ("steps", "minutes", "batch", "lr", "channels", "blocks", "timesteps", "samples",
+    for option in ("steps", "minutes", "batch", "lr", "channels", "blocks", "timesteps", "objective", "samples",
                    "sample-every", "device", "workers", "seed", "out"):  # fmt: skip
         assert re.search(rf"--{option} [A-Z_ \[\].]+ [^-]+\[[^\]]+\]", text), (
             option
@@ -257,6 +259,7 @@ def test_help_documents_every_option():
         (["--channels", "8", "8", "8", "8"], "x: height and width must be multiples of 8"),
         (["--device=gpu"], "device: 'gpu' is unknown; use 'cpu', 'cuda' or 'cuda:N'"),
         (["--seed=-1"], "--seed must be 0 or greater, got -1"),
+        (["--objective=y"], "invalid choice: 'y'"),
         (["--colour=red"], "unrecognized arguments: --colour=red"),
     ],
 )

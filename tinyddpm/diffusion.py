@@ -18,7 +18,7 @@ from .functional import mse
 from .schedule import Schedule
 from .tensor import Tensor
 
-OBJECTIVES = ("eps",)
+OBJECTIVES = ("eps", "v")
 VARIANCES = ("small", "large")
 
 
@@ -27,7 +27,8 @@ class Diffusion:
 
     Args:
         schedule: from `make_schedule`.
-        objective: what the model returns: "eps", the noise in x_t.
+        objective: what the model returns: "eps", the noise in x_t (Ho et al.), or "v", a blend of noise and image that
+            gives the noisiest steps, where a picture takes shape, more weight (Salimans & Ho 2022, section 4).
         variance: sigma_t^2 of the reverse step: "small", beta_tilde_t, or "large", beta_t (Ho et al., section 3.2).
 
     Raises TypeError if `schedule` is not one, ValueError for an unknown name.
@@ -70,18 +71,30 @@ class Diffusion:
         return self._at(np.sqrt(alpha_bar), t, x0) * x0 + self._at(np.sqrt(1 - alpha_bar), t, x0) * eps
 
     def target(self, x0: Array, t: np.ndarray, eps: Array) -> Array:
-        """What the model should return for x_t = `q_sample(x0, t, eps)`: the noise eps."""
-        return eps
+        """What the model should return for x_t = `q_sample(x0, t, eps)`: the noise eps itself, or
+
+            v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
+
+        Args: x0, eps: (N, H, W, C). t: (N,). Returns (N, H, W, C).
+        """
+        if self.objective == "eps":
+            return eps
+        alpha_bar = self.schedule.alpha_bar
+        return self._at(np.sqrt(alpha_bar), t, x0) * eps - self._at(np.sqrt(1 - alpha_bar), t, x0) * x0
 
     def predict_x0(self, x_t: Array, t: np.ndarray, prediction: Array) -> Array:
-        """The x_0 that the model's prediction, eps, implies by equation 4:
+        """The x_0 that the model's prediction, eps or v, implies:
 
             x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
+            x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
 
         Args: x_t, prediction: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
-        alpha_bar = self.schedule.alpha_bar
-        return (x_t - self._at(np.sqrt(1 - alpha_bar), t, x_t) * prediction) / self._at(np.sqrt(alpha_bar), t, x_t)
+        signal = self._at(np.sqrt(self.schedule.alpha_bar), t, x_t)
+        noise = self._at(np.sqrt(1 - self.schedule.alpha_bar), t, x_t)
+        if self.objective == "eps":
+            return (x_t - noise * prediction) / signal
+        return signal * x_t - noise * prediction
 
     def posterior_mean(self, x0: Array, x_t: Array, t: np.ndarray) -> Array:
         """Mean of q(x_{t-1} | x_t, x_0), the step back if x_0 were known (equation 7):
@@ -100,7 +113,8 @@ class Diffusion:
         return small if self.variance == "small" else np.append(small[0], np.log(self.schedule.beta[1:]))
 
     def loss(self, model: Callable, x0: Array, rng: np.random.Generator) -> Tensor:
-        """The simple loss of Ho et al. (equation 14): E ||eps - eps_theta(x_t, t)||^2, a mean over all elements.
+        """The simple loss of Ho et al. (equation 14): E ||eps - eps_theta(x_t, t)||^2, a mean over all elements; with
+        objective "v", the same for v.
 
         Each image gets its own t ~ Uniform{0 ... T-1} and eps ~ N(0, I) from `rng`.
 
