@@ -129,7 +129,7 @@ def main():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     # The reverse process: from pure noise, take a little noise away T times. Some of the way is kept for the animation.
-    frames, every = [], max(1, args.timesteps // 50)
+    frames, every = [], max(1, args.timesteps // 30)
     with tqdm(total=args.timesteps, unit="step", desc="sampling", dynamic_ncols=True) as bar:
 
         def watch(t, x, x0):

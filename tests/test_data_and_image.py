@@ -113,6 +113,15 @@ def test_a_gif_plays_its_frames_and_holds_the_last(tmp_path):
     assert durations == [200, 200, 1500]
 
 
+def test_frames_keep_their_look_in_few_colours(tmp_path):
+    images = np.random.default_rng(0).uniform(-1, 1, (4, 8, 8, 3))
+    for name, page in (("grey", grid(images[..., :1])), ("colour", grid(images))):
+        save_gif(tmp_path / f"{name}.gif", [page, page])
+        with Image.open(tmp_path / f"{name}.gif") as gif:
+            difference = np.asarray(gif.convert(page.mode)).astype(int) - np.asarray(page)
+        assert np.abs(difference).mean() < 12
+
+
 def test_frames_are_shown_long_enough_to_be_shown_at_all(tmp_path):
     save_gif(tmp_path / "a.gif", [grid(np.full((1, 4, 4, 1), v)) for v in np.linspace(-1, 1, 100)], seconds=0.1)
     with Image.open(tmp_path / "a.gif") as gif:
