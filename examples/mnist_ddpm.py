@@ -31,7 +31,7 @@ def parse_arguments():
     add("--channels", type=int, nargs="+", default=[16, 32, 64], help="of the U-Net's levels [16 32 64]")
     add("--blocks", type=int, default=1, help="residual blocks per level [%(default)s]")
     add("--timesteps", type=int, default=300, help="T, the number of diffusion steps [%(default)s]")
-    add("--objective", default="v", choices=OBJECTIVES, help="what the network predicts [%(default)s]")
+    add("--objective", default="eps", choices=OBJECTIVES, help="what the network predicts [%(default)s]")
     add("--samples", type=int, default=64, help="digits in the final grid [%(default)s]")
     add("--sample-every", type=int, default=1000, help="training steps between sample grids [%(default)s]")
     add("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
@@ -67,7 +67,7 @@ def main():
     schedule = make_schedule("linear", args.timesteps, beta_start=1e-4 * stretch, beta_end=0.02 * stretch)
     diffusion = Diffusion(schedule, args.objective)
 
-    # The network that tells noise from image, with attention at the lowest resolution.
+    # The network that predicts the noise in an image, with attention at the lowest resolution.
     attention = [False] * (len(args.channels) - 1) + [True]
     unet = UNet(channels=args.channels, blocks=args.blocks, attention=attention, rng=args.seed).to(args.device)
 

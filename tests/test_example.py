@@ -149,13 +149,13 @@ def run_here(monkeypatch, tmp_path, *arguments):
 
 
 def test_every_option_arrives_where_it_belongs(monkeypatch, tmp_path):
-    options = ["--batch=6", "--lr=0.003", "--blocks=2", "--seed=7", "--steps=4", "--timesteps=30", "--objective=eps"]
+    options = ["--batch=6", "--lr=0.003", "--blocks=2", "--seed=7", "--steps=4", "--timesteps=30", "--objective=v"]
     calls = run_here(monkeypatch, tmp_path, *options)
     unet, diffusion = calls["UNet"][0], calls["Diffusion"][0][1]
     expected = {"channels": [8, 16], "blocks": 2, "rng": 7, "attention": [False, True]}
     assert {name: unet[0][name] for name in expected} == expected
     assert (
-        diffusion.objective == "eps" and diffusion.T == 30 and diffusion.schedule.alpha_bar[-1] < 1e-4
+        diffusion.objective == "v" and diffusion.T == 30 and diffusion.schedule.alpha_bar[-1] < 1e-4
     )  # as noisy at the end as with 1000 steps
     training = calls["train"][0][0]
     expected = {
