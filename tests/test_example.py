@@ -242,9 +242,8 @@ def test_help_documents_every_option():
     text = " ".join(result.stdout.split())
     for option in ("steps", "minutes", "batch", "lr", "channels", "blocks", "timesteps", "objective", "samples",
                    "sample-every", "device", "workers", "seed", "out"):  # fmt: skip
+        # its meaning, and its default in brackets
         assert re.search(rf"--{option} (\{{\S+\}}|[A-Z_ \[\].]+) [^-]+\[[^\]]+\]", text), option
-            option
-        )  # its meaning, and its default in brackets
 
 
 @pytest.mark.parametrize(
