@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .backend import Array, device_of, like, to_device
+from .backend import Array, like
 from .functional import mse
 from .schedule import Schedule
 from .tensor import Tensor
@@ -60,6 +60,11 @@ class Diffusion:
             raise TypeError(f"images: expected floats in [-1, 1], got {x.dtype}")
         return like(table[t].reshape(-1, *[1] * (x.ndim - 1)), x)
 
+    def _signal_and_noise(self, t: np.ndarray, x: Array) -> tuple[Array, Array]:
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), what x_t has of image and of noise; each (N, 1, 1, 1)."""
+        alpha_bar = self.schedule.alpha_bar
+        return self._at(np.sqrt(alpha_bar), t, x), self._at(np.sqrt(1 - alpha_bar), t, x)
+
     def q_sample(self, x0: Array, t: np.ndarray, eps: Array) -> Array:
         """Noise x_0 to step t in one jump: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (equation 4).
 
@@ -67,8 +72,8 @@ class Diffusion:
         """
         if x0.shape != eps.shape:
             raise ValueError(f"eps: expected the shape of x0, {x0.shape}, got {eps.shape}")
-        alpha_bar = self.schedule.alpha_bar
-        return self._at(np.sqrt(alpha_bar), t, x0) * x0 + self._at(np.sqrt(1 - alpha_bar), t, x0) * eps
+        signal, noise = self._signal_and_noise(t, x0)
+        return signal * x0 + noise * eps
 
     def target(self, x0: Array, t: np.ndarray, eps: Array) -> Array:
         """What the model should return for x_t = `q_sample(x0, t, eps)`: the noise eps itself, or
@@ -79,8 +84,8 @@ class Diffusion:
         """
         if self.objective == "eps":
             return eps
-        alpha_bar = self.schedule.alpha_bar
-        return self._at(np.sqrt(alpha_bar), t, x0) * eps - self._at(np.sqrt(1 - alpha_bar), t, x0) * x0
+        signal, noise = self._signal_and_noise(t, x0)
+        return signal * eps - noise * x0
 
     def predict_x0(self, x_t: Array, t: np.ndarray, prediction: Array) -> Array:
         """The x_0 that the model's prediction, eps or v, implies:
@@ -90,8 +95,7 @@ class Diffusion:
 
         Args: x_t, prediction: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
-        signal = self._at(np.sqrt(self.schedule.alpha_bar), t, x_t)
-        noise = self._at(np.sqrt(1 - self.schedule.alpha_bar), t, x_t)
+        signal, noise = self._signal_and_noise(t, x_t)
         if self.objective == "eps":
             return (x_t - noise * prediction) / signal
         return signal * x_t - noise * prediction
@@ -128,7 +132,7 @@ class Diffusion:
         if not isinstance(rng, np.random.Generator):
             raise TypeError(f"rng: expected a generator from numpy.random.default_rng, got {type(rng).__name__}")
         t = rng.integers(0, self.T, size=len(x0))
-        eps = to_device(rng.standard_normal(x0.shape, dtype=x0.dtype), device_of(x0))
+        eps = like(rng.standard_normal(x0.shape, dtype=x0.dtype), x0)
         prediction = model(self.q_sample(x0, t, eps), t)
         if prediction.shape != x0.shape:
             raise ValueError(f"model: expected it to return the shape of x0, {x0.shape}, got {prediction.shape}")
