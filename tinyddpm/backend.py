@@ -7,6 +7,7 @@ from the array's own module, `xp = array_module(x)`.
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import Any
 
@@ -70,3 +71,12 @@ def device_of(x: Array) -> str:
 def like(values: np.ndarray, x: Array) -> Array:
     """Return the NumPy array `values` with the dtype of `x`, on the device of `x`."""
     return to_device(values.astype(x.dtype, copy=False), device_of(x))
+
+
+def erfc(x: Array) -> Array:
+    """The complementary error function of an array, which NumPy does not have: Python's, one number at a time."""
+    if array_module(x) is np:
+        return np.vectorize(math.erfc, otypes=[x.dtype])(x)
+    from cupyx.scipy.special import erfc
+
+    return erfc(x)

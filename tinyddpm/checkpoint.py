@@ -30,8 +30,15 @@ def save_model(path: str | pathlib.Path, unet: UNet, diffusion: Diffusion) -> No
         raise ValueError(f"diffusion: only a schedule from make_schedule can be saved, got {schedule.name!r}")
     config = {
         "unet": unet.config,
-        "schedule": {"name": schedule.name, "T": len(schedule), **schedule.parameters},
-        "diffusion": {"objective": diffusion.objective, "variance": diffusion.variance},
+        "schedule": {
+            "name": schedule.name,
+            "T": len(schedule),
+            "input_scale": schedule.input_scale,
+            **schedule.parameters,
+        },
+        "diffusion": {
+            name: getattr(diffusion, name) for name in ("objective", "variance", "loss_type", "min_snr_gamma")
+        },
     }
     unfinished = path.with_name(path.name + ".part")
     try:

@@ -3,45 +3,100 @@
     forward    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)         adds a little noise, T times
     reverse    p(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I)              takes it away again, learned
 
-The network is any callable `model(x_t, t)`. Images are (N, H, W, C) floats in [-1, 1], t is (N,), one timestep per
-image.
+The network is any callable `model(x_t, t)`. Images x_0 are (N, H, W, C) floats in [-1, 1], t is (N,), one timestep per
+image, and x_{-1} is the image before the first step. The schedule's `input_scale` b (Chen 2023; 1 unless asked for)
+multiplies the image on its way in, so that x_{-1} = b x_0; whatever is called x_0 here is the image as it came, and
+only x_t knows of b. Equations are numbered as in Ho et al. 2020 unless another paper is named.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import warnings
 from collections.abc import Callable
 
 import numpy as np
+from tqdm import tqdm
 
-from .backend import Array, like
+from .backend import Array, array_module, like, to_device, to_numpy
 from .functional import mse
+from .likelihood import discretised_gaussian, gaussian_kl
+from .parallel import worker_threads
 from .schedule import Schedule
-from .tensor import Tensor
+from .tensor import Tensor, as_array, no_grad
 
-OBJECTIVES = ("eps", "v")
-VARIANCES = ("small", "large")
+OBJECTIVES = ("eps", "x0", "v")
+VARIANCES = ("small", "large", "learned_range")
+LOSSES = ("simple", "weighted_eps", "mean", "min_snr", "vlb", "hybrid")
+
+
+@dataclasses.dataclass(frozen=True)
+class BitsPerDim:
+    """A bound on what it takes to store a picture, in bits for each number in it, split as in equation 5.
+
+    prior: L_T, what x_{T-1} still knows of the picture. terms: L_t, t = 0 ... T-1, float64 (T,); of these terms[0]
+    is for the grey levels once x_0 is all but known, -log2 p(x_0 | x_1) in the paper's numbering, and the others are
+    for the steps on the way there.
+    """
+
+    prior: float
+    terms: np.ndarray
+
+    @property
+    def total(self) -> float:
+        """prior + the sum of the terms."""
+        return self.prior + float(self.terms.sum())
 
 
 class Diffusion:
-    """A noise schedule, and what the network predicts.
+    """A noise schedule, what the network predicts, and what it is trained for.
 
     Args:
         schedule: from `make_schedule`.
-        objective: what the model returns: "eps", the noise in x_t (Ho et al.), or "v", a blend of noise and image that
-            gives the noisiest steps, where a picture takes shape, more weight (Salimans & Ho 2022, section 4).
-        variance: sigma_t^2 of the reverse step: "small", beta_tilde_t, or "large", beta_t (Ho et al., section 3.2).
+        objective: what the model returns: "eps", the noise in x_t (Ho et al.), "x0", the image, or "v", a blend of both
+            that gives the noisiest steps, where a picture takes shape, more weight (Salimans & Ho 2022, section 4).
+        variance: sigma_t^2 of the reverse step: "small", beta_tilde_t, or "large", beta_t (Ho et al., section 3.2), or
+            "learned_range", somewhere between the two: the model then returns twice the channels, the second half being
+            where (Nichol & Dhariwal 2021, section 3.1). A U-Net for this has out_channels = 2 in_channels.
+        loss_type: what `loss` computes: "simple", "weighted_eps", "mean", "min_snr", "vlb" or "hybrid"; see there.
+        min_snr_gamma: where "min_snr" cuts the signal-to-noise ratio off.
 
-    Raises TypeError if `schedule` is not one, ValueError for an unknown name.
+    Raises TypeError if `schedule` is not one, ValueError for an unknown name, for a loss that cannot train the variance
+    or has none to train, and for a loss that divides by the signal where the schedule ends with none.
     """
 
-    def __init__(self, schedule: Schedule, objective: str = "eps", variance: str = "small"):
+    def __init__(
+        self,
+        schedule: Schedule,
+        objective: str = "eps",
+        variance: str = "small",
+        loss_type: str = "simple",
+        min_snr_gamma: float = 5.0,
+    ):
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule: expected a Schedule from make_schedule, got {type(schedule).__name__}")
-        if objective not in OBJECTIVES:
-            raise ValueError(f"objective: unknown {objective!r}; known: {', '.join(OBJECTIVES)}")
-        if variance not in VARIANCES:
-            raise ValueError(f"variance: unknown {variance!r}; known: {', '.join(VARIANCES)}")
+        for name, value, known in (
+            ("objective", objective, OBJECTIVES),
+            ("variance", variance, VARIANCES),
+            ("loss_type", loss_type, LOSSES),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: unknown {value!r}; known: {', '.join(known)}")
+        if variance == "learned_range" and loss_type not in ("vlb", "hybrid"):
+            raise ValueError(f"loss_type: {loss_type!r} cannot train variance 'learned_range'; take 'hybrid' or 'vlb'")
+        if variance != "learned_range" and loss_type == "hybrid":
+            raise ValueError(f"loss_type: 'hybrid' trains variance 'learned_range', but variance is {variance!r}")
+        if schedule.alpha_bar[-1] == 0 and (objective == "eps" or loss_type == "weighted_eps"):
+            raise ValueError(
+                "objective, loss_type: the schedule ends with alpha_bar = 0 (zero terminal SNR), where the noise does "
+                "not tell the image; take objective 'v' or 'x0' and another loss_type than 'weighted_eps', got "
+                f"{objective!r} and {loss_type!r}"
+            )
+        if not min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma: expected a number > 0, got {min_snr_gamma}")
         self.schedule, self.objective, self.variance = schedule, objective, variance
+        self.loss_type, self.min_snr_gamma = loss_type, float(min_snr_gamma)
 
     @property
     def T(self) -> int:
@@ -61,79 +116,343 @@ class Diffusion:
         return like(table[t].reshape(-1, *[1] * (x.ndim - 1)), x)
 
     def _signal_and_noise(self, t: np.ndarray, x: Array) -> tuple[Array, Array]:
-        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), what x_t has of image and of noise; each (N, 1, 1, 1)."""
+        """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), what x_t has of b x_0 and of noise; each (N, 1, 1, 1)."""
         alpha_bar = self.schedule.alpha_bar
         return self._at(np.sqrt(alpha_bar), t, x), self._at(np.sqrt(1 - alpha_bar), t, x)
 
+    # ------------------------------------------------------------------------------------------- the forward process
+
+    def q_step(self, x_prev: Array, t: np.ndarray, eps: Array) -> Array:
+        """One step of noise, a sample of q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (equation 2):
+
+            x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps
+
+        Its mean is sqrt(1 - beta_t) x_{t-1}, its variance beta_t: what x_{t-1} has of variance shrinks by 1 - beta_t
+        and beta_t is added, so that 1 stays 1. Args: x_prev, eps: (N, H, W, C). t: (N,). Returns (N, H, W, C).
+        """
+        beta = self.schedule.beta
+        return self._at(np.sqrt(1 - beta), t, x_prev) * x_prev + self._at(np.sqrt(beta), t, x_prev) * eps
+
     def q_sample(self, x0: Array, t: np.ndarray, eps: Array) -> Array:
-        """Noise x_0 to step t in one jump: x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps (equation 4).
+        """Noise x_0 to step t in one jump, a sample of q(x_t | x_0) = N(sqrt(alpha_bar_t) b x_0, (1 - alpha_bar_t) I)
+        (equation 4; with b, Chen 2023, section 2.2):
+
+            x_t = sqrt(alpha_bar_t) b x_0 + sqrt(1 - alpha_bar_t) eps
 
         Args: x0, eps: (N, H, W, C). t: (N,) integers in 0 ... T-1. Raises ValueError or TypeError if they do not fit.
         """
         if x0.shape != eps.shape:
             raise ValueError(f"eps: expected the shape of x0, {x0.shape}, got {eps.shape}")
         signal, noise = self._signal_and_noise(t, x0)
-        return signal * x0 + noise * eps
+        return self.schedule.input_scale * signal * x0 + noise * eps
+
+    # ------------------------------------------------------------------------------------ what the network predicts
 
     def target(self, x0: Array, t: np.ndarray, eps: Array) -> Array:
-        """What the model should return for x_t = `q_sample(x0, t, eps)`: the noise eps itself, or
+        """What the model should return for x_t = `q_sample(x0, t, eps)`: the noise eps, the image x_0, or
 
-            v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) x_0
+            v = sqrt(alpha_bar_t) eps - sqrt(1 - alpha_bar_t) b x_0
 
         Args: x0, eps: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
         if self.objective == "eps":
             return eps
+        if self.objective == "x0":
+            return x0
         signal, noise = self._signal_and_noise(t, x0)
-        return signal * eps - noise * x0
+        return signal * eps - self.schedule.input_scale * noise * x0
 
-    def predict_x0(self, x_t: Array, t: np.ndarray, prediction: Array) -> Array:
-        """The x_0 that the model's prediction, eps or v, implies:
+    def predict_x0(self, x_t: Array, t: np.ndarray, prediction: Array | Tensor) -> Array | Tensor:
+        """The x_0 that the model's prediction, eps, x_0 or v, implies:
 
-            x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
-            x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
+            b x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
+            b x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
+
+        Args: x_t, prediction: (N, H, W, C). t: (N,). Returns (N, H, W, C).
+        """
+        signal, noise = self._signal_and_noise(t, x_t)
+        if self.objective == "x0":
+            return prediction
+        if self.objective == "eps":
+            return (x_t - noise * prediction) / (self.schedule.input_scale * signal)
+        return (signal * x_t - noise * prediction) / self.schedule.input_scale
+
+    def predict_eps(self, x_t: Array, t: np.ndarray, prediction: Array | Tensor) -> Array | Tensor:
+        """The noise that the model's prediction, eps, x_0 or v, implies:
+
+            eps = (x_t - sqrt(alpha_bar_t) b x_0) / sqrt(1 - alpha_bar_t)
+            eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
 
         Args: x_t, prediction: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
         signal, noise = self._signal_and_noise(t, x_t)
         if self.objective == "eps":
-            return (x_t - noise * prediction) / signal
-        return signal * x_t - noise * prediction
+            return prediction
+        if self.objective == "x0":
+            return self.eps_from_x0(x_t, t, prediction)
+        return signal * prediction + noise * x_t
 
-    def posterior_mean(self, x0: Array, x_t: Array, t: np.ndarray) -> Array:
-        """Mean of q(x_{t-1} | x_t, x_0), the step back if x_0 were known (equation 7):
+    def eps_from_x0(self, x_t: Array, t: np.ndarray, x0: Array | Tensor) -> Array | Tensor:
+        """The noise that is left of x_t if its image is x_0: (x_t - sqrt(alpha_bar_t) b x_0) / sqrt(1 -
+        alpha_bar_t)."""
+        signal, noise = self._signal_and_noise(t, x_t)
+        return (x_t - self.schedule.input_scale * signal * x0) / noise
 
-            sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) x_0
-            + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
+    def _run(self, model: Callable, x_t: Array, t: np.ndarray) -> tuple[Array | Tensor, Array | Tensor | None]:
+        """Call the model; return its prediction and, where the variance is learned, where in its range that lies.
 
-        Args: x0, x_t: (N, H, W, C). t: (N,). Returns (N, H, W, C).
+        The model sees x_t divided by the standard deviation that images of variance 1 have there (Chen 2023, section
+        2.2), sqrt(b^2 alpha_bar_t + 1 - alpha_bar_t), which is 1 unless b is another. Nobody else does.
+        """
+        s, channels = self.schedule, x_t.shape[-1]
+        x = x_t / self._at(np.sqrt((s.input_scale**2 - 1) * s.alpha_bar + 1), t, x_t) if s.input_scale != 1 else x_t
+        output = model(x, t)
+        if self.variance != "learned_range":
+            if output.shape != x_t.shape:
+                raise ValueError(f"model: expected it to return the shape of x_t, {x_t.shape}, got {output.shape}")
+            return output, None
+        if output.shape != (*x_t.shape[:-1], 2 * channels):
+            raise ValueError(
+                f"model: with variance 'learned_range' it must return {2 * channels} channels for images of {channels} "
+                f"(a U-Net with out_channels={2 * channels}), got shape {output.shape} for x_t of {x_t.shape}"
+            )
+        return output[..., :channels], output[..., channels:]
+
+    # ------------------------------------------------------------------------------------------- the reverse process
+
+    def posterior_mean(self, x0: Array | Tensor, x_t: Array, t: np.ndarray) -> Array | Tensor:
+        """Mean of q(x_{t-1} | x_t, x_0) = N(mu_tilde_t, beta_tilde_t I), the step back if x_0 were known (equation 7):
+
+            mu_tilde_t = sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t) b x_0
+                         + sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t) x_t
+
+        With the x_0 that a predicted eps implies, it is equation 11, (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) /
+        sqrt(alpha_t). Args: x0, x_t: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
         s = self.schedule
-        return self._at(s.posterior_mean_x0, t, x0) * x0 + self._at(s.posterior_mean_xt, t, x_t) * x_t
+        return self._at(s.input_scale * s.posterior_mean_x0, t, x_t) * x0 + self._at(s.posterior_mean_xt, t, x_t) * x_t
 
-    def log_variance(self) -> np.ndarray:
-        """log sigma_t^2 of the reverse step, (T,): of beta_tilde_t or of beta_t, with beta_tilde_1 at t = 0 in both."""
+    def log_variance(self, x_t: Array, t: np.ndarray, v: Array | Tensor | None = None) -> Array | Tensor:
+        """ln sigma_t^2 of the reverse step: ln beta_tilde_t ("small"), ln beta_t ("large"), or, for the model's v,
+
+            w ln beta_t + (1 - w) ln beta_tilde_t,   w = (v + 1) / 2     (Nichol & Dhariwal 2021, equation 15)
+
+        At t = 0, beta_tilde_1 stands in for beta_tilde_0 = 0, and for "large", as in Ho et al.'s code, for beta_0 too.
+        Args: x_t: (N, H, W, C). t: (N,). v: (N, H, W, C), nominally in [-1, 1]. Returns (N, 1, 1, 1), or v's shape.
+        """
+        if self.variance != "learned_range":
+            return self._at(self._fixed_log_variance(), t, x_t)
+        small, large = self.schedule.posterior_log_variance, np.log(self.schedule.beta)
+        w = 0.5 * (v + 1)
+        return w * self._at(large, t, x_t) + (1 - w) * self._at(small, t, x_t)
+
+    def _fixed_log_variance(self) -> np.ndarray:
+        """ln sigma_t^2, (T,), where it is not learned."""
         small = self.schedule.posterior_log_variance
         return small if self.variance == "small" else np.append(small[0], np.log(self.schedule.beta[1:]))
 
-    def loss(self, model: Callable, x0: Array, rng: np.random.Generator) -> Tensor:
-        """The simple loss of Ho et al. (equation 14): E ||eps - eps_theta(x_t, t)||^2, a mean over all elements; with
-        objective "v", the same for v.
+    def p_mean_variance(
+        self, model: Callable, x_t: Array, t: np.ndarray, clip: bool | str = True
+    ) -> tuple[Array, Array, Array]:
+        """Mean and log-variance of p_theta(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I) (equation 1), and the
+        predicted x_0 on which mu_theta = mu_tilde(x_0, x_t) rests, `limit`ed by `clip`. Arrays in, arrays out.
 
-        Each image gets its own t ~ Uniform{0 ... T-1} and eps ~ N(0, I) from `rng`.
-
-        Args: model: callable (x_t, t) -> (N, H, W, C). x0: (N, H, W, C) in [-1, 1]. Returns a scalar tensor.
-        Raises ValueError for an empty batch or a model output of another shape, TypeError for anything but floats.
+        Args: x_t: (N, H, W, C). t: (N,). Returns (N, H, W, C), (N, 1, 1, 1) or with a learned variance (N, H, W, C),
+        and (N, H, W, C). Raises ValueError if the model's output is of another shape.
         """
-        if x0.ndim != 4 or x0.size == 0:
-            raise ValueError(f"x0: expected one or more images (N, H, W, C), got shape {x0.shape}")
-        if x0.dtype not in (np.float32, np.float64):
-            raise TypeError(f"x0: expected float32 or float64 images in [-1, 1], got {x0.dtype}")
+        with no_grad():
+            prediction, v = self._run(model, x_t, t)
+        x0 = limit(self.predict_x0(x_t, t, as_array(prediction)), clip)
+        return self.posterior_mean(x0, x_t, t), self.log_variance(x_t, t, as_array(v)), x0
+
+    # --------------------------------------------------------------------------------------------------- the losses
+
+    def loss(self, model: Callable, x0: Array, rng: np.random.Generator) -> Tensor:
+        """The loss of `loss_type` on a batch, each image with its own t ~ Uniform{0 ... T-1} and eps ~ N(0, I).
+
+        The variational bound (equation 5) asks that mu_theta come close to the mean of the step back, mu_tilde, for
+        all t (equation 8); this is "mean":
+
+            E [1 / (2 sigma_t^2) ||mu_tilde_t(x_t, x_0) - mu_theta(x_t, t)||^2]
+
+        Substituting mu_theta = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_t) (equation 11) for both
+        leaves the noise (equation 12); this is "weighted_eps", and the same number:
+
+            E [beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) ||eps - eps_theta(x_t, t)||^2]
+
+        Dropping the weight gives better pictures (equation 14); this is "simple", and with another objective the same
+        of x_0 or v:
+
+            E ||eps - eps_theta(sqrt(alpha_bar_t) b x_0 + sqrt(1 - alpha_bar_t) eps, t)||^2
+
+        "min_snr" weights the simple loss so that, whatever the objective, an error in x_0 counts min(SNR_t, gamma)
+        times (Hang et al. 2023): min(SNR, gamma) / SNR for eps, min(SNR, gamma) for x_0, min(SNR, gamma) alpha_bar /
+        SNR for v, which is min(SNR, gamma) / (SNR + 1) if b = 1. "vlb" is the bound itself, T times `vlb_terms`, in
+        bits per dimension. "hybrid" is the simple loss plus 0.001 of the bound, from which only the variance learns
+        (Nichol & Dhariwal 2021, equation 16).
+
+        ||.||^2 is a mean over all elements. Args: model: callable (x_t, t) -> (N, H, W, C), or with 2 C channels if
+        the variance is learned. x0: (N, H, W, C) in [-1, 1]. Returns a scalar tensor. Raises ValueError for an empty
+        batch or a model output of another shape, TypeError for anything but floats; warns if x0 is far outside of
+        [-1, 1].
+        """
+        _check_images(x0)
         if not isinstance(rng, np.random.Generator):
             raise TypeError(f"rng: expected a generator from numpy.random.default_rng, got {type(rng).__name__}")
         t = rng.integers(0, self.T, size=len(x0))
         eps = like(rng.standard_normal(x0.shape, dtype=x0.dtype), x0)
-        prediction = model(self.q_sample(x0, t, eps), t)
-        if prediction.shape != x0.shape:
-            raise ValueError(f"model: expected it to return the shape of x0, {x0.shape}, got {prediction.shape}")
-        return mse(prediction, self.target(x0, t, eps))
+        x_t = self.q_sample(x0, t, eps)
+        prediction, v = self._run(model, x_t, t)
+        if self.loss_type == "vlb":
+            return self.T * self.vlb_terms(x0, x_t, t, prediction, v).mean()
+        if self.loss_type in ("simple", "hybrid"):
+            simple = mse(prediction, self.target(x0, t, eps))
+            if self.loss_type == "simple":
+                return simple
+            return simple + 0.001 * self.T * self.vlb_terms(x0, x_t, t, as_array(prediction), v).mean()
+        if self.loss_type == "min_snr":
+            weight, error = self._min_snr_weight(), prediction - self.target(x0, t, eps)
+        else:
+            s, two_variances = self.schedule, 2 * np.exp(self._fixed_log_variance())
+            if self.loss_type == "weighted_eps":
+                weight = s.beta**2 / (two_variances * s.alpha * (1 - s.alpha_bar))
+                error = self.predict_eps(x_t, t, prediction) - eps
+            else:
+                weight, mu_tilde = 1 / two_variances, self.posterior_mean(x0, x_t, t)
+                error = self.posterior_mean(self.predict_x0(x_t, t, prediction), x_t, t) - mu_tilde
+        return (self._at(weight, t, x0) * (error * error)).mean()
+
+    def _min_snr_weight(self) -> np.ndarray:
+        """What "min_snr" multiplies the squared error of the prediction with, (T,)."""
+        snr, gamma = self.schedule.snr, self.min_snr_gamma
+        if self.objective == "x0":
+            return np.minimum(snr, gamma)
+        weight = 1 / np.maximum(snr / gamma, 1)  # min(SNR, gamma) / SNR, also where SNR is 0
+        return weight if self.objective == "eps" else weight * self.schedule.alpha_bar
+
+    # ---------------------------------------------------------------------------------------------- the likelihood
+
+    def vlb_terms(
+        self,
+        x0: Array,
+        x_t: Array,
+        t: np.ndarray,
+        prediction: Array | Tensor,
+        v: Array | Tensor | None = None,
+        clip: bool | str = False,
+    ) -> Tensor:
+        """The term of the variational bound that each image's t stands for (equation 5), in bits per dimension, (N,):
+
+            t > 0    L_t = KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t))
+            t = 0    L_0 = -ln p_theta(x_0 | x_t), of the grey levels      (see `discretised_gaussian`)
+
+        both over ln 2. Args: x0, x_t: (N, H, W, C), x0 of 8-bit levels k as k / 127.5 - 1. t: (N,). prediction, v: what
+        the model returned for x_t, split in two if the variance is learned. clip: see `limit`.
+        """
+        b = self.schedule.input_scale
+        mean = self.posterior_mean(limit(self.predict_x0(x_t, t, prediction), clip), x_t, t)
+        log_variance = self.log_variance(x_t, t, v)
+        true_mean, true_log_variance = (
+            self.posterior_mean(x0, x_t, t),
+            self._at(self.schedule.posterior_log_variance, t, x0),
+        )
+        nats = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
+        if (t == 0).any():
+            first = self._at(np.arange(self.T) == 0, t, x0)
+            levels = discretised_gaussian(x0, mean / b, log_variance - 2 * math.log(b))
+            nats = (1 - first) * nats - first * levels
+        return nats.reshape(len(t), -1).mean(axis=1) * (1 / math.log(2))
+
+    def prior_terms(self, x0: Array) -> Tensor:
+        """L_T = KL(q(x_{T-1} | x_0) || N(0, I)) of each image, in bits per dimension, (N,); nothing in it is learned.
+
+        Args: x0: (N, H, W, C).
+        """
+        t = np.full(len(x0), self.T - 1)
+        signal, noise = self._signal_and_noise(t, x0)
+        zero = np.zeros_like(x0)
+        nats = gaussian_kl(self.schedule.input_scale * signal * x0, 2 * np.log(noise), zero, zero)
+        return nats.reshape(len(t), -1).mean(axis=1) * (1 / math.log(2))
+
+    def bits_per_dim(
+        self,
+        model: Callable,
+        x0: np.ndarray,
+        rng: int | np.random.Generator = 0,
+        clip: bool | str = True,
+        progress: bool = True,
+        workers: int | None = None,
+    ) -> BitsPerDim:
+        """How many bits per dimension the model needs at most to store the images x_0, averaged over them (equation 5):
+
+            L_T + L_{T-1} + ... + L_0
+
+        each L_t estimated with one x_t ~ q(x_t | x_0) for each image, as in Nichol & Dhariwal 2021. It takes T forward
+        passes of all images.
+
+        Args:
+            model: callable (x_t, t) -> prediction; its `dtype` and `device`, if any, are those x_0 is converted to.
+            x0: (N, H, W, C) of 8-bit levels k = 0 ... 255, given as k / 127.5 - 1.
+            rng: seed or generator; what an image costs does not depend on the others, nor on the workers.
+            clip: keep the predicted x_0 within [-1, 1]; see `limit`.
+            progress: show a bar. workers: threads; None for one per CPU.
+
+        Raises ValueError for no images or another shape, TypeError for anything but floats; warns as `loss` does.
+        """
+        _check_images(x0)
+        dtype, device = getattr(model, "dtype", x0.dtype), getattr(model, "device", "cpu")
+        streams = np.random.default_rng(rng).spawn(len(x0))
+        size = SHARD if device == "cpu" else len(x0)
+        x0 = x0.astype(dtype, copy=False)
+
+        def shard_at(t: int, start: int) -> np.ndarray:
+            x = x0[start : start + size]
+            eps = np.stack([stream.standard_normal(x.shape[1:], dtype) for stream in streams[start : start + size]])
+            x, eps, ts = to_device(x, device), to_device(eps, device), np.full(len(x), t)
+            with no_grad():
+                x_t = self.q_sample(x, ts, eps)
+                prediction, v = map(as_array, self._run(model, x_t, ts))
+                return to_numpy(self.vlb_terms(x, x_t, ts, prediction, v, clip).data)
+
+        terms = np.zeros(self.T)
+        with worker_threads(workers) as run, tqdm(total=self.T, desc="bits/dim", disable=not progress) as bar:
+            for t in reversed(range(self.T)):
+                of_images = run(lambda start, t=t: shard_at(t, start), range(0, len(x0), size))
+                terms[t] = np.concatenate(list(of_images)).mean(dtype=np.float64)
+                bar.update()
+        return BitsPerDim(self.prior_terms(x0).data.mean(dtype=np.float64).item(), terms)
+
+
+SHARD = 8  # images per forward pass: enough for the matrix products, few enough for the cache
+
+
+def limit(x0: Array, clip: bool | str) -> Array:
+    """Bring a predicted x_0 back to where images are: clipped to [-1, 1] (True), by a `dynamic_threshold` ("dynamic"),
+    or not at all (False). Raises ValueError for anything else."""
+    if clip is True:
+        return x0.clip(-1, 1)
+    if clip is False:
+        return x0
+    if clip != "dynamic":
+        raise ValueError(f"clip: expected True, False or 'dynamic', got {clip!r}")
+    return dynamic_threshold(x0)
+
+
+def dynamic_threshold(x0: Array, quantile: float = 0.995, most: float = math.inf) -> Array:
+    """Clip each image to [-s, s] and divide it by s = its quantile of |x_0|, but at least 1 and at most `most`, so that
+    strong guidance does not saturate it (Saharia et al. 2022, Imagen, section 2.3)."""
+    s = array_module(x0).quantile(np.abs(x0), quantile, axis=tuple(range(1, x0.ndim)), keepdims=True)
+    s = s.clip(1, most).astype(x0.dtype)
+    return np.clip(x0, -s, s) / s
+
+
+def _check_images(x0: Array) -> None:
+    """Raise unless x0 is a batch of float images, and warn if they are plainly not scaled to [-1, 1]."""
+    if x0.ndim != 4 or x0.size == 0:
+        raise ValueError(f"x0: expected one or more images (N, H, W, C), got shape {x0.shape}")
+    if x0.dtype not in (np.float32, np.float64):
+        raise TypeError(f"x0: expected float32 or float64 images in [-1, 1], got {x0.dtype}")
+    if isinstance(x0, np.ndarray) and np.abs(x0).max() > 2:  # on a GPU the look would wait for it
+        warnings.warn(
+            f"x0: images are expected in [-1, 1], but these range from {x0.min():.4g} to {x0.max():.4g}", stacklevel=3
+        )

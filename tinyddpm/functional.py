@@ -1,13 +1,15 @@
-"""Functions that own no parameters: activations, softmax, linear maps, dropout, the squared error.
+"""Functions that own no parameters: activations, softmax, linear maps, dropout, the squared error, the normal curve.
 
 Each is one op on the last axis or on all elements; see tensor.py for how an op is written.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from .backend import Array, array_module, like
+from .backend import Array, array_module, erfc, like
 from .tensor import Tensor, as_array, mul, op
 
 
@@ -75,6 +77,22 @@ def linear(x, w, b=None):
         return lambda: (g @ w.T).reshape(x.shape), lambda: rows.T @ g, lambda: column_sums(g)
 
     return y.reshape(*x.shape[:-1], w.shape[1]), pull
+
+
+@op
+def at_least(x, *, least: float):
+    """max(x, least); the gradient passes where x is greater."""
+    return np.maximum(x, least), lambda g: g * (x > least)
+
+
+@op
+def normal_cdf(x):
+    """Phi(x) = (2 pi)^(-1/2) times the integral of e^(-u^2/2) from -infinity to x: the standard normal's distribution.
+
+    Through the complementary error function, Phi(x) = erfc(-x / sqrt 2) / 2, it is precise far out on the left as well.
+    """
+    phi = lambda: np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
+    return 0.5 * erfc(-x * math.sqrt(0.5)), lambda g: g * phi()
 
 
 @op

@@ -7,41 +7,119 @@ image i, to the bit for any number of threads, up to rounding for any number of 
 
 from __future__ import annotations
 
+import math
+import numbers
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from .backend import Array, array_module, to_device
-from .diffusion import Diffusion
+from .diffusion import SHARD, Diffusion
 from .parallel import worker_threads
+from .schedule import Schedule
 from .tensor import as_array, no_grad
 
-SHARD = 8  # images per forward pass: enough for the matrix products, few enough for the cache
+Step = Iterator[tuple[int, Array, Array]]  # (t, x_{t-1}, predicted x_0) after each step, t = T-1 ... 0
 
 
-def ddpm(
-    diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: bool = True
-) -> Iterator[tuple[int, Array, Array]]:
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), yielding (t, x_{t-1}, predicted x_0) for t = T-1 ... 0.
+def ddpm(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: bool | str = True) -> Step:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2): a sample of p_theta(x_{t-1} | x_t) at every step,
 
         x_{t-1} = mu_tilde(x0hat, x_t) + sigma_t z,   z ~ N(0, I) for t > 0, else 0
 
     where x0hat is what the predicted noise leaves of x_t, clipped to [-1, 1]; unclipped, the mean is the paper's
     (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_t).
     """
-    sigma = np.exp(0.5 * diffusion.log_variance())
     for t in reversed(range(diffusion.T)):
-        ts = np.full(len(x), t)
-        x0 = diffusion.predict_x0(x, ts, model(x, ts))
-        if clip:
-            x0 = x0.clip(-1, 1)
-        x = diffusion.posterior_mean(x0, x, ts)
+        x, log_variance, x0 = diffusion.p_mean_variance(model, x, np.full(len(x), t), clip)
         if t > 0:
-            x = x + float(sigma[t]) * noise()
+            x = x + np.exp(0.5 * log_variance) * noise()
         yield t, x, x0
 
 
-SAMPLERS = {"ddpm": ddpm}
+def ddim(
+    diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: bool | str = True, eta: float = 0.0
+) -> Step:
+    """Denoising diffusion implicit models (Song et al. 2021, equations 12 and 16): straight towards x0hat, in few
+    steps,
+
+        x_{t-1} = sqrt(alpha_bar_{t-1}) b x0hat + sqrt(1 - alpha_bar_{t-1} - s^2) epshat + s z,   z ~ N(0, I)
+        s = eta sqrt((1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_{t-1})
+
+    where epshat is what x0hat, once clipped, leaves of x_t. With eta = 0 nothing is random but the start; eta = 1 is
+    `ddpm` with the small variance.
+    """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta: expected a number from 0 to 1, got {eta}")
+    b = diffusion.schedule.input_scale
+    for t in reversed(range(diffusion.T)):
+        ts = np.full(len(x), t)
+        x0 = diffusion.p_mean_variance(model, x, ts, clip)[2]
+        eps = diffusion.eps_from_x0(x, ts, x0)
+        bar, before = float(diffusion.schedule.alpha_bar[t]), float(diffusion.schedule.alpha_bar_prev[t])
+        s = eta * math.sqrt((1 - before) / (1 - bar)) * math.sqrt(1 - bar / before)
+        x = math.sqrt(before) * b * x0 + math.sqrt(max(1 - before - s * s, 0)) * eps
+        if s > 0:
+            x = x + s * noise()
+        yield t, x, x0
+
+
+def dpm_solver(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: bool | str = True) -> Step:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the same path as `ddim`'s, by a second-order multistep method.
+
+    With alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), l = ln(alpha / sigma) and m = b x0hat at each step, the
+    step from s to t, where h = l_t - l_s and r = h_before / h, is
+
+        x_t = sigma_t / sigma_s x_s - alpha_t (e^-h - 1) (m_s + (m_s - m_before) / (2 r))
+
+    The first step has no m_before and is of first order; the last ends where sigma = 0 and takes x = m.
+    """
+    alpha_bar = np.append(1.0, diffusion.schedule.alpha_bar)  # [t + 1] is that of x_t, [t] that of x_{t-1}
+    alpha, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    with np.errstate(divide="ignore"):  # no noise: infinity; no signal: minus infinity
+        l = np.log(alpha) - np.log(sigma)
+    m_before = None
+    for t in reversed(range(diffusion.T)):
+        x0 = diffusion.p_mean_variance(model, x, np.full(len(x), t), clip)[2]
+        m = D = diffusion.schedule.input_scale * x0
+        if m_before is not None and t > 0:
+            r = (l[t + 1] - l[t + 2]) / (l[t] - l[t + 1])
+            D = m + float(1 / (2 * r)) * (m - m_before)
+        x = float(sigma[t] / sigma[t + 1]) * x - float(alpha[t] * np.expm1(l[t + 1] - l[t])) * D
+        m_before = m
+        yield t, x, x0
+
+
+SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}
+
+
+def respace(diffusion: Diffusion, ts: np.ndarray) -> Diffusion:
+    """The same process in fewer, longer steps that visit only the timesteps `ts`, ascending: a `Diffusion` with len(ts)
+    steps (Nichol & Dhariwal 2021, section 4).
+
+    alpha_bar is what it was at those timesteps, so that beta = 1 - alpha_bar_t / alpha_bar_{the one before, at first
+    1}. Of long steps only the small variance gives good pictures, so "large" becomes "small". The model goes on to be
+    asked for the timesteps that it knows: whoever calls it translates. Raises ValueError unless ts ascends within 0
+    ... T-1.
+    """
+    s = diffusion.schedule
+    if not (len(ts) and ts[0] >= 0 and ts[-1] < len(s) and np.all(np.diff(ts) > 0)):
+        raise ValueError(f"ts: expected ascending timesteps within 0 ... {len(s) - 1}, got {ts}")
+    alpha_bar = s.alpha_bar[ts]
+    short = Schedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]), s.input_scale)
+    variance = "small" if diffusion.variance == "large" else diffusion.variance
+    return Diffusion(short, diffusion.objective, variance, diffusion.loss_type)
+
+
+def guided(unconditional: Callable, conditional: Callable, scale: float) -> Callable:
+    """Classifier-free guidance (Ho & Salimans 2022): a model that goes `scale` times the way from what one model
+    predicts to what the other does, eps_u + scale (eps_c - eps_u). 0 is the one, 1 the other, more exaggerates."""
+
+    def model(x_t: Array, t: np.ndarray) -> Array:
+        u, c = (as_array(predict(x_t, t)) for predict in (unconditional, conditional))
+        return u + scale * (c - u)
+
+    return model
 
 
 def sample(
@@ -51,35 +129,40 @@ def sample(
     method: str = "ddpm",
     steps: int | None = None,
     rng: int | np.random.Generator = 0,
-    clip: bool = True,
+    clip: bool | str = True,
     callback: Callable[[int, Array, Array], None] | None = None,
     workers: int | None = None,
+    **settings: float,
 ) -> Array:
     """Draw images from the model.
 
     Args:
         diffusion: the process the model was trained for.
-        model: callable (x_t, t) -> prediction of the shape of x_t; its `dtype` and `device`, if any, are those of the
+        model: callable (x_t, t) -> prediction, see `Diffusion`; its `dtype` and `device`, if any, are those of the
             images.
         shape: (N, H, W, C) of the images to make.
-        method: "ddpm".
-        steps: how many steps to take; None for all T, which is what "ddpm" takes.
+        method: "ddpm", "ddim" or "dpm++": the functions of this file.
+        steps: how many steps to take, evenly spaced and from the last timestep on (see `respace`); None for all T.
         rng: seed or generator; the same seed gives the same images, whatever N and the number of workers.
-        clip: keep the predicted x_0 within [-1, 1] at every step.
+        clip: keep the predicted x_0 within [-1, 1] at every step; False not to, "dynamic" for `dynamic_threshold`.
         callback: called as callback(t, x_{t-1}, predicted x_0) after every step.
         workers: threads; None for one per CPU.
+        settings: of the method: "ddim" takes eta, 0 ... 1, how much of `ddpm`'s noise it adds.
 
-    Returns (N, H, W, C), within [-1, 1] if clipped. Raises ValueError for an unknown method, a shape or steps that do
-    not fit, FloatingPointError if what comes out is not finite.
+    Returns (N, H, W, C), within [-1, 1] if clipped. Raises ValueError for an unknown method, a shape, steps or settings
+    that do not fit, TypeError for an unknown setting, FloatingPointError if what comes out is not finite.
     """
     if method not in SAMPLERS:
         raise ValueError(f"method: unknown sampler {method!r}; known: {', '.join(SAMPLERS)}")
     if np.ndim(shape) != 1 or len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape}")
-    if steps not in (None, diffusion.T):
-        raise ValueError(
-            f"steps: {method!r} takes all {diffusion.T} steps of the schedule; leave steps out, got {steps}"
-        )
+    T = diffusion.T
+    if steps is not None and not (isinstance(steps, numbers.Integral) and 1 <= steps <= T):
+        raise ValueError(f"steps: expected an integer from 1 to {T}, the steps of the schedule, got {steps!r}")
+    ts = np.arange(T)
+    if steps not in (None, T):
+        ts = np.arange(1, steps + 1) * T // steps - 1  # the last is T-1, from where sampling starts
+        diffusion = respace(diffusion, ts)
     dtype, device = getattr(model, "dtype", np.dtype("float32")), getattr(model, "device", "cpu")
     size = SHARD if device == "cpu" else shape[0]
     streams = np.random.default_rng(rng).spawn(shape[0])
@@ -92,16 +175,14 @@ def sample(
         def in_shards(x: Array, t: np.ndarray) -> Array:
             def shard(i: int) -> Array:
                 with no_grad():
-                    return as_array(model(x[i : i + size], t[i : i + size]))
+                    return as_array(model(x[i : i + size], ts[t[i : i + size]]))
 
-            y = array_module(x).concatenate(list(run(shard, range(0, len(x), size))))
-            if y.shape != x.shape:
-                raise ValueError(f"model: expected it to return the shape of x_t, {x.shape}, got {y.shape}")
-            return y
+            return array_module(x).concatenate(list(run(shard, range(0, len(x), size))))
 
-        for t, x, x0 in SAMPLERS[method](diffusion, in_shards, noise(), noise, clip=clip):
+        for t, x, x0 in SAMPLERS[method](diffusion, in_shards, noise(), noise, clip=clip, **settings):
             if callback:
-                callback(t, x, x0)
+                callback(int(ts[t]), x, x0)
+    x = x / diffusion.schedule.input_scale
     if not array_module(x).isfinite(x).all():
         raise FloatingPointError("model: it led to images that are not finite; are its weights?")
     return x

@@ -1,13 +1,17 @@
-"""Noise schedules: how much noise each step of the forward process adds (Ho et al. 2020, section 2).
+"""Noise schedules: how much noise each step of the forward process adds.
 
-A schedule is the array beta (T,); everything else follows from it. Steps are counted t = 0 ... T-1, and alpha_bar
-before the first step is 1. All tables are float64, read-only and of length T; whoever uses them casts what is gathered.
+A schedule is the array beta (T,); everything else follows from it (Ho et al. 2020, section 2). There are two ways to
+write one down: beta itself as a function of the step ("linear", "quadratic"), or alpha_bar, what is left of the image's
+variance, as a function gamma(u) of the time u from 0 to 1 ("cosine", "sigmoid", ...; Chen 2023). `make_schedule` takes
+either by name. Steps are counted t = 0 ... T-1, and alpha_bar before the first step is 1. All tables are float64,
+read-only and of length T; whoever uses them casts what is gathered.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import numbers
 import warnings
 
@@ -30,17 +34,27 @@ def _table(function):
 class Schedule:
     """The tables that follow from beta; `name` and `parameters` say how `make_schedule` made it.
 
-    Raises ValueError unless beta is a vector of one or more numbers in (0, 1).
+    `input_scale` is b of Chen 2023: the image is multiplied by it before noise is added, x_t = sqrt(alpha_bar_t) b x_0
+    + sqrt(1 - alpha_bar_t) eps, which makes every step noisier (b < 1) or less noisy (b > 1) by the same factor.
+
+    Raises ValueError unless beta is a vector of one or more numbers in (0, 1), of which the last may also be 1 (then
+    nothing is left of the image: zero terminal SNR), and unless b > 0.
     """
 
     beta: np.ndarray
+    input_scale: float = 1.0
     name: str = "custom"
     parameters: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         beta = np.array(self.beta, dtype=np.float64)
-        if beta.ndim != 1 or len(beta) == 0 or not np.all((beta > 0) & (beta < 1)):
-            raise ValueError(f"beta: expected a vector of one or more numbers in (0, 1), got {self.beta}")
+        if beta.ndim != 1 or len(beta) == 0 or not (np.all(beta > 0) and np.all(beta[:-1] < 1) and beta[-1] <= 1):
+            raise ValueError(
+                "beta: expected a vector of one or more numbers in (0, 1), of which the last may be 1, got "
+                f"{np.array2string(beta, threshold=6)}"
+            )
+        if not 0 < self.input_scale < math.inf:
+            raise ValueError(f"input_scale: expected a number > 0, got {self.input_scale}")
         beta.flags.writeable = False
         object.__setattr__(self, "beta", beta)
 
@@ -65,12 +79,19 @@ class Schedule:
 
     @_table
     def snr(self) -> np.ndarray:
-        """Signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t)."""
-        return self.alpha_bar / (1 - self.alpha_bar)
+        """Signal-to-noise ratio b^2 alpha_bar_t / (1 - alpha_bar_t) of an image of variance 1 (Kingma et al. 2021)."""
+        return self.input_scale**2 * self.alpha_bar / (1 - self.alpha_bar)
+
+    @_table
+    def log_snr(self) -> np.ndarray:
+        """lambda_t = ln snr_t, the natural time of diffusion; b shifts it by 2 ln b. It is -inf where nothing is
+        left."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.snr)
 
     @_table
     def posterior_mean_x0(self) -> np.ndarray:
-        """Weight of x_0 in the mean of q(x_{t-1} | x_t, x_0) (equation 7):
+        """Weight of (b times) x_0 in the mean of q(x_{t-1} | x_t, x_0) (equation 7):
 
         sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t).
         """
@@ -97,41 +118,188 @@ class Schedule:
         return np.log(np.append(first, variance[1:]))
 
 
-def linear_beta(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
+def linear(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
     """beta rises linearly from beta_start to beta_end (Ho et al. 2020, section 4, whose T is 1000).
 
     With fewer steps each has to add more noise: scale both ends by 1000 / T to arrive at about the same alpha_bar.
     """
-    if not 0 < beta_start <= beta_end < 1:
-        raise ValueError(f"beta_start, beta_end: expected 0 < beta_start <= beta_end < 1, got {beta_start}, {beta_end}")
+    _check_ends(beta_start, beta_end)
     return np.linspace(beta_start, beta_end, T)
 
 
-SCHEDULES = {"linear": linear_beta}
+def quadratic(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
+    """sqrt(beta) rises linearly, so that beta rises as a square (Song et al. 2021, DDIM; "scaled_linear" elsewhere)."""
+    _check_ends(beta_start, beta_end)
+    return np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), T) ** 2
 
 
-def make_schedule(name: str = "linear", T: int = 1000, **parameters: float) -> Schedule:
+def sigmoid_beta(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
+    """beta rises along a logistic curve: beta_start + (beta_end - beta_start) sigma(w), w = -6 ... 6 (Xu et al. 2022,
+    GeoDiff). diffusers calls this "sigmoid"; it has nothing to do with Chen's."""
+    _check_ends(beta_start, beta_end)
+    return beta_start + (beta_end - beta_start) * _sigma(np.linspace(-6, 6, T))
+
+
+def cosine(u: np.ndarray, s: float = 0.008, start: float = 0.0, end: float = 1.0, tau: float = 1.0) -> np.ndarray:
+    """gamma(u) from a piece of a cosine: with v(w) = cos((w + s) / (1 + s) pi/2)^(2 tau), w from `start` to `end`,
+
+        gamma(u) = (v(end) - v(start + u (end - start))) / (v(end) - v(start))
+
+    The defaults are Nichol & Dhariwal's 2021 (equation 17), whose s keeps the first steps from being too small; s = 0
+    is Chen's 2023 (algorithm 1).
+    """
+    if not s >= 0:
+        raise ValueError(f"s: expected a number >= 0, got {s}")
+    if not 0 <= start < end <= 1:
+        raise ValueError(f"start, end: expected 0 <= start < end <= 1, got {start}, {end}")
+    _check_tau(tau)
+    v = lambda w: np.cos((w + s) / (1 + s) * math.pi / 2).clip(0) ** (2 * tau)
+    return _piece(v, u, start, end)
+
+
+def sigmoid(u: np.ndarray, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> np.ndarray:
+    """gamma(u) from a piece of a logistic curve: with v(w) = sigma(w / tau), w from `start` to `end`,
+
+        gamma(u) = (v(end) - v(start + u (end - start))) / (v(end) - v(start))
+
+    (Jabri et al. 2022; Chen 2023, algorithm 1, who favours start = 0, tau = 0.3 or so for large images.)
+    """
+    if not start < end:
+        raise ValueError(f"start, end: expected start < end, got {start}, {end}")
+    _check_tau(tau)
+    return _piece(lambda w: _sigma(w / tau), u, start, end)
+
+
+def linear_gamma(u: np.ndarray) -> np.ndarray:
+    """gamma(u) = 1 - u (Chen 2023, the simplest of all)."""
+    return 1 - u
+
+
+def cosine_logsnr(u: np.ndarray, logsnr_max: float = 15.0, logsnr_min: float = -15.0, shift: float = 0.0) -> np.ndarray:
+    """gamma(u) = sigma(lambda(u)), where the log-SNR lambda = ln(gamma / (1 - gamma)) is that of a cosine,
+
+        lambda(u) = -2 ln tan(a + u (b - a)) + shift,   a = arctan e^(-logsnr_max/2),  b = arctan e^(-logsnr_min/2)
+
+    (Hoogeboom et al. 2023, simple diffusion.) For images of another size than the schedule was made for, their
+    shift = 2 ln(base / size), such as 2 ln(64 / 256), gives each resolution the noise of the base.
+    """
+    _check_limits(logsnr_max, logsnr_min)
+    a, b = math.atan(math.exp(-logsnr_max / 2)), math.atan(math.exp(-logsnr_min / 2))
+    return _sigma(-2 * np.log(np.tan(a + u * (b - a))) + shift)
+
+
+def sigmoid_logsnr(
+    u: np.ndarray, logsnr_max: float = 15.0, logsnr_min: float = -15.0, shift: float = 0.0
+) -> np.ndarray:
+    """gamma(u) = sigma(lambda(u)), where the log-SNR falls linearly: lambda(u) = logsnr_max + u (logsnr_min -
+    logsnr_max) + shift (Kingma et al. 2021, variational diffusion models)."""
+    _check_limits(logsnr_max, logsnr_min)
+    return _sigma(logsnr_max + u * (logsnr_min - logsnr_max) + shift)
+
+
+def _sigma(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def _piece(v, u: np.ndarray, start: float, end: float) -> np.ndarray:
+    """The piece of the curve v between `start` and `end`, stretched to fall from 1 to 0 (Chen 2023)."""
+    return (v(end) - v(start + u * (end - start))) / (v(end) - v(start))
+
+
+def _check_ends(beta_start: float, beta_end: float) -> None:
+    if not 0 < beta_start <= beta_end < 1:
+        raise ValueError(f"beta_start, beta_end: expected 0 < beta_start <= beta_end < 1, got {beta_start}, {beta_end}")
+
+
+def _check_tau(tau: float) -> None:
+    if not tau > 0:
+        raise ValueError(f"tau: expected a number > 0, got {tau}")
+
+
+def _check_limits(logsnr_max: float, logsnr_min: float) -> None:
+    if not logsnr_min < logsnr_max:
+        raise ValueError(f"logsnr_max, logsnr_min: expected logsnr_min < logsnr_max, got {logsnr_max}, {logsnr_min}")
+
+
+def discretise(gamma: np.ndarray) -> np.ndarray:
+    """beta from gamma(1/T), gamma(2/T) ... gamma(1), the alpha_bar that the T steps should arrive at:
+
+        beta_t = 1 - gamma((t+1)/T) / gamma(t/T),   where before the first step gamma is 1
+
+    kept between 1e-12, for a step where gamma is flat must still add noise, and 0.999, for one that left nothing could
+    not be taken back (Nichol & Dhariwal 2021). Whoever needs alpha_bar computes it from the beta that come out.
+    """
+    gamma = np.append(1.0, gamma.clip(1e-9, 1))
+    return (1 - gamma[1:] / gamma[:-1]).clip(1e-12, 0.999)
+
+
+def rescale_to_zero_terminal_snr(beta: np.ndarray) -> np.ndarray:
+    """Shift and scale sqrt(alpha_bar) to end at exactly 0 and to begin as before (Lin et al. 2023, algorithm 1):
+
+        sqrt(alpha_bar_t) <- (sqrt(alpha_bar_t) - sqrt(alpha_bar_{T-1})) sqrt(alpha_bar_0)
+                             / (sqrt(alpha_bar_0) - sqrt(alpha_bar_{T-1}))
+
+    The last beta is then 1, and the last x_t, from which sampling starts, is nothing but noise. Raises ValueError
+    unless there are 2 steps or more.
+    """
+    if len(beta) < 2:
+        raise ValueError(f"zero_terminal_snr: takes 2 steps or more, got T = {len(beta)}")
+    root = np.sqrt(np.cumprod(1 - beta))
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    alpha_bar = root**2
+    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+
+BETA = {"linear": linear, "quadratic": quadratic, "sigmoid_beta": sigmoid_beta}  # functions of T
+GAMMA = {
+    "cosine": cosine,
+    "cosine_logsnr": cosine_logsnr,
+    "sigmoid": sigmoid,
+    "sigmoid_logsnr": sigmoid_logsnr,
+    "linear_gamma": linear_gamma,
+}  # functions of u
+SCHEDULES = (*BETA, *GAMMA)
+
+
+def make_schedule(
+    name: str = "linear",
+    T: int = 1000,
+    input_scale: float = 1.0,
+    zero_terminal_snr: bool = False,
+    **parameters: float,
+) -> Schedule:
     """Return the schedule called `name` with T steps.
 
     Args:
-        name: "linear".
+        name: "linear", "quadratic", "cosine", "cosine_logsnr", "sigmoid", "sigmoid_logsnr", "linear_gamma" or
+            "sigmoid_beta": the functions of this file.
         T: number of steps, >= 1.
-        parameters: of the schedule: beta_start, beta_end.
+        input_scale: b > 0, which multiplies the images (Chen 2023).
+        zero_terminal_snr: rescale so that nothing is left of the image at the end (Lin et al. 2023).
+        parameters: of the function: beta_start, beta_end; s, start, end, tau; logsnr_max, logsnr_min, shift.
 
     Raises ValueError for an unknown name, a T below 1 or a parameter out of range, TypeError for an unknown parameter;
-    warns if the last alpha_bar is not near 0.
+    warns if the image at the last step is not near mean 0 and variance 1, where sampling starts.
     """
     if name not in SCHEDULES:
         raise ValueError(f"name: unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
     if not isinstance(T, numbers.Integral) or T < 1:
         raise ValueError(f"T: expected an integer >= 1, got {T!r}")
     parameters = {key: float(value) for key, value in parameters.items()}
-    schedule = Schedule(SCHEDULES[name](int(T), **parameters), name, parameters)
-    last = schedule.alpha_bar[-1]
-    if last > 0.01:
+    if name in BETA:
+        beta = BETA[name](int(T), **parameters)
+    else:
+        beta = discretise(GAMMA[name](np.arange(1, T + 1) / T, **parameters))
+    if zero_terminal_snr:
+        beta = rescale_to_zero_terminal_snr(beta)
+        parameters["zero_terminal_snr"] = True
+    schedule = Schedule(beta, float(input_scale), name, parameters)
+    left = schedule.input_scale**2 * schedule.alpha_bar[-1]
+    if left > 0.01:
         warnings.warn(
-            f"schedule {name!r} with T = {T} ends far from pure noise: its last alpha_bar is {last:.3g}, but sampling "
-            "starts from N(0, I); take more steps or add more noise in each",
+            f"schedule {name!r} with T = {T} ends far from pure noise: {left:.3g} of the image's variance is left at "
+            "its last step (input_scale^2 alpha_bar), but sampling starts from N(0, I); take more steps or add more "
+            "noise in each",
             stacklevel=2,
         )
     return schedule

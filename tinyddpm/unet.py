@@ -20,18 +20,29 @@ from .functional import concat, dropout, silu
 from .nn import Attention, Conv2d, GroupNorm, Linear, Module
 from .tensor import Tensor, as_array
 
+ENCODINGS = ("ddpm", "improved", "interleaved")
 
-def timestep_encoding(t: Array, channels: int) -> np.ndarray:
-    """Sinusoidal encoding of the integer timesteps t (N,) -> (N, channels), float64, in the form of Ho et al.'s code:
 
-        P(t, i) = sin(t w_i),  P(t, channels/2 + i) = cos(t w_i),  w_i = 10000^(-i / (channels/2 - 1))
+def timestep_encoding(t: np.ndarray, channels: int, form: str = "ddpm") -> np.ndarray:
+    """Sinusoidal encoding P of the integer timesteps t (N,) -> (N, channels), float64, d = channels, even.
 
-    for i = 0 ... channels/2 - 1. Vaswani et al. 2017 interleave the two; a dense layer follows, so the order is no
-    matter.
+    The position encoding of Vaswani et al. 2017, for n = 10000 and i = 0 ... d/2 - 1, is "interleaved":
+
+        P(k, 2i) = sin(k / n^(2i/d)),  P(k, 2i+1) = cos(k / n^(2i/d))
+
+    A dense layer follows, so the order does not matter, and two others became customary: "ddpm" of Ho et al.'s code,
+
+        P(k, i) = sin(k / n^(i/(d/2 - 1))),  P(k, d/2 + i) = cos(k / n^(i/(d/2 - 1)))
+
+    and "improved" of Nichol & Dhariwal's 2021, P(k, i) = cos(k / n^(2i/d)), P(k, d/2 + i) = sin(k / n^(2i/d)).
     """
     half = channels // 2
-    angle = t[:, None] * np.exp(-math.log(10000) * np.arange(half) / (half - 1))
-    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    longest = half - 1 if form == "ddpm" else half
+    angle = t[:, None] * np.exp(-math.log(10000) * np.arange(half) / longest)
+    if form == "interleaved":
+        return np.stack([np.sin(angle), np.cos(angle)], axis=2).reshape(-1, channels)
+    first, second = (np.cos, np.sin) if form == "improved" else (np.sin, np.cos)
+    return np.concatenate([first(angle), second(angle)], axis=1)
 
 
 class ResBlock(Module):
@@ -88,12 +99,14 @@ class UNet(Module):
     """The network eps_theta(x_t, t) of Ho et al. 2020.
 
     Args:
-        in_channels, out_channels: of the images: 1 for grey, 3 for RGB.
+        in_channels: of the images: 1 for grey, 3 for RGB.
+        out_channels: the same, or twice as many if the variance is learned too (see `Diffusion`).
         channels: of each level, from full resolution down; every level halves height and width.
         blocks: residual blocks per level (one more on the way up).
         attention: for each level, whether its blocks are followed by attention (the middle always has it).
         heads: attention heads. groups: of the group norms. Both must divide the channels they meet.
         dropout: probability in each residual block; acts only in calls that are handed a generator.
+        encoding: of the timesteps: "ddpm", "improved" or "interleaved"; see `timestep_encoding`.
         rng: seed or generator of the initial weights.
 
     Raises ValueError if an argument is out of range or does not fit the others.
@@ -109,9 +122,10 @@ class UNet(Module):
         heads: int = 1,
         groups: int = 8,
         dropout: float = 0.0,
+        encoding: str = "ddpm",
         rng: int | np.random.Generator = 0,
     ):
-        self.config = _checked(in_channels, out_channels, channels, blocks, attention, heads, groups, dropout)
+        self.config = _checked(in_channels, out_channels, channels, blocks, attention, heads, groups, dropout, encoding)
         channels, attention, blocks = (self.config[name] for name in ("channels", "attention", "blocks"))
         self.dropout = dropout
         rng = np.random.default_rng(rng)
@@ -158,7 +172,7 @@ class UNet(Module):
         Returns (N, H, W, out_channels). Raises ValueError if the shapes do not fit, TypeError if a dtype does not.
         """
         self._check_input(as_array(x), t)
-        encoding = like(timestep_encoding(t, self.config["channels"][0]), self.time1.w.data)
+        encoding = like(timestep_encoding(t, self.config["channels"][0], self.config["encoding"]), self.time1.w.data)
         temb = silu(self.time2(silu(self.time1(encoding))))  # every block takes SiLU of the embedding: once is enough
         h = self.conv_in(x)
         skips = [h]
@@ -197,7 +211,7 @@ class UNet(Module):
             raise ValueError(f"t: expected {x.shape[0]} timesteps >= 0, one for each image, got shape {t.shape}, {t}")
 
 
-def _checked(in_channels, out_channels, channels, blocks, attention, heads, groups, dropout) -> dict:
+def _checked(in_channels, out_channels, channels, blocks, attention, heads, groups, dropout, encoding) -> dict:
     """Return the arguments of `UNet` as plain numbers and tuples, or raise ValueError."""
     ones = {
         "in_channels": in_channels,
@@ -225,10 +239,13 @@ def _checked(in_channels, out_channels, channels, blocks, attention, heads, grou
             raise ValueError(f"heads: {heads} does not divide the {c} channels of a level with attention")
     if not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
+    if encoding not in ENCODINGS:
+        raise ValueError(f"encoding: unknown {encoding!r}; known: {', '.join(ENCODINGS)}")
     config = {name: int(value) for name, value in ones.items()}
     config |= {
         "channels": tuple(map(int, channels)),
         "attention": tuple(map(bool, attention)),
         "dropout": float(dropout),
+        "encoding": encoding,
     }
     return config
