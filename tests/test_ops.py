@@ -9,7 +9,18 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, mutually_broadcastable_shapes
 
 from tinyddpm import conv, functional, fused, tensor
-from tinyddpm.functional import concat, dropout, linear, logistic, mse, sigmoid, silu, softmax
+from tinyddpm.functional import (
+    at_least,
+    concat,
+    dropout,
+    linear,
+    logistic,
+    mse,
+    normal_cdf,
+    sigmoid,
+    silu,
+    softmax,
+)
 from tinyddpm.tensor import (
     Parameter,
     Tensor,
@@ -46,6 +57,8 @@ CASES = {
     tensor.log: [((positive,), {})],
     tensor.sqrt: [((positive,), {})],
     tensor.tanh: [((normal((3, 4)),), {})],
+    functional.normal_cdf: [((normal((3, 4)),), {}), ((np.array([-6.0, -3.0, 2.0, 5.0]),), {})],
+    functional.at_least: [((normal((3, 4)),), {"least": 0.1})],
     tensor.matmul: [
         ((normal((3, 4)), normal((4, 5))), {}),
         ((normal((2, 3, 4)), normal((4, 5))), {}),
@@ -306,6 +319,22 @@ def test_mse(shape, seed):
     a, b = np.asarray(r.standard_normal(shape)), np.asarray(r.standard_normal(shape))
     check_op(mse, a, b)
     np.testing.assert_allclose(mse(Tensor(a), b).item(), sum((a - b).ravel() ** 2) / a.size, rtol=1e-12)
+
+
+def test_the_normal_distribution():
+    """Against tables of it, and out on the left to many digits, where 1 - Phi(x) would have lost them all."""
+    x = np.array([-10.0, -6.0, -1.0, 0.0, 1.0, 1.96, 40.0])
+    values = [7.619853024160527e-24, 9.865876450376946e-10, 0.15865525393145707, 0.5, 0.8413447460685429,
+              0.9750021048517795, 1.0]  # fmt: skip
+    np.testing.assert_allclose(normal_cdf(x).data, values, rtol=1e-12)
+    assert normal_cdf(x.astype(np.float32)).dtype == np.float32
+
+
+def test_at_least():
+    x = Parameter(np.array([-1.0, 0.5, 0.6, 2.0]))
+    y = at_least(x, least=0.5)
+    np.testing.assert_array_equal(y.data, [0.5, 0.5, 0.6, 2.0])
+    np.testing.assert_array_equal(backward(y.sum())[x], [0, 0, 1, 1])
 
 
 class TestDropout:

@@ -1,10 +1,17 @@
 """The samplers: each against its paper's equations, and on models whose images are known in advance."""
 
+import math
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from ideal import ideal_denoiser
+from strategies import SEEDS, schedules
 
 from tinyddpm import Diffusion, Schedule, UNet, make_schedule, sample
-from tinyddpm.sample import SAMPLERS, SHARD, ddpm
+from tinyddpm.diffusion import OBJECTIVES
+from tinyddpm.sample import SAMPLERS, SHARD, ddim, ddpm, dpm_solver, guided, respace
 from tinyddpm.schedule import linear
 from tinyddpm.tensor import Parameter, Tensor
 
@@ -13,7 +20,18 @@ def zeros(x, t):
     return np.zeros_like(x)
 
 
-class TestSample:
+def normals(seed, shape=(3, 2, 2, 1)):
+    """A function that draws the same sequence of noises for the same seed."""
+    rng = np.random.default_rng(seed)
+    return lambda: rng.standard_normal(shape)
+
+
+def images_after(sampler, diffusion, model, x, noise, **settings):
+    return [(x, x0) for _, x, x0 in sampler(diffusion, model, x, noise, **settings)]
+
+
+class TestDDPM:
+    d = Diffusion(Schedule(linear(30, 1e-4, 0.5)))
     d = Diffusion(Schedule(linear(30, 1e-4, 0.5)))
 
     @pytest.mark.parametrize("variance", ["small", "large"])
@@ -49,6 +67,202 @@ class TestSample:
         calls = []
         list(ddpm(self.d, zeros, np.zeros((1, 2, 2, 1)), lambda: calls.append(1) or np.zeros((1, 2, 2, 1))))
         assert len(calls) == 29
+
+    def test_a_learned_variance_sets_the_noise_of_every_pixel(self):
+        d = Diffusion(self.d.schedule, "x0", "learned_range", "hybrid")
+        model = lambda x, t: np.concatenate([0.5 * np.ones_like(x), np.tanh(x)], axis=-1)
+        x, noise = normals(2)(), normals(1)
+        steps = images_after(ddpm, d, model, x, noise)
+        noise, log_beta, small = normals(1), np.log(d.schedule.beta), d.schedule.posterior_log_variance
+        for t, (got, _) in zip(range(29, 0, -1), steps):
+            w = (np.tanh(x) + 1) / 2
+            sigma = np.exp((w * log_beta[t] + (1 - w) * small[t]) / 2)
+            x = d.posterior_mean(0 * x + 0.5, x, np.full(3, t)) + sigma * noise()
+            np.testing.assert_allclose(got, x, rtol=1e-12)
+
+
+class TestDDIM:
+    d = Diffusion(Schedule(linear(30, 1e-4, 0.5)))
+
+    @given(s=schedules(), seed=SEEDS, clip=st.booleans())
+    def test_with_eta_1_it_is_ddpm_with_the_small_variance(self, s, seed, clip):
+        d = Diffusion(Schedule(s.beta[-25:], s.input_scale), "v")
+        model = lambda x, t: np.sin(2 * x + t[0])
+        x = normals(seed)()
+        ours = images_after(ddim, d, model, x, normals(seed + 1), clip=clip, eta=1.0)
+        for (a, a0), (b, b0) in zip(ours, images_after(ddpm, d, model, x, normals(seed + 1), clip=clip)):
+            scale = 1 + np.abs(a).max()
+            np.testing.assert_allclose(a, b, atol=1e-6 * scale)
+            np.testing.assert_allclose(a0, b0, atol=1e-6 * scale)
+
+    @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+    @pytest.mark.parametrize("b", [1.0, 0.5])
+    def test_equation_12(self, eta, b):
+        d = Diffusion(Schedule(linear(20, 1e-3, 0.5), b))
+        model = lambda x, t: 2 * np.cos(3 * x)
+        x, noise = normals(0)(), normals(1)
+        steps, noise = images_after(ddim, d, model, x, noise, eta=eta), normals(1)
+        bars = np.append(1.0, np.cumprod(1 - np.linspace(1e-3, 0.5, 20)))
+        for t, (got, x0) in zip(range(19, -1, -1), steps):
+            before, bar = bars[t], bars[t + 1]
+            eps = model(x / np.sqrt(b * b * bar + 1 - bar), t)
+            x0hat = np.clip((x - np.sqrt(1 - bar) * eps) / np.sqrt(bar) / b, -1, 1)
+            eps = (x - np.sqrt(bar) * b * x0hat) / np.sqrt(1 - bar)  # anew, since x0hat was clipped
+            s = eta * np.sqrt((1 - before) / (1 - bar) * (1 - bar / before))
+            x = (
+                np.sqrt(before) * b * x0hat
+                + np.sqrt(np.maximum(1 - before - s**2, 0)) * eps
+                + (s * noise() if s else 0)
+            )
+            np.testing.assert_allclose(got, x, atol=1e-9)
+            np.testing.assert_allclose(x0, x0hat, atol=1e-9)
+
+    def test_with_eta_0_nothing_is_random(self):
+        def noise():
+            raise AssertionError("no noise is needed")
+
+        assert len(images_after(ddim, self.d, zeros, np.ones((1, 2, 2, 1)), noise)) == 30
+
+    @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
+    def test_bad_eta(self, eta):
+        with pytest.raises(ValueError, match=f"eta: expected a number from 0 to 1, got {eta}"):
+            sample(self.d, zeros, (1, 2, 2, 1), method="ddim", eta=eta)
+
+
+class TestDPMSolver:
+    @pytest.mark.parametrize("b", [1.0, 0.5])
+    def test_algorithm_2(self, b):
+        """Written out as in the paper, from alpha, sigma and lambda at every point."""
+        d = Diffusion(Schedule(linear(12, 1e-2, 0.6), b), "x0")
+        model = lambda x, t: np.sin(3 * x + t[0])
+        x = normals(0)()
+        steps = images_after(dpm_solver, d, model, x, None)
+        bar = np.cumprod(1 - np.linspace(1e-2, 0.6, 12))[::-1]  # in the order in which they are visited
+        alpha, sigma = np.sqrt(bar), np.sqrt(1 - bar)
+        l = np.log(alpha / sigma)
+        ms = []
+        for i in range(12):
+            x_in = x / np.sqrt(b * b * bar[i] + 1 - bar[i])
+            ms.append(b * np.clip(model(x_in, np.array([11 - i])), -1, 1))
+            if i == 11:
+                x = ms[-1]
+            else:
+                h = l[i + 1] - l[i]
+                D = ms[i]
+                if i > 0:
+                    r = (l[i] - l[i - 1]) / h
+                    D = (1 + 1 / (2 * r)) * ms[i] - 1 / (2 * r) * ms[i - 1]
+                x = sigma[i + 1] / sigma[i] * x - alpha[i + 1] * (np.exp(-h) - 1) * D
+            np.testing.assert_allclose(steps[i][0], x, atol=1e-9)
+            np.testing.assert_allclose(steps[i][1], ms[-1] / b, atol=1e-9)
+
+    def test_in_two_steps_it_is_ddim(self):
+        """Of first order it is DDIM, and so are its first step and its last."""
+        d = respace(Diffusion(make_schedule("linear", 1000), "v"), np.array([499, 999]))
+        model = lambda x, t: np.sin(x)
+        for ours, theirs in zip(*(images_after(f, d, model, normals(0)(), None) for f in (dpm_solver, ddim))):
+            np.testing.assert_allclose(ours, theirs, atol=1e-9)
+
+    def test_it_is_of_second_order_where_ddim_is_of_first(self):
+        """On data N(0, s^2) the path is known: x_t goes as sqrt(alpha_bar s^2 + 1 - alpha_bar). Half the step, half
+        the error or a quarter of it."""
+        s2, errors = 0.3**2, {ddim: [], dpm_solver: []}
+        for steps in (80, 160, 320):
+            schedule = make_schedule("sigmoid_logsnr", steps, logsnr_min=-10, logsnr_max=5)
+            d = Diffusion(schedule, "x0")
+            std = np.sqrt(schedule.alpha_bar * s2 + 1 - schedule.alpha_bar)
+            model = lambda x, t, bar=schedule.alpha_bar: np.sqrt(bar[t[0]]) * s2 / (bar[t[0]] * s2 + 1 - bar[t[0]]) * x
+            for f in errors:
+                x = images_after(f, d, model, np.ones((1, 1, 1, 1)), None, clip=False)[-2][0].item()
+                errors[f].append(abs(x - std[0] / std[-1]))
+        first, second = (np.array(errors[f][:-1]) / np.array(errors[f][1:]) for f in (ddim, dpm_solver))
+        assert np.all((1.7 < first) & (first < 2.3)) and np.all((3.4 < second) & (second < 4.6))
+
+
+class TestRespacing:
+    def test_alpha_bar_is_that_of_the_steps_visited(self):
+        s = make_schedule("linear", 1000, input_scale=0.7)
+        ts = np.array([0, 10, 300, 999])
+        short = respace(Diffusion(s, "v"), ts)
+        assert short.T == 4 and short.objective == "v" and short.schedule.input_scale == 0.7
+        np.testing.assert_allclose(short.schedule.alpha_bar, s.alpha_bar[ts], rtol=1e-12)
+        np.testing.assert_allclose(short.schedule.alpha_bar_prev, [1, *s.alpha_bar[ts[:-1]]], rtol=1e-12)
+        np.testing.assert_allclose(short.schedule.beta[2], 1 - s.alpha_bar[300] / s.alpha_bar[10], rtol=1e-12)
+
+    def test_of_long_steps_the_small_variance(self):
+        s, ts = make_schedule("linear", 1000), np.array([499, 999])
+        for before, after in (("small", "small"), ("large", "small"), ("learned_range", "learned_range")):
+            loss_type = "hybrid" if before == "learned_range" else "mean"
+            assert respace(Diffusion(s, "eps", before, loss_type), ts).variance == after
+
+    def test_all_steps_are_no_respacing(self):
+        d, model = Diffusion(Schedule(linear(30, 1e-4, 0.5)), variance="large"), lambda x, t: 0.1 * x
+        a, b = (sample(d, model, (2, 2, 2, 1), steps=steps) for steps in (None, 30))
+        np.testing.assert_array_equal(a, b)
+        assert np.abs(a - sample(Diffusion(d.schedule), model, (2, 2, 2, 1))).max() > 1e-3
+
+    @pytest.mark.parametrize("method", sorted(SAMPLERS))
+    def test_the_model_and_the_callback_see_the_timesteps_visited(self, method):
+        d = Diffusion(Schedule(linear(30, 1e-4, 0.5)))
+        seen, called = [], []
+        model = lambda x, t: seen.extend(t.tolist()) or zeros(x, t)
+        sample(d, model, (1, 2, 2, 1), method, steps=7, callback=lambda t, x, x0: called.append(t))
+        assert seen == called == [29, 24, 20, 16, 11, 7, 3]
+        seen.clear()
+        sample(d, model, (1, 2, 2, 1), method, steps=1)
+        assert seen == [29]
+
+    @pytest.mark.parametrize("ts", [[], [3, 3], [5, 2], [-1, 4], [0, 30]])
+    def test_bad_timesteps(self, ts):
+        with pytest.raises(ValueError, match="ts: expected ascending timesteps within 0 ... 29, got"):
+            respace(Diffusion(Schedule(linear(30))), np.array(ts, dtype=int))
+
+
+class TestKnownImages:
+    target = np.random.default_rng(0).uniform(-1, 1, (1, 3, 2, 2))
+
+    @given(
+        s=schedules(),
+        objective=st.sampled_from(OBJECTIVES),
+        method=st.sampled_from(sorted(SAMPLERS)),
+        steps=st.integers(1, 6),
+        seed=SEEDS,
+    )
+    def test_a_denoiser_that_knows_the_image_draws_it(self, s, objective, method, steps, seed):
+        """Whatever schedule, b, objective, sampler and number of steps; with zero terminal SNR as well."""
+        s = s if objective != "eps" or s.alpha_bar[-1] > 1e-9 else Schedule(s.beta[:1].clip(0, 0.9), s.input_scale)
+        d = Diffusion(s, objective)
+        model = ideal_denoiser(self.target, d)
+
+        class Float64:
+            dtype = np.dtype("float64")
+            __call__ = staticmethod(model)
+
+        images = sample(d, Float64(), (2, 3, 2, 2), method, min(steps, d.T), seed, clip=False)
+        np.testing.assert_allclose(images, np.broadcast_to(self.target, images.shape), atol=1e-5)
+
+    @pytest.mark.parametrize("method", sorted(SAMPLERS))
+    @pytest.mark.parametrize("b", [0.5, 1.0, 2.0])
+    def test_clipping_is_to_the_range_of_the_images_whatever_b(self, method, b):
+        d = Diffusion(Schedule(linear(30, 1e-4, 0.5), b), "x0")
+        big = lambda x, t: 3 + 0 * x
+        seen = []
+        kept = sample(d, big, (2, 2, 2, 1), method, callback=lambda t, x, x0: seen.append(x0))
+        np.testing.assert_allclose(kept, 1, rtol=1e-6)
+        assert np.max(seen) == np.min(seen) == 1
+        np.testing.assert_allclose(sample(d, big, (2, 2, 2, 1), method, clip=False), 3, rtol=1e-6)
+        np.testing.assert_allclose(sample(d, big, (2, 2, 2, 1), method, clip="dynamic"), 1, rtol=1e-6)
+
+
+def test_guidance_goes_from_one_model_to_the_other_and_beyond():
+    u, c = (lambda x, t: Tensor(x * 2)), (lambda x, t: x + t.reshape(-1, 1, 1, 1))
+    x, t = normals(0)(), np.array([1, 2, 3])
+    for scale, expected in ((0, 2 * x), (1, c(x, t)), (3, 2 * x + 3 * (c(x, t) - 2 * x))):
+        np.testing.assert_allclose(guided(u, c, scale)(x, t), expected, rtol=1e-12)
+
+
+class TestSample:
+    d = Diffusion(Schedule(linear(30, beta_start=1e-4, beta_end=0.5)))
 
     def test_it_starts_from_standard_normal_noise(self):
         seen = []
@@ -151,4 +365,5 @@ class TestSample:
                 sample(self.d, model, (2, 2, 2, 3))
         with pytest.raises(FloatingPointError, match="model: it led to images that are not finite"):
             sample(self.d, lambda x, t: x * np.float32(np.nan), (1, 2, 2, 1))
-        sample(self.d, zeros, (1, 2, 2, 1), steps=30)
+        with pytest.raises(TypeError, match="eta"):
+            sample(self.d, zeros, (1, 2, 2, 1), eta=0.5)
