@@ -29,6 +29,28 @@ def test_there_and_back(tmp_path, dtype):
     np.testing.assert_array_equal(sample(diffusion, again, (1, 4, 4, 1)), sample(DIFFUSION, unet, (1, 4, 4, 1)))
 
 
+@pytest.mark.parametrize(
+    ("schedule", "settings"),
+    [
+        (make_schedule("cosine", 30, input_scale=0.5, s=0.01, tau=2), {"objective": "x0", "loss_type": "mean"}),
+        (make_schedule("sigmoid", 30, zero_terminal_snr=True, start=0, tau=0.5), {"objective": "v"}),
+        (make_schedule("cosine_logsnr", 30, shift=-1), {"loss_type": "min_snr", "min_snr_gamma": 3.0}),
+        (make_schedule("linear_gamma", 30), {"variance": "learned_range", "loss_type": "hybrid"}),
+    ],
+)
+def test_every_setting_of_the_diffusion_comes_back(tmp_path, schedule, settings):
+    out_channels = 2 if settings.get("variance") == "learned_range" else 1
+    unet = UNet(**TINY, out_channels=out_channels, encoding="interleaved")
+    save_model(tmp_path / "m.safetensors", unet, Diffusion(schedule, **settings))
+    again, diffusion = load_model(tmp_path / "m.safetensors")
+    assert again.config == unet.config and again.config["encoding"] == "interleaved"
+    np.testing.assert_array_equal(diffusion.schedule.beta, schedule.beta)
+    for name in ("name", "input_scale", "parameters"):
+        assert getattr(diffusion.schedule, name) == getattr(schedule, name)
+    settings = {"objective": "eps", "variance": "small", "loss_type": "simple", "min_snr_gamma": 5.0} | settings
+    assert {name: getattr(diffusion, name) for name in settings} == settings
+
+
 def test_an_older_file_is_replaced_or_left_whole(tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
     save_model(path, UNet(**TINY, rng=1), DIFFUSION)

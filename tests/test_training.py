@@ -12,7 +12,7 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyddpm import EMA, Adam, Diffusion, UNet, backward, make_schedule, train
+from tinyddpm import EMA, Adam, Diffusion, Schedule, UNet, backward, make_schedule, sample, train
 from tinyddpm.data import batch_indices
 from tinyddpm.functional import mse
 from tinyddpm.nn import Linear, Module
@@ -392,6 +392,28 @@ class TestTrain:
         arguments = dict(images=IMAGES, steps=1, batch=4) | change
         with pytest.raises(ValueError, match=message):
             next(train(UNet(**TINY), DIFFUSION, **arguments))
+
+
+def test_images_far_out_of_range_are_warned_about():
+    with pytest.warns(UserWarning, match=r"images: images are expected in \[-1, 1\], but these range from"):
+        next(train(UNet(**TINY), DIFFUSION, 100 * IMAGES, steps=1))
+
+
+@pytest.mark.parametrize(("objective", "loss_type"), [("eps", "hybrid"), ("v", "hybrid"), ("x0", "vlb")])
+def test_a_variance_is_learned(objective, loss_type):
+    """The bound gets tighter, and the model's second half of channels says something about the variance."""
+    schedule = Schedule(np.linspace(0.02, 0.5, 10), input_scale=0.8)
+    diffusion = Diffusion(schedule, objective, "learned_range", loss_type)
+    unet = UNet(**TINY, out_channels=2)
+    levels = np.round(IMAGES.clip(-1, 1) * 127.5 + 127.5) / np.float32(127.5) - 1
+    before = diffusion.bits_per_dim(unet, levels, progress=False).total
+    losses = [state.loss for state in train(unet, diffusion, levels, steps=60, batch=16, lr=3e-3, workers=1)]
+    after = diffusion.bits_per_dim(unet, levels, progress=False).total
+    assert after < before - 0.2 and np.mean(losses[-10:]) < np.mean(losses[:10])
+    x = np.random.default_rng(0).standard_normal((4, *IMAGES.shape[1:])).astype(np.float32)
+    v = unet(x, np.array([1, 4, 7, 9])).data[..., 1:]
+    assert np.abs(v).max() > 0.01
+    assert np.isfinite(sample(diffusion, unet, (2, *IMAGES.shape[1:]))).all()
 
 
 def test_images_that_are_no_array():

@@ -452,7 +452,14 @@ def _check_images(x0: Array) -> None:
         raise ValueError(f"x0: expected one or more images (N, H, W, C), got shape {x0.shape}")
     if x0.dtype not in (np.float32, np.float64):
         raise TypeError(f"x0: expected float32 or float64 images in [-1, 1], got {x0.dtype}")
-    if isinstance(x0, np.ndarray) and np.abs(x0).max() > 2:  # on a GPU the look would wait for it
+    if isinstance(x0, np.ndarray):  # on a GPU the look would wait for all that is under way
+        warn_if_out_of_range("x0", x0)
+
+
+def warn_if_out_of_range(name: str, images: np.ndarray) -> None:
+    """Warn, naming the range seen, if images that should be in [-1, 1] reach beyond twice that."""
+    low, high = images.min(), images.max()
+    if low < -2 or high > 2:
         warnings.warn(
-            f"x0: images are expected in [-1, 1], but these range from {x0.min():.4g} to {x0.max():.4g}", stacklevel=3
+            f"{name}: images are expected in [-1, 1], but these range from {low:.4g} to {high:.4g}", stacklevel=4
         )

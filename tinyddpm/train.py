@@ -17,7 +17,7 @@ import numpy as np
 
 from .backend import to_device
 from .data import batch_indices, random_stream
-from .diffusion import Diffusion
+from .diffusion import Diffusion, warn_if_out_of_range
 from .nn import Module
 from .optim import EMA, Adam, clip_norm, flat_gradient, flatten, learning_rate
 from .parallel import worker_threads
@@ -65,7 +65,8 @@ def train(
 
     Being a generator, it raises what follows when its first state is asked for: TypeError or ValueError if an argument
     is of the wrong type or out of range, FloatingPointError as soon as the loss or the gradient is not finite, before
-    the parameters are touched, RuntimeError if the model's parameters are moved or replaced while it trains.
+    the parameters are touched, RuntimeError if the model's parameters are moved or replaced while it trains; it warns if
+    the images are far outside of [-1, 1].
     """
     micro_batch = (16 if model.device == "cpu" else batch) if micro_batch is None else micro_batch
     at_least_one = {"steps": steps, "batch": batch, "micro_batch": micro_batch}
@@ -79,6 +80,7 @@ def train(
         raise TypeError(f"images: expected a NumPy array, got {type(images).__name__}")
     if images.ndim != 4 or len(images) == 0 or images.dtype != model.dtype:
         raise ValueError(f"images: expected {model.dtype} (M, H, W, C) with M >= 1, got {images.dtype} {images.shape}")
+    warn_if_out_of_range("images", images)
     parameters = model.parameters()
     theta = flatten(parameters)
     optimizer = Adam(theta, lr)
