@@ -394,9 +394,13 @@ class TestTrain:
             next(train(UNet(**TINY), DIFFUSION, **arguments))
 
 
-def test_images_far_out_of_range_are_warned_about():
-    with pytest.warns(UserWarning, match=r"images: images are expected in \[-1, 1\], but these range from"):
-        next(train(UNet(**TINY), DIFFUSION, 100 * IMAGES, steps=1))
+def test_images_far_out_of_range_are_warned_about(monkeypatch):
+    with pytest.warns(UserWarning, match=r"x0: images are expected in \[-1, 1\], but these range from -9.\.. to 9"):
+        next(train(UNet(**TINY), DIFFUSION, 100 * IMAGES, steps=1, batch=23, micro_batch=23))
+    monkeypatch.setattr(UNet, "device", "nowhere")
+    with pytest.warns(UserWarning, match=r"images: images are expected in \[-1, 1\], but these range from -9"):
+        with pytest.raises(ValueError, match="device: 'nowhere' is unknown"):  # before anything goes to the device
+            next(train(UNet(**TINY), DIFFUSION, 100 * IMAGES, steps=1))
 
 
 @pytest.mark.parametrize(("objective", "loss_type"), [("eps", "hybrid"), ("v", "hybrid"), ("x0", "vlb")])
@@ -407,9 +411,9 @@ def test_a_variance_is_learned(objective, loss_type):
     unet = UNet(**TINY, out_channels=2)
     levels = np.round(IMAGES.clip(-1, 1) * 127.5 + 127.5) / np.float32(127.5) - 1
     before = diffusion.bits_per_dim(unet, levels, progress=False).total
-    losses = [state.loss for state in train(unet, diffusion, levels, steps=60, batch=16, lr=3e-3, workers=1)]
+    list(train(unet, diffusion, levels, steps=60, batch=16, lr=3e-3, workers=1))
     after = diffusion.bits_per_dim(unet, levels, progress=False).total
-    assert after < before - 0.2 and np.mean(losses[-10:]) < np.mean(losses[:10])
+    assert after < before - 0.2
     x = np.random.default_rng(0).standard_normal((4, *IMAGES.shape[1:])).astype(np.float32)
     v = unet(x, np.array([1, 4, 7, 9])).data[..., 1:]
     assert np.abs(v).max() > 0.01

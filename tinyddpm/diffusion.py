@@ -461,5 +461,5 @@ def warn_if_out_of_range(name: str, images: np.ndarray) -> None:
     low, high = images.min(), images.max()
     if low < -2 or high > 2:
         warnings.warn(
-            f"{name}: images are expected in [-1, 1], but these range from {low:.4g} to {high:.4g}", stacklevel=4
+            f"{name}: images are expected in [-1, 1], but these range from {low:.3g} to {high:.3g}", stacklevel=4
         )

@@ -65,8 +65,8 @@ def train(
 
     Being a generator, it raises what follows when its first state is asked for: TypeError or ValueError if an argument
     is of the wrong type or out of range, FloatingPointError as soon as the loss or the gradient is not finite, before
-    the parameters are touched, RuntimeError if the model's parameters are moved or replaced while it trains; it warns if
-    the images are far outside of [-1, 1].
+    the parameters are touched, RuntimeError if the model's parameters are moved or replaced while it trains. Images far
+    outside of [-1, 1] are warned about.
     """
     micro_batch = (16 if model.device == "cpu" else batch) if micro_batch is None else micro_batch
     at_least_one = {"steps": steps, "batch": batch, "micro_batch": micro_batch}
@@ -80,7 +80,8 @@ def train(
         raise TypeError(f"images: expected a NumPy array, got {type(images).__name__}")
     if images.ndim != 4 or len(images) == 0 or images.dtype != model.dtype:
         raise ValueError(f"images: expected {model.dtype} (M, H, W, C) with M >= 1, got {images.dtype} {images.shape}")
-    warn_if_out_of_range("images", images)
+    if model.device != "cpu":  # there `loss` does not look, for it would have to wait for the device
+        warn_if_out_of_range("images", images)
     parameters = model.parameters()
     theta = flatten(parameters)
     optimizer = Adam(theta, lr)
