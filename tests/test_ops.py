@@ -288,7 +288,7 @@ def test_softmax_is_a_distribution_and_ignores_shifts(shape, seed, shift):
 
 
 @given(
-    rows=array_shapes(min_dims=1, max_dims=3, max_side=4),
+    rows=array_shapes(min_dims=0, max_dims=3, max_side=4),
     c=st.integers(1, 5),
     o=st.integers(1, 5),
     bias=st.booleans(),
@@ -360,6 +360,13 @@ class TestDropout:
         np.testing.assert_array_equal(first, again)
         assert (first != other).any()
 
+    def test_numbers_from_0_up_to_but_not_including_1_fall_below_p_with_probability_p(self):
+        class Fixed:
+            def random(self, shape, dtype):
+                return np.arange(4, dtype=dtype) / 4
+
+        assert dropout(np.ones(4), 0.5, Fixed()).data.tolist() == [0, 0, 2, 2]
+
     @pytest.mark.parametrize("p", [-0.1, 1, 1.5])
     def test_probabilities_out_of_range(self, p):
         with pytest.raises(ValueError, match=r"p: the probability of dropping must lie in \[0, 1\)"):
@@ -373,6 +380,8 @@ class TestBadInput:
         ):
             linear(Tensor(normal((3, 5))), normal((4, 2)))
 
+        with pytest.raises(ValueError, match=r"x: last axis must be 4 .* got x of shape \(\)"):
+            linear(Tensor(normal(())), normal((4, 2)))
         for w in (normal((5,)), normal((2, 5, 3))):
             with pytest.raises(ValueError, match=r"w: expected shape \(C, O\), got"):
                 linear(Tensor(normal((3, 5))), w)
