@@ -13,7 +13,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTAL
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 2
+    assert len(SNIPPETS) == 3
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
@@ -27,6 +27,9 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
     if "grid" in names:
         with Image.open("digits.png") as picture:
             assert picture.size == (2 * (4 * 30 + 2), 2 * (4 * 30 + 2))
+    elif "bits" in names:
+        bits = names["bits"]
+        assert 0 < bits.total == bits.prior + bits.terms.sum() and names["images"].shape == (4, 28, 28, 1)
     else:
         assert set(names["gradients"]) == set(names["unet"].parameters())
 
