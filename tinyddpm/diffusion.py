@@ -57,8 +57,8 @@ class Diffusion:
         objective: what the model returns: "eps", the noise in x_t (Ho et al.), "x0", the image, or "v", a blend of both
             that gives the noisiest steps, where a picture takes shape, more weight (Salimans & Ho 2022, section 4).
         variance: sigma_t^2 of the reverse step: "small", beta_tilde_t, or "large", beta_t (Ho et al., section 3.2), or
-            "learned_range", somewhere between the two: the model then returns twice the channels, the second half being
-            where (Nichol & Dhariwal 2021, section 3.1). A U-Net for this has out_channels = 2 in_channels.
+            "learned_range", between the two: the model then returns twice the channels, the second half, the
+            "spread", saying where (Nichol & Dhariwal 2021, section 3.1). Its U-Net has out_channels = 2 in_channels.
         loss_type: what `loss` computes: "simple", "weighted_eps", "mean", "min_snr", "vlb" or "hybrid"; see there.
         min_snr_gamma: where "min_snr" cuts the signal-to-noise ratio off.
 
@@ -199,13 +199,14 @@ class Diffusion:
         return (x_t - self.schedule.input_scale * signal * x0) / noise
 
     def _run(self, model: Callable, x_t: Array, t: np.ndarray) -> tuple[Array | Tensor, Array | Tensor | None]:
-        """Call the model; return its prediction and, where the variance is learned, where in its range that lies.
+        """Call the model; return its prediction and, if the variance is learned, the spread, or None.
 
         The model sees x_t divided by the standard deviation that images of variance 1 have there (Chen 2023, section
         2.2), sqrt(b^2 alpha_bar_t + 1 - alpha_bar_t), which is 1 unless b is another. Nobody else does.
         """
-        s, channels = self.schedule, x_t.shape[-1]
-        x = x_t / self._at(np.sqrt((s.input_scale**2 - 1) * s.alpha_bar + 1), t, x_t) if s.input_scale != 1 else x_t
+        s, x, channels = self.schedule, x_t, x_t.shape[-1]
+        if s.input_scale != 1:
+            x = x_t / self._at(np.sqrt((s.input_scale**2 - 1) * s.alpha_bar + 1), t, x_t)
         output = model(x, t)
         if self.variance != "learned_range":
             if output.shape != x_t.shape:
@@ -232,18 +233,19 @@ class Diffusion:
         s = self.schedule
         return self._at(s.input_scale * s.posterior_mean_x0, t, x_t) * x0 + self._at(s.posterior_mean_xt, t, x_t) * x_t
 
-    def log_variance(self, x_t: Array, t: np.ndarray, v: Array | Tensor | None = None) -> Array | Tensor:
-        """ln sigma_t^2 of the reverse step: ln beta_tilde_t ("small"), ln beta_t ("large"), or, for the model's v,
+    def log_variance(self, x_t: Array, t: np.ndarray, spread: Array | Tensor | None = None) -> Array | Tensor:
+        """ln sigma_t^2 of the reverse step: ln beta_tilde_t ("small"), ln beta_t ("large"), or, for the model's spread,
 
-            w ln beta_t + (1 - w) ln beta_tilde_t,   w = (v + 1) / 2     (Nichol & Dhariwal 2021, equation 15)
+            w ln beta_t + (1 - w) ln beta_tilde_t,   w = (spread + 1) / 2     (Nichol & Dhariwal 2021, equation 15)
 
         At t = 0, beta_tilde_1 stands in for beta_tilde_0 = 0, and for "large", as in Ho et al.'s code, for beta_0 too.
-        Args: x_t: (N, H, W, C). t: (N,). v: (N, H, W, C), nominally in [-1, 1]. Returns (N, 1, 1, 1), or v's shape.
+        Args: x_t: (N, H, W, C). t: (N,). spread: (N, H, W, C), nominally in [-1, 1]. Returns (N, 1, 1, 1), or the
+        shape of spread.
         """
         if self.variance != "learned_range":
             return self._at(self._fixed_log_variance(), t, x_t)
         small, large = self.schedule.posterior_log_variance, np.log(self.schedule.beta)
-        w = 0.5 * (v + 1)
+        w = 0.5 * (spread + 1)
         return w * self._at(large, t, x_t) + (1 - w) * self._at(small, t, x_t)
 
     def _fixed_log_variance(self) -> np.ndarray:
@@ -261,9 +263,9 @@ class Diffusion:
         and (N, H, W, C). Raises ValueError if the model's output is of another shape.
         """
         with no_grad():
-            prediction, v = self._run(model, x_t, t)
+            prediction, spread = self._run(model, x_t, t)
         x0 = limit(self.predict_x0(x_t, t, as_array(prediction)), clip)
-        return self.posterior_mean(x0, x_t, t), self.log_variance(x_t, t, as_array(v)), x0
+        return self.posterior_mean(x0, x_t, t), self.log_variance(x_t, t, as_array(spread)), x0
 
     # --------------------------------------------------------------------------------------------------- the losses
 
@@ -302,14 +304,14 @@ class Diffusion:
         t = rng.integers(0, self.T, size=len(x0))
         eps = like(rng.standard_normal(x0.shape, dtype=x0.dtype), x0)
         x_t = self.q_sample(x0, t, eps)
-        prediction, v = self._run(model, x_t, t)
+        prediction, spread = self._run(model, x_t, t)
         if self.loss_type == "vlb":
-            return self.T * self.vlb_terms(x0, x_t, t, prediction, v).mean()
+            return self.T * self.vlb_terms(x0, x_t, t, prediction, spread).mean()
         if self.loss_type in ("simple", "hybrid"):
             simple = mse(prediction, self.target(x0, t, eps))
             if self.loss_type == "simple":
                 return simple
-            return simple + 0.001 * self.T * self.vlb_terms(x0, x_t, t, as_array(prediction), v).mean()
+            return simple + 0.001 * self.T * self.vlb_terms(x0, x_t, t, as_array(prediction), spread).mean()
         if self.loss_type == "min_snr":
             weight, error = self._min_snr_weight(), prediction - self.target(x0, t, eps)
         else:
@@ -338,7 +340,7 @@ class Diffusion:
         x_t: Array,
         t: np.ndarray,
         prediction: Array | Tensor,
-        v: Array | Tensor | None = None,
+        spread: Array | Tensor | None = None,
         clip: bool | str = False,
     ) -> Tensor:
         """The term of the variational bound that each image's t stands for (equation 5), in bits per dimension, (N,):
@@ -346,12 +348,12 @@ class Diffusion:
             t > 0    L_t = KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t))
             t = 0    L_0 = -ln p_theta(x_0 | x_t), of the grey levels      (see `discretised_gaussian`)
 
-        both over ln 2. Args: x0, x_t: (N, H, W, C), x0 of 8-bit levels k as k / 127.5 - 1. t: (N,). prediction, v: what
-        the model returned for x_t, split in two if the variance is learned. clip: see `limit`.
+        both over ln 2. Args: x0, x_t: (N, H, W, C), x0 of 8-bit levels k as k / 127.5 - 1. t: (N,). prediction,
+        spread: what the model returned for x_t, split in two if the variance is learned. clip: see `limit`.
         """
         b = self.schedule.input_scale
         mean = self.posterior_mean(limit(self.predict_x0(x_t, t, prediction), clip), x_t, t)
-        log_variance = self.log_variance(x_t, t, v)
+        log_variance = self.log_variance(x_t, t, spread)
         true_mean, true_log_variance = (
             self.posterior_mean(x0, x_t, t),
             self._at(self.schedule.posterior_log_variance, t, x0),
@@ -411,8 +413,8 @@ class Diffusion:
             x, eps, ts = to_device(x, device), to_device(eps, device), np.full(len(x), t)
             with no_grad():
                 x_t = self.q_sample(x, ts, eps)
-                prediction, v = map(as_array, self._run(model, x_t, ts))
-                return to_numpy(self.vlb_terms(x, x_t, ts, prediction, v, clip).data)
+                prediction, spread = map(as_array, self._run(model, x_t, ts))
+                return to_numpy(self.vlb_terms(x, x_t, ts, prediction, spread, clip).data)
 
         terms = np.zeros(self.T)
         with worker_threads(workers) as run, tqdm(total=self.T, desc="bits/dim", disable=not progress) as bar:

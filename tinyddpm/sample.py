@@ -54,7 +54,7 @@ def ddim(
     b = diffusion.schedule.input_scale
     for t in reversed(range(diffusion.T)):
         ts = np.full(len(x), t)
-        x0 = diffusion.p_mean_variance(model, x, ts, clip)[2]
+        _, _, x0 = diffusion.p_mean_variance(model, x, ts, clip)
         eps = diffusion.eps_from_x0(x, ts, x0)
         bar, before = float(diffusion.schedule.alpha_bar[t]), float(diffusion.schedule.alpha_bar_prev[t])
         s = eta * math.sqrt((1 - before) / (1 - bar)) * math.sqrt(1 - bar / before)
@@ -80,7 +80,7 @@ def dpm_solver(diffusion: Diffusion, model: Callable, x: Array, noise: Callable,
         l = np.log(alpha) - np.log(sigma)
     m_before = None
     for t in reversed(range(diffusion.T)):
-        x0 = diffusion.p_mean_variance(model, x, np.full(len(x), t), clip)[2]
+        _, _, x0 = diffusion.p_mean_variance(model, x, np.full(len(x), t), clip)
         m = D = diffusion.schedule.input_scale * x0
         if m_before is not None and t > 0:
             r = (l[t + 1] - l[t + 2]) / (l[t] - l[t + 1])
