@@ -58,6 +58,13 @@ class TestTables:
         for table in (s.alpha_bar, s.snr, s.log_snr):
             assert np.all(np.diff(table) < 0)
 
+    @pytest.mark.parametrize(
+        ("beta", "first"), [([0.3], 0.3), ([0.1, 0.5], 0.5 * 0.1 / 0.55), ([0.1, 0.5, 0.9], 0.5 * 0.1 / 0.55)]
+    )
+    def test_what_stands_in_for_the_logarithm_of_0(self, beta, first):
+        """beta_tilde_1 = beta_1 (1 - alpha_bar_0) / (1 - alpha_bar_1); with one step only, beta_0."""
+        assert math.isclose(Schedule(beta).posterior_log_variance[0], math.log(first))
+
     def test_log_snr_is_minus_infinity_where_nothing_is_left(self):
         s = make_schedule("linear", 1000, zero_terminal_snr=True)
         assert s.snr[-1] == 0 and s.log_snr[-1] == -np.inf and np.isfinite(s.log_snr[:-1]).all()
@@ -240,9 +247,14 @@ class TestEndIsWarnedAbout:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("beta", [[], [0.0, 0.1], [1.0, 0.1], [0.1, 1.1], [-0.1], [[0.1]], [0.1, np.nan], 0.1])
+    @pytest.mark.parametrize(
+        "beta", [[], [0.0, 0.1], [1.0, 0.1], [0.1, 1.0, 0.1], [0.1, 1.1], [-0.1], [[0.1]], [0.1, np.nan], 0.1]
+    )
     def test_beta(self, beta):
-        with pytest.raises(ValueError, match=r"beta: expected a vector of one or more numbers in \(0, 1\), of which"):
+        with pytest.raises(
+            ValueError,
+            match=r"^beta: expected a vector of one or more numbers in \(0, 1\), of which the last may be 1, got ",
+        ):
             Schedule(beta)
 
     @pytest.mark.parametrize("b", [0, -1, math.inf, math.nan])
