@@ -75,7 +75,7 @@ def like(values: np.ndarray, x: Array) -> Array:
 
 def erfc(x: Array) -> Array:
     """The complementary error function of an array, which NumPy does not have: Python's, one number at a time."""
-    if array_module(x) is np:
+    if isinstance(x, (np.ndarray, np.generic)):
         return np.vectorize(math.erfc, otypes=[x.dtype])(x)
     from cupyx.scipy.special import erfc
 

@@ -119,4 +119,4 @@ def dropout(x: Tensor | Array, p: float, rng: np.random.Generator | None = None)
     if rng is None or p == 0:
         return x
     keep = rng.random(x.shape, dtype=np.float32) >= p
-    return mul(x, like(keep / (1 - p), as_array(x)))
+    return mul(x, like(np.asarray(keep / (1 - p)), as_array(x)))  # an array even where x has no axes
