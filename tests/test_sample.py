@@ -187,6 +187,7 @@ class TestRespacing:
         assert short.T == 4 and short.objective == "v" and short.schedule.input_scale == 0.7
         np.testing.assert_allclose(short.schedule.alpha_bar, s.alpha_bar[ts], rtol=1e-12)
         np.testing.assert_allclose(short.schedule.alpha_bar_prev, [1, *s.alpha_bar[ts[:-1]]], rtol=1e-12)
+        assert respace(Diffusion(s), np.array([7, 8])).T == 2  # neighbours, too
         np.testing.assert_allclose(short.schedule.beta[2], 1 - s.alpha_bar[300] / s.alpha_bar[10], rtol=1e-12)
 
     def test_of_long_steps_the_small_variance(self):
@@ -250,6 +251,8 @@ class TestKnownImages:
         kept = sample(d, big, (2, 2, 2, 1), method, callback=lambda t, x, x0: seen.append(x0))
         np.testing.assert_allclose(kept, 1, rtol=1e-6)
         assert np.max(seen) == np.min(seen) == 1
+        _, _, x0 = next(SAMPLERS[method](d, big, normals(0)(), normals(1)))
+        assert np.all(x0 == 1)  # by default, too
         np.testing.assert_allclose(sample(d, big, (2, 2, 2, 1), method, clip=False), 3, rtol=1e-6)
         np.testing.assert_allclose(sample(d, big, (2, 2, 2, 1), method, clip="dynamic"), 1, rtol=1e-6)
 
@@ -337,6 +340,27 @@ class TestSample:
         assert sample(self.d, Model(), (1, 2, 2, 1)).dtype == np.float64
         assert sample(self.d, zeros, (1, 2, 2, 1)).dtype == np.float32
 
+    def test_images_are_made_where_the_model_is_and_there_in_one_batch(self, monkeypatch):
+        went, shapes = [], []
+        monkeypatch.setattr("tinyddpm.sample.to_device", lambda x, device: went.append(device) or x)
+
+        class Model:
+            device = "cuda:1"
+
+            def __call__(self, x, t):
+                shapes.append(x.shape)
+                return 0 * x
+
+        sample(self.d, Model(), (SHARD + 3, 2, 2, 1))
+        assert set(went) == {"cuda:1"} and set(shapes) == {(SHARD + 3, 2, 2, 1)}
+        shapes.clear()
+        sample(self.d, lambda x, t: shapes.append(x.shape) or 0 * x, (SHARD + 3, 2, 2, 1))
+        assert set(shapes) == {(SHARD, 2, 2, 1), (3, 2, 2, 1)}
+
+    def test_the_seed_is_0_unless_given(self):
+        a, b = sample(self.d, zeros, (1, 2, 2, 1)), sample(self.d, zeros, (1, 2, 2, 1), rng=0)
+        np.testing.assert_array_equal(a, b)
+
     def test_no_graph_is_kept_in_the_workers(self):
         w, nodes = Parameter(np.ones(1, np.float32)), []
 
@@ -363,7 +387,7 @@ class TestSample:
         for model in (lambda x, t: x[..., :1], lambda x, t: x[:1], lambda x, t: np.concatenate([x, x], -1)):
             with pytest.raises(ValueError, match=r"model: expected it to return the shape of x_t, \(2, 2, 2, 3\), got"):
                 sample(self.d, model, (2, 2, 2, 3))
-        with pytest.raises(FloatingPointError, match="model: it led to images that are not finite"):
+        with pytest.raises(FloatingPointError, match=r"^model: it led to images .* not finite; are its weights\?$"):
             sample(self.d, lambda x, t: x * np.float32(np.nan), (1, 2, 2, 1))
         with pytest.raises(TypeError, match="eta"):
             sample(self.d, zeros, (1, 2, 2, 1), eta=0.5)

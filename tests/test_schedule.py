@@ -96,6 +96,10 @@ class TestTables:
         assert s.beta[0] == 0.1 and s.name == "custom" and s.input_scale == 1 and s.parameters == {}
         assert Schedule([0.5, 1]).alpha_bar[-1] == 0
 
+    def test_a_schedule_is_equal_to_itself_only(self):
+        s, other = Schedule([0.1, 0.2]), Schedule([0.1, 0.2])
+        assert s == s and s != other and len({s, other, s}) == 2
+
 
 class TestLinear:
     @pytest.mark.parametrize(
@@ -232,12 +236,17 @@ class TestZeroTerminalSNR:
 
 class TestEndIsWarnedAbout:
     def test_where_too_much_is_left(self):
-        with pytest.warns(UserWarning, match="'linear' with T = 50 ends far from pure noise: 0.603 of the image's"):
+        with pytest.warns(UserWarning) as seen:
             make_schedule("linear", 50)
-        with pytest.warns(UserWarning, match="T = 400 ends far from pure noise: 0.0175 of"):
             make_schedule("linear", 400)
-        with pytest.warns(UserWarning, match="ends far from pure noise: 0.0646 of"):  # 4.04e-5 * 40^2
-            make_schedule("linear", 1000, input_scale=40)
+            make_schedule("linear", 1000, input_scale=40)  # 4.04e-5 * 40^2
+        message = (
+            "schedule 'linear' with T = {} ends far from pure noise: {} of the image's variance is left at its last step "
+            "(input_scale^2 alpha_bar), but sampling starts from N(0, I); take more steps or add more noise in each"
+        )
+        cases = ((50, 0.603), (400, 0.0175), (1000, 0.0646))
+        assert [str(w.message) for w in seen] == [message.format(*case) for case in cases]
+        assert {w.filename for w in seen} == {__file__}  # it points to the caller
 
     def test_but_not_where_it_is_fine(self):  # pytest makes an error of any warning
         for name in SCHEDULES:

@@ -229,7 +229,7 @@ def discretise(gamma: np.ndarray) -> np.ndarray:
     kept between 1e-12, for a step where gamma is flat must still add noise, and 0.999, for one that left nothing could
     not be taken back (Nichol & Dhariwal 2021). Whoever needs alpha_bar computes it from the beta that come out.
     """
-    gamma = np.append(1.0, gamma.clip(1e-9, 1))
+    gamma = np.append(1.0, np.maximum(gamma, 1e-9))
     return (1 - gamma[1:] / gamma[:-1]).clip(1e-12, 0.999)
 
 
