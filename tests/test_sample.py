@@ -1,6 +1,7 @@
 """The samplers: each against its paper's equations, and on models whose images are known in advance."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -342,7 +343,7 @@ class TestSample:
 
     def test_images_are_made_where_the_model_is_and_there_in_one_batch(self, monkeypatch):
         went, shapes = [], []
-        monkeypatch.setattr("tinyddpm.sample.to_device", lambda x, device: went.append(device) or x)
+        monkeypatch.setattr(sys.modules["tinyddpm.sample"], "to_device", lambda x, device: went.append(device) or x)
 
         class Model:
             device = "cuda:1"

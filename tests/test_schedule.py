@@ -241,8 +241,8 @@ class TestEndIsWarnedAbout:
             make_schedule("linear", 400)
             make_schedule("linear", 1000, input_scale=40)  # 4.04e-5 * 40^2
         message = (
-            "schedule 'linear' with T = {} ends far from pure noise: {} of the image's variance is left at its last step "
-            "(input_scale^2 alpha_bar), but sampling starts from N(0, I); take more steps or add more noise in each"
+            "schedule 'linear' with T = {} ends far from pure noise: {} of the image's variance is left at its last "
+            "step (input_scale^2 alpha_bar), but sampling starts from N(0, I); take more steps or add more noise in each"
         )
         cases = ((50, 0.603), (400, 0.0175), (1000, 0.0646))
         assert [str(w.message) for w in seen] == [message.format(*case) for case in cases]
