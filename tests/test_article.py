@@ -110,7 +110,7 @@ def test_09_the_reverse_step_adds_sigma_z():
     left = iter(zs)
     x = 0.4
     steps = ddpm(D, eps_theta, image(x), lambda: image(next(left)), clip=False)
-    for (t, got, _), z in zip(steps, zs):
+    for (t, got, _), z in zip(steps, zs, strict=True):
         eps = eps_theta(x, at(t)).item()
         sigma = math.sqrt(BETA[t] * (1 - ALPHA_BAR[t - 1]) / (1 - ALPHA_BAR[t])) if t > 0 else 0
         x = (x - BETA[t] / math.sqrt(1 - ALPHA_BAR[t]) * eps) / math.sqrt(ALPHA[t]) + sigma * z

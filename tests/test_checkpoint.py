@@ -36,6 +36,7 @@ def test_there_and_back(tmp_path, dtype):
         (make_schedule("sigmoid", 30, zero_terminal_snr=True, start=0, tau=0.5), {"objective": "v"}),
         (make_schedule("cosine_logsnr", 30, shift=-1), {"loss_type": "min_snr", "min_snr_gamma": 3.0}),
         (make_schedule("linear_gamma", 30), {"variance": "learned_range", "loss_type": "hybrid"}),
+        (Schedule([0.1, 0.7, 1.0], 2.0), {"objective": "x0"}),
     ],
 )
 def test_every_setting_of_the_diffusion_comes_back(tmp_path, schedule, settings):
@@ -86,12 +87,6 @@ class TestBadInput:
         with pytest.raises(FileNotFoundError, match="path: there is no folder .*nowhere"):
             save_model(tmp_path / "nowhere" / "m.safetensors", UNet(**TINY), DIFFUSION)
 
-    def test_a_schedule_that_could_not_be_made_again(self, tmp_path):
-        with pytest.raises(
-            ValueError, match="diffusion: only a schedule from make_schedule can be saved, got 'custom'"
-        ):
-            save_model(tmp_path / "m.safetensors", UNet(**TINY), Diffusion(Schedule(np.array([0.1, 0.2]))))
-
     def test_no_file(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="path: there is no file .*m.safetensors"):
             load_model(tmp_path / "m.safetensors")
@@ -120,22 +115,32 @@ class TestBadInput:
             (lambda c: c["unet"].update(blocks=0), "blocks: expected an integer >= 1, got 0"),
             (lambda c: c["unet"].update(colour="red"), "colour"),
             (lambda c: c["unet"].update(blocks=2), "down.0.res.1.norm1.gamma is missing"),
-            (lambda c: c["schedule"].update(name="bumpy"), "unknown schedule 'bumpy'"),
+            (lambda c: c["schedule"].update(input_scale=0), "input_scale: expected a number > 0, got 0"),
+            (lambda c: c["schedule"].update(T=3), "'T'"),
             (lambda c: c["diffusion"].update(objective="y"), "objective: unknown 'y'"),
-            (lambda c: c.clear(), "'unet'"),
+            (lambda c: c.clear(), "'schedule'"),
         ],
     )
     def test_a_configuration_that_does_not_fit(self, tmp_path, change, message):
         unet = UNet(**TINY)
         config = {
-            "unet": unet.config, "schedule": {"name": "linear", "T": 1000},
+            "unet": unet.config, "schedule": {"name": "linear", "input_scale": 1, "parameters": {}},
             "diffusion": {"objective": "eps", "variance": "small"},
         }  # fmt: skip
         change(config)
-        save_file(unet.state_dict(), tmp_path / "m", metadata={"tinyddpm": json.dumps(config)})
+        tensors = unet.state_dict() | {"schedule.beta": np.array([0.1, 0.2])}
+        save_file(tensors, tmp_path / "m", metadata={"tinyddpm": json.dumps(config)})
         with pytest.raises(ValueError, match="path: .*m holds no model that can be built") as error:
             load_model(tmp_path / "m")
         assert message in str(error.value)
+
+    def test_a_file_without_its_schedule(self, tmp_path):
+        save_model(tmp_path / "m", UNet(**TINY), DIFFUSION)
+        with safe_open(tmp_path / "m", "numpy") as file:
+            state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        save_file({name: x for name, x in state.items() if name != "schedule.beta"}, tmp_path / "m", metadata)
+        with pytest.raises(ValueError, match="holds no model that can be built: 'schedule.beta'"):
+            load_model(tmp_path / "m")
 
     @pytest.mark.parametrize("text", ["{", "[" * 100_000, "[]", "3"])
     def test_a_configuration_that_is_no_json(self, tmp_path, text):

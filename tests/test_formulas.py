@@ -53,7 +53,7 @@ def test_01_one_step_iterated_is_one_jump_and_t_is_drawn_for_each_image(s):
         mean = d.q_step(mean, at(t), image(0))
         variance = (1 - s.beta[t]) * variance + s.beta[t]
     np.testing.assert_allclose(d.q_sample(image(0.6), at(t), image(0)), mean, rtol=1e-9, atol=1e-15)
-    np.testing.assert_allclose(d.q_sample(image(0), at(t), image(1)) ** 2, variance, rtol=1e-3)
+    np.testing.assert_allclose(d.q_sample(image(0), at(t), image(1)) ** 2, variance, rtol=1e-9)
     if d.T > 10:
         assert len(set(seen_in_loss(d, np.zeros((64, 1, 1, 1)), lambda x: x)[1])) > 5
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ideal import ideal_denoiser
 from strategies import SEEDS, make
 
-from tinyddpm import Diffusion, Schedule, UNet, make_schedule
+from tinyddpm import Diffusion, Schedule, UNet, backward, make_schedule
 from tinyddpm.diffusion import OBJECTIVES, SHARD
 from tinyddpm.likelihood import discretised_gaussian, gaussian_kl
 from tinyddpm.schedule import linear
@@ -74,11 +74,20 @@ class TestDiscretisedGaussian:
         mean, log_variance = Parameter(x0 + 0.02 * rng.standard_normal(6)), Parameter(rng.uniform(-7, -2, 6))
         check_model(lambda: discretised_gaussian(x0, mean, log_variance).sum(), [mean, log_variance], rng)
 
-    def test_float32(self):
-        args = np.float32([0.2]), np.float32([0.25]), np.float32([-4])
-        exact = discretised_gaussian(*(a.astype(float) for a in args)).item()
-        ours = discretised_gaussian(*args)
-        assert ours.dtype == np.float32 and math.isclose(ours.item(), exact, rel_tol=1e-5)
+    @pytest.mark.parametrize("level", [0, 1, 128, 254, 255])
+    @pytest.mark.parametrize("away", [-6.5, -3.0, -0.5, 0.0, 0.5, 3.0, 6.5])
+    def test_float32_keeps_its_digits_on_either_side(self, level, away):
+        """Far out, two values of the cumulative distribution close to 1 would leave nothing of their difference."""
+        x0, log_variance = LEVELS[[level]], np.array([-9.5])
+        exact, ours = [], []
+        for dtype, results in ((np.float64, exact), (np.float32, ours)):
+            mean = Parameter((x0 + away * np.exp(log_variance / 2)).astype(dtype))
+            spread = Parameter(log_variance.astype(dtype))
+            ln_p = discretised_gaussian(x0.astype(dtype), mean, spread)
+            assert ln_p.dtype == dtype
+            gradients = backward(ln_p.sum())
+            results += [ln_p.item(), gradients[mean].item(), gradients[spread].item()]
+        np.testing.assert_allclose(ours, exact, rtol=2e-4, atol=2e-3)
 
 
 def bits_by_integration(data, x0, schedule, variance="small", x0hat=None):
@@ -292,7 +301,7 @@ class TestBitsPerDim:
         assert clipped == d.bits_per_dim(Model(), x0, progress=False).total
 
     def test_a_bar_shows_the_progress_unless_told_not_to(self, capsys):
-        d, x0 = Diffusion(make("linear", 4)), np.zeros((2, 1, 1, 1))
+        d, x0 = Diffusion(make("linear", 4)), np.full((2, 1, 1, 1), LEVELS[3])
         d.bits_per_dim(zeros, x0, progress=False)
         assert capsys.readouterr().err == ""
         d.bits_per_dim(zeros, x0)
@@ -306,4 +315,16 @@ class TestBitsPerDim:
         with pytest.raises(TypeError, match="x0: expected float32 or float64 images in .-1, 1., got uint8"):
             d.bits_per_dim(zeros, np.zeros((2, 2, 2, 1), np.uint8))
         with pytest.raises(ValueError, match="model: expected it to return the shape of x_t"):
-            d.bits_per_dim(lambda x, t: x[:, :1], np.zeros((2, 2, 2, 1)), progress=False)
+            d.bits_per_dim(lambda x, t: x[:, :1], np.ones((2, 2, 2, 1)), progress=False)
+
+    @pytest.mark.parametrize(
+        "wrong", [LEVELS / 2 + 0.5, 0.999 * LEVELS, LEVELS + 2 / 255, LEVELS - 2 / 255, 255 * LEVELS]
+    )
+    def test_images_that_are_not_of_8_bits(self, wrong):
+        d = Diffusion(make("linear", 4))
+        for images in (wrong, np.append(LEVELS, np.nan)):
+            with pytest.raises(
+                ValueError, match="x0: expected the levels k / 127.5 - 1 of 8-bit images.* got values from"
+            ):
+                d.bits_per_dim(zeros, images.reshape(1, -1, 1, 1), progress=False)
+        d.bits_per_dim(zeros, LEVELS.reshape(1, -1, 1, 1).astype(np.float32), progress=False)

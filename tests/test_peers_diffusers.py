@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS, make
 
-from tinyddpm import Diffusion, sample
+from tinyddpm import Diffusion, Schedule, sample
 from tinyddpm.sample import ddim, ddpm, dpm_solver, respace
 
 torch = pytest.importorskip("torch")
@@ -124,8 +124,20 @@ class TestChains:
         d = Diffusion(make("linear", 1000), OBJECTIVES[prediction_type], VARIANCES[variance], "vlb")
         noise = shared_noise(monkeypatch, diffusers.schedulers.scheduling_ddpm, 1000, self.shape)
         ours = ddpm(d, lambda x, t: model(x, t)[..., : 2 if learned else 1], self.x, noise, clip)
-        for (_, got, _), expected in zip(ours, their_chain(peer, self.x, 1000, learned)):
+        for (_, got, _), expected in zip(ours, their_chain(peer, self.x, 1000, learned), strict=True):
             np.testing.assert_allclose(got, expected, atol=1e-8 * (1 + np.abs(expected).max()))
+
+    @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
+    @pytest.mark.parametrize("name", SCHEDULES)
+    def test_ddpm_with_zero_terminal_snr_over_every_schedule(self, monkeypatch, name, prediction_type):
+        peer = theirs(diffusers.DDPMScheduler, 100, beta_schedule=name, rescale_betas_zero_snr=True,
+                      prediction_type=prediction_type)  # fmt: skip
+        noise = shared_noise(monkeypatch, diffusers.schedulers.scheduling_ddpm, 100, self.shape)
+        d = Diffusion(Schedule(peer.betas.numpy()), OBJECTIVES[prediction_type])
+        assert d.schedule.alpha_bar[-1] == 0
+        ours = ddpm(d, lambda x, t: model(x, t)[..., :1], self.x, noise)
+        for (_, got, _), expected in zip(ours, their_chain(peer, self.x, 100), strict=True):
+            np.testing.assert_allclose(got, expected, atol=1e-7)
 
     @pytest.mark.parametrize("steps", [5, 50])
     def test_ddpm_respaced(self, monkeypatch, steps):
@@ -133,7 +145,7 @@ class TestChains:
         noise = shared_noise(monkeypatch, diffusers.schedulers.scheduling_ddpm, steps, self.shape)
         d, ts = self.respaced("eps", steps)
         ours = ddpm(d, lambda x, i: model(x, ts[i])[..., :1], self.x, noise)
-        for (_, got, _), expected in zip(ours, their_chain(peer, self.x, steps)):
+        for (_, got, _), expected in zip(ours, their_chain(peer, self.x, steps), strict=True):
             np.testing.assert_allclose(got, expected, atol=1e-8)
 
     @pytest.mark.parametrize("prediction_type", OBJECTIVES)
@@ -145,7 +157,7 @@ class TestChains:
         d, ts = self.respaced(OBJECTIVES[prediction_type], steps)
         ours = ddim(d, lambda x, i: model(x, ts[i])[..., :1], self.x, noise, eta=eta)
         settings = {"eta": eta, "use_clipped_model_output": True}  # the noise derived anew from the clipped x0
-        for (_, got, _), expected in zip(ours, their_chain(peer, self.x, steps, **settings)):
+        for (_, got, _), expected in zip(ours, their_chain(peer, self.x, steps, **settings), strict=True):
             np.testing.assert_allclose(got, expected, atol=1e-8)
 
     @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs
@@ -156,7 +168,7 @@ class TestChains:
                       prediction_type=prediction_type, solver_order=2, final_sigmas_type="zero")  # fmt: skip
         d, ts = self.respaced(OBJECTIVES[prediction_type], steps)
         ours = dpm_solver(d, lambda x, i: model(x, ts[i])[..., :1], self.x, None, clip=False)
-        for (_, got, _), expected in zip(ours, their_chain(peer, self.x, steps)):
+        for (_, got, _), expected in zip(ours, their_chain(peer, self.x, steps), strict=True):
             np.testing.assert_allclose(got, expected, atol=1e-5 * (1 + np.abs(expected).max()))  # its sigmas: float32
 
     def test_sample_takes_the_same_steps(self):

@@ -1,6 +1,7 @@
 """The samplers: each against its paper's equations, and on models whose images are known in advance."""
 
 import math
+import re
 import sys
 
 import numpy as np
@@ -33,7 +34,6 @@ def images_after(sampler, diffusion, model, x, noise, **settings):
 
 class TestDDPM:
     d = Diffusion(Schedule(linear(30, 1e-4, 0.5)))
-    d = Diffusion(Schedule(linear(30, 1e-4, 0.5)))
 
     @pytest.mark.parametrize("variance", ["small", "large"])
     def test_the_chain_is_algorithm_2(self, variance):
@@ -46,7 +46,7 @@ class TestDDPM:
         x = np.random.default_rng(2).standard_normal((3, 2, 2, 1))
         ours = [step for _, step, _ in ddpm(d, model, x, lambda: next(noises), clip=False)]
         z = iter(np.random.default_rng(1).standard_normal((30, 3, 2, 2, 1)))
-        for t, got in zip(range(29, -1, -1), ours):
+        for t, got in zip(range(29, -1, -1), ours, strict=True):
             x = (x - s.beta[t] / np.sqrt(1 - s.alpha_bar[t]) * model(x, t)) / np.sqrt(s.alpha[t])
             if t > 0:
                 x = x + sigma[t] * next(z)
@@ -75,7 +75,7 @@ class TestDDPM:
         x, noise = normals(2)(), normals(1)
         steps = images_after(ddpm, d, model, x, noise)
         noise, log_beta, small = normals(1), np.log(d.schedule.beta), d.schedule.posterior_log_variance
-        for t, (got, _) in zip(range(29, 0, -1), steps):
+        for t, (got, _) in zip(range(29, 0, -1), steps[:-1], strict=True):
             w = (np.tanh(x) + 1) / 2
             sigma = np.exp((w * log_beta[t] + (1 - w) * small[t]) / 2)
             x = d.posterior_mean(0 * x + 0.5, x, np.full(3, t)) + sigma * noise()
@@ -91,10 +91,11 @@ class TestDDIM:
         model = lambda x, t: np.sin(2 * x + t[0])
         x = normals(seed)()
         ours = images_after(ddim, d, model, x, normals(seed + 1), clip=clip, eta=1.0)
-        for (a, a0), (b, b0) in zip(ours, images_after(ddpm, d, model, x, normals(seed + 1), clip=clip)):
+        theirs = images_after(ddpm, d, model, x, normals(seed + 1), clip=clip)
+        for (a, a0), (b, b0) in zip(ours, theirs, strict=True):
             scale = 1 + np.abs(a).max()
-            np.testing.assert_allclose(a, b, atol=1e-6 * scale)
-            np.testing.assert_allclose(a0, b0, atol=1e-6 * scale)
+            np.testing.assert_allclose(a, b, atol=1e-9 * scale)
+            np.testing.assert_allclose(a0, b0, atol=1e-9 * scale)
 
     @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
     @pytest.mark.parametrize("b", [1.0, 0.5])
@@ -104,7 +105,7 @@ class TestDDIM:
         x, noise = normals(0)(), normals(1)
         steps, noise = images_after(ddim, d, model, x, noise, eta=eta), normals(1)
         bars = np.append(1.0, np.cumprod(1 - np.linspace(1e-3, 0.5, 20)))
-        for t, (got, x0) in zip(range(19, -1, -1), steps):
+        for t, (got, x0) in zip(range(19, -1, -1), steps, strict=True):
             before, bar = bars[t], bars[t + 1]
             eps = model(x / np.sqrt(b * b * bar + 1 - bar), t)
             x0hat = np.clip((x - np.sqrt(1 - bar) * eps) / np.sqrt(bar) / b, -1, 1)
@@ -123,6 +124,13 @@ class TestDDIM:
             raise AssertionError("no noise is needed")
 
         assert len(images_after(ddim, self.d, zeros, np.ones((1, 2, 2, 1)), noise)) == 30
+
+    def test_numbers_of_numpy_leave_float32_alone(self):
+        unet = UNet(channels=(8,), blocks=1, attention=(False,))
+        d = Diffusion(Schedule(self.d.schedule.beta, np.float64(0.7)))
+        for eta in np.linspace(0, 1, 3):
+            assert sample(d, unet, (1, 4, 4, 1), "ddim", steps=3, eta=eta).dtype == np.float32
+        assert sample(d, unet, (1, 4, 4, 1), "dpm++", steps=3).dtype == np.float32
 
     @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan])
     def test_bad_eta(self, eta):
@@ -161,7 +169,8 @@ class TestDPMSolver:
         """Of first order it is DDIM, and so are its first step and its last."""
         d = respace(Diffusion(make_schedule("linear", 1000), "v"), np.array([499, 999]))
         model = lambda x, t: np.sin(x)
-        for ours, theirs in zip(*(images_after(f, d, model, normals(0)(), None) for f in (dpm_solver, ddim))):
+        ways = [images_after(f, d, model, normals(0)(), None) for f in (dpm_solver, ddim)]
+        for ours, theirs in zip(*ways, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-9)
 
     def test_it_is_of_second_order_where_ddim_is_of_first(self):
@@ -195,7 +204,8 @@ class TestRespacing:
         s, ts = make_schedule("linear", 1000), np.array([499, 999])
         for before, after in (("small", "small"), ("large", "small"), ("learned_range", "learned_range")):
             loss_type = "hybrid" if before == "learned_range" else "mean"
-            assert respace(Diffusion(s, "eps", before, loss_type), ts).variance == after
+            short = respace(Diffusion(s, "eps", before, loss_type, 3.0), ts)
+            assert (short.variance, short.loss_type, short.min_snr_gamma) == (after, loss_type, 3.0)
 
     def test_all_steps_are_no_respacing(self):
         d, model = Diffusion(Schedule(linear(30, 1e-4, 0.5)), variance="large"), lambda x, t: 0.1 * x
@@ -261,8 +271,26 @@ class TestKnownImages:
 def test_guidance_goes_from_one_model_to_the_other_and_beyond():
     u, c = (lambda x, t: Tensor(x * 2)), (lambda x, t: x + t.reshape(-1, 1, 1, 1))
     x, t = normals(0)(), np.array([1, 2, 3])
-    for scale, expected in ((0, 2 * x), (1, c(x, t)), (3, 2 * x + 3 * (c(x, t) - 2 * x))):
+    for scale, expected in ((0, 2 * x), (1, c(x, t)), (np.float64(3), 2 * x + 3 * (c(x, t) - 2 * x))):
         np.testing.assert_allclose(guided(u, c, scale)(x, t), expected, rtol=1e-12)
+    assert guided(c, c, np.float64(3))(x.astype(np.float32), t.astype(np.float32)).dtype == np.float32
+
+
+def test_guidance_of_networks_with_a_learned_variance():
+    """The prediction is guided, the variance is the conditional network's; dtype and device are passed on."""
+    config = dict(channels=(8,), blocks=1, attention=(False,), out_channels=2)
+    u, c = (UNet(**config, rng=seed).to(dtype="float64") for seed in (1, 2))
+    for network in (u, c):
+        for p in network.parameters():
+            p.data = p.data + 0.1
+    both = guided(u, c, 5.0)
+    x, t = np.random.default_rng(0).standard_normal((2, 4, 4, 1)), np.array([3, 7])
+    a, b, got = u(x, t).data, c(x, t).data, both(x, t)
+    np.testing.assert_allclose(got[..., :1], a[..., :1] + 5 * (b[..., :1] - a[..., :1]), rtol=1e-12)
+    np.testing.assert_array_equal(got[..., 1:], b[..., 1:])
+    d = Diffusion(make_schedule("cosine", 10), variance="learned_range", loss_type="hybrid")
+    assert sample(d, both, (1, 4, 4, 1)).dtype == np.float64 and both.device == "cpu"
+    assert not hasattr(guided(zeros, zeros, 1), "dtype")
 
 
 class TestSample:
@@ -390,5 +418,12 @@ class TestSample:
                 sample(self.d, model, (2, 2, 2, 3))
         with pytest.raises(FloatingPointError, match=r"^model: it led to images .* not finite; are its weights\?$"):
             sample(self.d, lambda x, t: x * np.float32(np.nan), (1, 2, 2, 1))
-        with pytest.raises(TypeError, match="eta"):
+        for method, takes in (("ddpm", "none"), ("ddim", "eta"), ("dpm++", "none")):
+            with pytest.raises(TypeError, match=rf"settings: '{re.escape(method)}' takes {takes}, got seed"):
+                sample(self.d, zeros, (1, 2, 2, 1), method, seed=0)
+        with pytest.raises(TypeError, match="settings: 'ddpm' takes none, got eta"):
             sample(self.d, zeros, (1, 2, 2, 1), eta=0.5)
+        with pytest.raises(ValueError, match=r"method: unknown sampler \['ddim'\]; known"):
+            sample(self.d, zeros, (1, 2, 2, 1), method=["ddim"])
+        with pytest.raises(TypeError, match="diffusion: expected a Diffusion, got UNet"):
+            sample(UNet(channels=(8,), blocks=1, attention=(False,)), self.d, (1, 4, 4, 1))

@@ -243,6 +243,20 @@ def test_no_grad_gives_the_same_output_and_keeps_no_graph():
     np.testing.assert_array_equal(y.data, unet(x, t).data)
 
 
+def test_the_encoding_is_the_one_asked_for():
+    x, t = np.ones((1, 4, 4, 1), np.float32), np.array([7])
+    outputs = [awake(UNet(**TINY, encoding=form))(x, t).data for form in ("ddpm", "improved", "interleaved")]
+    np.testing.assert_array_equal(outputs[0], awake(UNet(**TINY))(x, t).data)
+    assert len({y.tobytes() for y in outputs}) == 3
+    for form, channels in (("sine", 8), ("ddpm", 7)):
+        with pytest.raises(
+            ValueError, match=f"form, channels: expected one of ddpm, .* even number, got '{form}', {channels}"
+        ):
+            timestep_encoding(t, channels, form)
+    with pytest.raises(ValueError, match="encoding: unknown 'sine'; known: ddpm, improved, interleaved"):
+        UNet(**TINY, encoding="sine")
+
+
 def test_timestep_encoding():
     t = np.array([0, 1, 17, 999])
     P = timestep_encoding(t, 8)

@@ -13,36 +13,33 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .diffusion import Diffusion
-from .schedule import SCHEDULES, make_schedule
+from .schedule import Schedule
 from .unet import UNet
 
 
 def save_model(path: str | pathlib.Path, unet: UNet, diffusion: Diffusion) -> None:
     """Write the weights of `unet` and the configuration of both to `path`, replacing it in one move.
 
-    Raises FileNotFoundError if the folder does not exist, OSError if it cannot be written, ValueError if the schedule
-    is not one of `make_schedule`'s.
+    Raises FileNotFoundError if the folder does not exist, OSError if it cannot be written.
     """
     path, schedule = pathlib.Path(path), diffusion.schedule
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: there is no folder {path.parent}")
-    if schedule.name not in SCHEDULES:
-        raise ValueError(f"diffusion: only a schedule from make_schedule can be saved, got {schedule.name!r}")
     config = {
         "unet": unet.config,
         "schedule": {
             "name": schedule.name,
-            "T": len(schedule),
             "input_scale": schedule.input_scale,
-            **schedule.parameters,
+            "parameters": dict(schedule.parameters),
         },
         "diffusion": {
             name: getattr(diffusion, name) for name in ("objective", "variance", "loss_type", "min_snr_gamma")
         },
     }
+    tensors = {**unet.state_dict(), "schedule.beta": schedule.beta}
     unfinished = path.with_name(path.name + ".part")
     try:
-        save_file(unet.state_dict(), unfinished, metadata={"tinyddpm": json.dumps(config)})
+        save_file(tensors, unfinished, metadata={"tinyddpm": json.dumps(config)})
         os.replace(unfinished, path)
     except SafetensorError as error:
         raise OSError(f"path: cannot write {path}: {error}") from error
@@ -67,9 +64,10 @@ def load_model(path: str | pathlib.Path) -> tuple[UNet, Diffusion]:
         raise ValueError(f"path: {path} was not written by save_model: its metadata has no entry 'tinyddpm'")
     try:
         config = json.loads(metadata["tinyddpm"])
+        schedule = Schedule(state.pop("schedule.beta"), **config["schedule"])
         (dtype,) = {value.dtype for value in state.values()}
         unet = UNet(**config["unet"]).to(dtype=dtype)
         unet.load_state_dict(state)
-        return unet, Diffusion(make_schedule(**config["schedule"]), **config["diffusion"])
+        return unet, Diffusion(schedule, **config["diffusion"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"path: {path} holds no model that can be built: {error}") from error

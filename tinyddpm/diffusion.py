@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
-from .backend import Array, array_module, like, to_device, to_numpy
+from .backend import Array, array_module, is_array, like, to_device, to_numpy
 from .functional import mse
 from .likelihood import discretised_gaussian, gaussian_kl
 from .parallel import worker_threads
@@ -31,7 +31,7 @@ VARIANCES = ("small", "large", "learned_range")
 LOSSES = ("simple", "weighted_eps", "mean", "min_snr", "vlb", "hybrid")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class BitsPerDim:
     """A bound on what it takes to store a picture, in bits for each number in it, split as in equation 5.
 
@@ -49,6 +49,7 @@ class BitsPerDim:
         return self.prior + float(self.terms.sum())
 
 
+@dataclasses.dataclass(frozen=True)
 class Diffusion:
     """A noise schedule, what the network predicts, and what it is trained for.
 
@@ -63,40 +64,39 @@ class Diffusion:
         min_snr_gamma: where "min_snr" cuts the signal-to-noise ratio off.
 
     Raises TypeError if `schedule` is not one, ValueError for an unknown name, for a loss that cannot train the variance
-    or has none to train, and for a loss that divides by the signal where the schedule ends with none.
+    or has none to train, and, where the schedule ends with no signal, for what divides by it or weights with it.
     """
 
-    def __init__(
-        self,
-        schedule: Schedule,
-        objective: str = "eps",
-        variance: str = "small",
-        loss_type: str = "simple",
-        min_snr_gamma: float = 5.0,
-    ):
+    schedule: Schedule
+    objective: str = "eps"
+    variance: str = "small"
+    loss_type: str = "simple"
+    min_snr_gamma: float = 5.0
+
+    def __post_init__(self):
+        schedule, variance, loss_type = self.schedule, self.variance, self.loss_type
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule: expected a Schedule from make_schedule, got {type(schedule).__name__}")
-        for name, value, known in (
-            ("objective", objective, OBJECTIVES),
-            ("variance", variance, VARIANCES),
-            ("loss_type", loss_type, LOSSES),
-        ):
-            if value not in known:
-                raise ValueError(f"{name}: unknown {value!r}; known: {', '.join(known)}")
+        for name, known in (("objective", OBJECTIVES), ("variance", VARIANCES), ("loss_type", LOSSES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: unknown {getattr(self, name)!r}; known: {', '.join(known)}")
         if variance == "learned_range" and loss_type not in ("vlb", "hybrid"):
             raise ValueError(f"loss_type: {loss_type!r} cannot train variance 'learned_range'; take 'hybrid' or 'vlb'")
         if variance != "learned_range" and loss_type == "hybrid":
             raise ValueError(f"loss_type: 'hybrid' trains variance 'learned_range', but variance is {variance!r}")
-        if schedule.alpha_bar[-1] == 0 and (objective == "eps" or loss_type == "weighted_eps"):
-            raise ValueError(
-                "objective, loss_type: the schedule ends with alpha_bar = 0 (zero terminal SNR), where the noise does "
-                "not tell the image; take objective 'v' or 'x0' and another loss_type than 'weighted_eps', got "
-                f"{objective!r} and {loss_type!r}"
-            )
-        if not min_snr_gamma > 0:
-            raise ValueError(f"min_snr_gamma: expected a number > 0, got {min_snr_gamma}")
-        self.schedule, self.objective, self.variance = schedule, objective, variance
-        self.loss_type, self.min_snr_gamma = loss_type, float(min_snr_gamma)
+        if schedule.alpha_bar[-1] == 0:
+            ends = "the schedule ends with alpha_bar = 0 (zero terminal SNR), where"
+            if self.objective == "eps":
+                raise ValueError(f"objective: {ends} the noise does not tell the image; take 'v' or 'x0', not 'eps'")
+            if loss_type == "weighted_eps":
+                raise ValueError(f"loss_type: {ends} the weight is infinite; take another than 'weighted_eps'")
+            if loss_type == "min_snr":
+                raise ValueError(
+                    f"loss_type: {ends} the weight is 0, so that the step from which sampling starts would not be "
+                    "trained; take another than 'min_snr'"
+                )
+        if not self.min_snr_gamma > 0:
+            raise ValueError(f"min_snr_gamma: expected a number > 0, got {self.min_snr_gamma}")
 
     @property
     def T(self) -> int:
@@ -117,8 +117,8 @@ class Diffusion:
 
     def _signal_and_noise(self, t: np.ndarray, x: Array) -> tuple[Array, Array]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), what x_t has of b x_0 and of noise; each (N, 1, 1, 1)."""
-        alpha_bar = self.schedule.alpha_bar
-        return self._at(np.sqrt(alpha_bar), t, x), self._at(np.sqrt(1 - alpha_bar), t, x)
+        s = self.schedule
+        return self._at(np.sqrt(s.alpha_bar), t, x), self._at(np.sqrt(s.noise_variance), t, x)
 
     # ------------------------------------------------------------------------------------------- the forward process
 
@@ -130,6 +130,7 @@ class Diffusion:
         Its mean is sqrt(1 - beta_t) x_{t-1}, its variance beta_t: what x_{t-1} has of variance shrinks by 1 - beta_t
         and beta_t is added, so that 1 stays 1. Args: x_prev, eps: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
+        _check_shape("eps", eps, x_prev)
         beta = self.schedule.beta
         return self._at(np.sqrt(1 - beta), t, x_prev) * x_prev + self._at(np.sqrt(beta), t, x_prev) * eps
 
@@ -141,8 +142,7 @@ class Diffusion:
 
         Args: x0, eps: (N, H, W, C). t: (N,) integers in 0 ... T-1. Raises ValueError or TypeError if they do not fit.
         """
-        if x0.shape != eps.shape:
-            raise ValueError(f"eps: expected the shape of x0, {x0.shape}, got {eps.shape}")
+        _check_shape("eps", eps, x0)
         signal, noise = self._signal_and_noise(t, x0)
         return self.schedule.input_scale * signal * x0 + noise * eps
 
@@ -155,6 +155,7 @@ class Diffusion:
 
         Args: x0, eps: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
+        _check_shape("eps", eps, x0)
         if self.objective == "eps":
             return eps
         if self.objective == "x0":
@@ -170,6 +171,7 @@ class Diffusion:
 
         Args: x_t, prediction: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
+        _check_shape("prediction", prediction, x_t)
         signal, noise = self._signal_and_noise(t, x_t)
         if self.objective == "x0":
             return prediction
@@ -185,6 +187,7 @@ class Diffusion:
 
         Args: x_t, prediction: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
+        _check_shape("prediction", prediction, x_t)
         signal, noise = self._signal_and_noise(t, x_t)
         if self.objective == "eps":
             return prediction
@@ -195,6 +198,7 @@ class Diffusion:
     def eps_from_x0(self, x_t: Array, t: np.ndarray, x0: Array | Tensor) -> Array | Tensor:
         """The noise that is left of x_t if its image is x_0: (x_t - sqrt(alpha_bar_t) b x_0) / sqrt(1 -
         alpha_bar_t)."""
+        _check_shape("x0", x0, x_t)
         signal, noise = self._signal_and_noise(t, x_t)
         return (x_t - self.schedule.input_scale * signal * x0) / noise
 
@@ -230,6 +234,7 @@ class Diffusion:
         With the x_0 that a predicted eps implies, it is equation 11, (x_t - beta_t / sqrt(1 - alpha_bar_t) eps) /
         sqrt(alpha_t). Args: x0, x_t: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
+        _check_shape("x0", x0, x_t)
         s = self.schedule
         return self._at(s.input_scale * s.posterior_mean_x0, t, x_t) * x0 + self._at(s.posterior_mean_xt, t, x_t) * x_t
 
@@ -244,6 +249,10 @@ class Diffusion:
         """
         if self.variance != "learned_range":
             return self._at(self._fixed_log_variance(), t, x_t)
+        if spread is None:
+            raise ValueError(
+                "spread: with variance 'learned_range' it is needed, the second half of the model's output"
+            )
         small, large = self.schedule.posterior_log_variance, np.log(self.schedule.beta)
         w = 0.5 * (spread + 1)
         return w * self._at(large, t, x_t) + (1 - w) * self._at(small, t, x_t)
@@ -253,19 +262,29 @@ class Diffusion:
         small = self.schedule.posterior_log_variance
         return small if self.variance == "small" else np.append(small[0], np.log(self.schedule.beta[1:]))
 
+    def denoise(
+        self, model: Callable, x_t: Array, t: np.ndarray, clip: bool | str = True
+    ) -> tuple[Array, Array | None]:
+        """What the model makes of x_t, without gradients: the predicted x_0, `limit`ed by `clip`, and the spread or
+        None.
+
+        Args: x_t: (N, H, W, C). t: (N,). Raises ValueError if the model's output is of another shape.
+        """
+        with no_grad():
+            prediction, spread = self._run(model, x_t, t)
+        return limit(self.predict_x0(x_t, t, as_array(prediction)), clip), as_array(spread)
+
     def p_mean_variance(
         self, model: Callable, x_t: Array, t: np.ndarray, clip: bool | str = True
     ) -> tuple[Array, Array, Array]:
         """Mean and log-variance of p_theta(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I) (equation 1), and the
-        predicted x_0 on which mu_theta = mu_tilde(x_0, x_t) rests, `limit`ed by `clip`. Arrays in, arrays out.
+        predicted x_0 on which the mean rests: mu_theta = mu_tilde(x_0, x_t), see `denoise`.
 
         Args: x_t: (N, H, W, C). t: (N,). Returns (N, H, W, C), (N, 1, 1, 1) or with a learned variance (N, H, W, C),
-        and (N, H, W, C). Raises ValueError if the model's output is of another shape.
+        and (N, H, W, C).
         """
-        with no_grad():
-            prediction, spread = self._run(model, x_t, t)
-        x0 = limit(self.predict_x0(x_t, t, as_array(prediction)), clip)
-        return self.posterior_mean(x0, x_t, t), self.log_variance(x_t, t, as_array(spread)), x0
+        x0, spread = self.denoise(model, x_t, t, clip)
+        return self.posterior_mean(x0, x_t, t), self.log_variance(x_t, t, spread), x0
 
     # --------------------------------------------------------------------------------------------------- the losses
 
@@ -278,7 +297,7 @@ class Diffusion:
             E [1 / (2 sigma_t^2) ||mu_tilde_t(x_t, x_0) - mu_theta(x_t, t)||^2]
 
         Substituting mu_theta = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_t) (equation 11) for both
-        leaves the noise (equation 12); this is "weighted_eps", and the same number:
+        leaves the noise (equation 12); this is "weighted_eps", and the same number (see `log_variance` for sigma_0):
 
             E [beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) ||eps - eps_theta(x_t, t)||^2]
 
@@ -289,9 +308,9 @@ class Diffusion:
 
         "min_snr" weights the simple loss so that, whatever the objective, an error in x_0 counts min(SNR_t, gamma)
         times (Hang et al. 2023): min(SNR, gamma) / SNR for eps, min(SNR, gamma) for x_0, min(SNR, gamma) alpha_bar /
-        SNR for v, which is min(SNR, gamma) / (SNR + 1) if b = 1. "vlb" is the bound itself, T times `vlb_terms`, in
-        bits per dimension. "hybrid" is the simple loss plus 0.001 of the bound, from which only the variance learns
-        (Nichol & Dhariwal 2021, equation 16).
+        SNR for v, which is min(SNR, gamma) / (SNR + 1) if b = 1. "vlb" is the bound itself, without its constant L_T:
+        T times `vlb_terms`, in bits per dimension. "hybrid" is the simple loss plus 0.001 of the bound, from which
+        only the variance learns (Nichol & Dhariwal 2021, equation 16).
 
         ||.||^2 is a mean over all elements. Args: model: callable (x_t, t) -> (N, H, W, C), or with 2 C channels if
         the variance is learned. x0: (N, H, W, C) in [-1, 1]. Returns a scalar tensor. Raises ValueError for an empty
@@ -299,6 +318,8 @@ class Diffusion:
         [-1, 1].
         """
         _check_images(x0)
+        if isinstance(x0, np.ndarray):  # on a GPU the look would wait for all that is under way
+            warn_if_out_of_range("x0", x0)
         if not isinstance(rng, np.random.Generator):
             raise TypeError(f"rng: expected a generator from numpy.random.default_rng, got {type(rng).__name__}")
         t = rng.integers(0, self.T, size=len(x0))
@@ -317,7 +338,7 @@ class Diffusion:
         else:
             s, two_variances = self.schedule, 2 * np.exp(self._fixed_log_variance())
             if self.loss_type == "weighted_eps":
-                weight = s.beta**2 / (two_variances * s.alpha * (1 - s.alpha_bar))
+                weight = s.beta**2 / (two_variances * s.alpha * s.noise_variance)
                 error = self.predict_eps(x_t, t, prediction) - eps
             else:
                 weight, mu_tilde = 1 / two_variances, self.posterior_mean(x0, x_t, t)
@@ -329,7 +350,7 @@ class Diffusion:
         snr, gamma = self.schedule.snr, self.min_snr_gamma
         if self.objective == "x0":
             return np.minimum(snr, gamma)
-        weight = 1 / np.maximum(snr / gamma, 1)  # min(SNR, gamma) / SNR, also where SNR is 0
+        weight = np.minimum(snr, gamma) / snr
         return weight if self.objective == "eps" else weight * self.schedule.alpha_bar
 
     # ---------------------------------------------------------------------------------------------- the likelihood
@@ -399,9 +420,15 @@ class Diffusion:
             clip: keep the predicted x_0 within [-1, 1]; see `limit`.
             progress: show a bar. workers: threads; None for one per CPU.
 
-        Raises ValueError for no images or another shape, TypeError for anything but floats; warns as `loss` does.
+        Raises ValueError for no images, another shape or values between the levels, TypeError for anything but floats.
         """
         _check_images(x0)
+        levels = 127.5 * (x0 + 1)
+        if not (np.all(np.abs(levels - np.round(levels)) < 0.01) and -0.01 < levels.min() and levels.max() < 255.01):
+            raise ValueError(
+                "x0: expected the levels k / 127.5 - 1 of 8-bit images, for others have no bits per dimension; got "
+                f"values from {x0.min():.3g} to {x0.max():.3g}"
+            )
         dtype, device = getattr(model, "dtype", x0.dtype), getattr(model, "device", "cpu")
         streams = np.random.default_rng(rng).spawn(len(x0))
         size = SHARD if device == "cpu" else len(x0)
@@ -444,18 +471,23 @@ def dynamic_threshold(x0: Array, quantile: float = 0.995, most: float = math.inf
     """Clip each image to [-s, s] and divide it by s = its quantile of |x_0|, but at least 1 and at most `most`, so that
     strong guidance does not saturate it (Saharia et al. 2022, Imagen, section 2.3)."""
     s = array_module(x0).quantile(np.abs(x0), quantile, axis=tuple(range(1, x0.ndim)), keepdims=True)
-    s = s.clip(1, most).astype(x0.dtype)
+    s = s.clip(1, most).astype(x0.dtype)  # CuPy's quantiles are float64
     return np.clip(x0, -s, s) / s
 
 
+def _check_shape(name: str, value: Array | Tensor, x: Array) -> None:
+    if value.shape != x.shape:
+        raise ValueError(f"{name}: expected the shape of the images, {x.shape}, got {value.shape}")
+
+
 def _check_images(x0: Array) -> None:
-    """Raise unless x0 is a batch of float images, and warn if they are plainly not scaled to [-1, 1]."""
+    """Raise unless x0 is a batch of float images."""
+    if not is_array(x0):
+        raise TypeError(f"x0: expected an array of images, got {type(x0).__name__}")
     if x0.ndim != 4 or x0.size == 0:
         raise ValueError(f"x0: expected one or more images (N, H, W, C), got shape {x0.shape}")
     if x0.dtype not in (np.float32, np.float64):
         raise TypeError(f"x0: expected float32 or float64 images in [-1, 1], got {x0.dtype}")
-    if isinstance(x0, np.ndarray):  # on a GPU the look would wait for all that is under way
-        warn_if_out_of_range("x0", x0)
 
 
 def warn_if_out_of_range(name: str, images: np.ndarray) -> None:
@@ -463,5 +495,5 @@ def warn_if_out_of_range(name: str, images: np.ndarray) -> None:
     low, high = images.min(), images.max()
     if low < -2 or high > 2:
         warnings.warn(
-            f"{name}: images are expected in [-1, 1], but these range from {low:.3g} to {high:.3g}", stacklevel=4
+            f"{name}: images are expected in [-1, 1], but these range from {low:.3g} to {high:.3g}", stacklevel=3
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from .backend import Array
 from .functional import at_least, normal_cdf
-from .tensor import Tensor, exp, log
+from .tensor import Tensor, as_array, exp, log
 
 
 def gaussian_kl(mean1: Array, log_variance1: Array, mean2: Array, log_variance2: Array) -> Tensor:
@@ -15,8 +15,8 @@ def gaussian_kl(mean1: Array, log_variance1: Array, mean2: Array, log_variance2:
 
     KL(N(m1, s1^2) || N(m2, s2^2)) = 1/2 (-1 + ln s2^2 - ln s1^2 + s1^2 / s2^2 + (m1 - m2)^2 / s2^2)
     """
-    ratio, gap = exp(log_variance1 - log_variance2), mean1 - mean2
-    return 0.5 * (ratio - 1 + log_variance2 - log_variance1 + gap * gap * exp(-log_variance2))
+    log_ratio, gap = log_variance1 - log_variance2, mean1 - mean2
+    return 0.5 * (exp(log_ratio) - 1 - log_ratio + gap * gap * exp(-log_variance2))
 
 
 def discretised_gaussian(x0: Array, mean: Array, log_variance: Array) -> Tensor:
@@ -28,8 +28,10 @@ def discretised_gaussian(x0: Array, mean: Array, log_variance: Array) -> Tensor:
     that the 256 add up to 1. The logarithm is taken of 1e-12 at least. x0: an array of 8-bit levels k, as k / 127.5 -
     1.
     """
-    bottom, top = (x0 < -0.999).astype(x0.dtype), (x0 > 0.999).astype(x0.dtype)
-    centred, inverse_std = x0 - mean, exp(-0.5 * log_variance)
+    # The curve is symmetric: mirrored to where x0 is below the mean, no digits are lost between two values close to 1.
+    side = 1 - 2 * (x0 > as_array(mean)).astype(x0.dtype)
+    bottom, top = (side * x0 < -0.999).astype(x0.dtype), (side * x0 > 0.999).astype(x0.dtype)
+    centred, inverse_std = side * (x0 - mean), exp(-0.5 * log_variance)
     below_upper_edge = top + (1 - top) * normal_cdf(inverse_std * (centred + 1 / 255))
     below_lower_edge = (1 - bottom) * normal_cdf(inverse_std * (centred - 1 / 255))
     return log(at_least(below_upper_edge - below_lower_edge, least=1e-12))

@@ -7,6 +7,8 @@ image i, to the bit for any number of threads, up to rounding for any number of 
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Iterator
@@ -46,19 +48,22 @@ def ddim(
         x_{t-1} = sqrt(alpha_bar_{t-1}) b x0hat + sqrt(1 - alpha_bar_{t-1} - s^2) epshat + s z,   z ~ N(0, I)
         s = eta sqrt((1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_{t-1})
 
-    where epshat is what x0hat, once clipped, leaves of x_t. With eta = 0 nothing is random but the start; eta = 1 is
-    `ddpm` with the small variance.
+    where epshat is what x0hat, once clipped, leaves of x_t. With eta = 0 nothing is random but the start; with eta = 1,
+    s^2 is beta_tilde_t, and this is `ddpm` with the small variance.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: expected a number from 0 to 1, got {eta}")
-    b = diffusion.schedule.input_scale
+    schedule, eta = diffusion.schedule, float(eta)  # NumPy's numbers would turn float32 into float64
     for t in reversed(range(diffusion.T)):
         ts = np.full(len(x), t)
-        _, _, x0 = diffusion.p_mean_variance(model, x, ts, clip)
+        x0, _ = diffusion.denoise(model, x, ts, clip)
         eps = diffusion.eps_from_x0(x, ts, x0)
-        bar, before = float(diffusion.schedule.alpha_bar[t]), float(diffusion.schedule.alpha_bar_prev[t])
-        s = eta * math.sqrt((1 - before) / (1 - bar)) * math.sqrt(1 - bar / before)
-        x = math.sqrt(before) * b * x0 + math.sqrt(max(1 - before - s * s, 0)) * eps
+        s = eta * math.sqrt(schedule.posterior_variance[t])
+        signal = math.sqrt(schedule.alpha_bar_prev[t]) * schedule.input_scale
+        kept = (
+            1 - eta**2 * schedule.beta[t] / schedule.noise_variance[t]
+        )  # of the noise, beside s^2: no digits are lost
+        x = signal * x0 + math.sqrt(max(schedule.noise_variance_prev[t] * kept, 0)) * eps
         if s > 0:
             x = x + s * noise()
         yield t, x, x0
@@ -74,13 +79,13 @@ def dpm_solver(diffusion: Diffusion, model: Callable, x: Array, noise: Callable,
 
     The first step has no m_before and is of first order; the last ends where sigma = 0 and takes x = m.
     """
-    alpha_bar = np.append(1.0, diffusion.schedule.alpha_bar)  # [t + 1] is that of x_t, [t] that of x_{t-1}
-    alpha, sigma = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
+    alpha = np.sqrt(np.append(1.0, diffusion.schedule.alpha_bar))  # [t + 1] is that of x_t, [t] that of x_{t-1}
+    sigma = np.sqrt(np.append(0.0, diffusion.schedule.noise_variance))
     with np.errstate(divide="ignore"):  # no noise: infinity; no signal: minus infinity
         l = np.log(alpha) - np.log(sigma)
     m_before = None
     for t in reversed(range(diffusion.T)):
-        _, _, x0 = diffusion.p_mean_variance(model, x, np.full(len(x), t), clip)
+        x0, _ = diffusion.denoise(model, x, np.full(len(x), t), clip)
         m = D = diffusion.schedule.input_scale * x0
         if m_before is not None and t > 0:
             r = (l[t + 1] - l[t + 2]) / (l[t] - l[t + 1])
@@ -108,17 +113,26 @@ def respace(diffusion: Diffusion, ts: np.ndarray) -> Diffusion:
     alpha_bar = s.alpha_bar[ts]
     short = Schedule(1 - alpha_bar / np.append(1.0, alpha_bar[:-1]), s.input_scale)
     variance = "small" if diffusion.variance == "large" else diffusion.variance
-    return Diffusion(short, diffusion.objective, variance, diffusion.loss_type)
+    return dataclasses.replace(diffusion, schedule=short, variance=variance)
 
 
 def guided(unconditional: Callable, conditional: Callable, scale: float) -> Callable:
-    """Classifier-free guidance (Ho & Salimans 2022): a model that goes `scale` times the way from what one model
-    predicts to what the other does, eps_u + scale (eps_c - eps_u). 0 is the one, 1 the other, more exaggerates."""
+    """Classifier-free guidance (Ho & Salimans 2022, whose w is scale - 1): a model that predicts
+
+        eps_u + scale (eps_c - eps_u)
+
+    0 is the unconditional model, 1 the conditional one, and more exaggerates what sets them apart. Of a learned
+    variance, the conditional model's is taken as it is. The dtype and device are those of the conditional model.
+    """
+    scale = float(scale)
 
     def model(x_t: Array, t: np.ndarray) -> Array:
         u, c = (as_array(predict(x_t, t)) for predict in (unconditional, conditional))
-        return u + scale * (c - u)
+        channels = x_t.shape[-1]
+        prediction = u[..., :channels] + scale * (c[..., :channels] - u[..., :channels])
+        return array_module(c).concatenate([prediction, c[..., channels:]], axis=-1)
 
+    vars(model).update({name: getattr(conditional, name) for name in ("dtype", "device") if hasattr(conditional, name)})
     return model
 
 
@@ -142,18 +156,24 @@ def sample(
             images.
         shape: (N, H, W, C) of the images to make.
         method: "ddpm", "ddim" or "dpm++": the functions of this file.
-        steps: how many steps to take, evenly spaced and from the last timestep on (see `respace`); None for all T.
+        steps: how many steps to take, evenly spaced and from the last timestep on (what diffusers calls trailing; see
+            `respace`); None for all T.
         rng: seed or generator; the same seed gives the same images, whatever N and the number of workers.
         clip: keep the predicted x_0 within [-1, 1] at every step; False not to, "dynamic" for `dynamic_threshold`.
-        callback: called as callback(t, x_{t-1}, predicted x_0) after every step.
+        callback: called as callback(t, x_{t-1}, predicted x_0) after every step; x_{t-1} is still b times as large.
         workers: threads; None for one per CPU.
         settings: of the method: "ddim" takes eta, 0 ... 1, how much of `ddpm`'s noise it adds.
 
     Returns (N, H, W, C), within [-1, 1] if clipped. Raises ValueError for an unknown method, a shape, steps or settings
     that do not fit, TypeError for an unknown setting, FloatingPointError if what comes out is not finite.
     """
-    if method not in SAMPLERS:
+    if not isinstance(diffusion, Diffusion):
+        raise TypeError(f"diffusion: expected a Diffusion, got {type(diffusion).__name__}")
+    if not isinstance(method, str) or method not in SAMPLERS:
         raise ValueError(f"method: unknown sampler {method!r}; known: {', '.join(SAMPLERS)}")
+    takes = list(inspect.signature(SAMPLERS[method]).parameters)[5:]  # after diffusion, model, x, noise, clip
+    if not settings.keys() <= set(takes):
+        raise TypeError(f"settings: {method!r} takes {', '.join(takes) or 'none'}, got {', '.join(settings)}")
     if np.ndim(shape) != 1 or len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape}")
     T = diffusion.T

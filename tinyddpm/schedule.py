@@ -14,6 +14,8 @@ import functools
 import math
 import numbers
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
 
@@ -38,25 +40,38 @@ class Schedule:
     + sqrt(1 - alpha_bar_t) eps, which makes every step noisier (b < 1) or less noisy (b > 1) by the same factor.
 
     Raises ValueError unless beta is a vector of one or more numbers in (0, 1), of which the last may also be 1 (then
-    nothing is left of the image: zero terminal SNR), and unless b > 0.
+    nothing is left of the image: zero terminal SNR), alpha_bar falls at every step, and b > 0.
     """
 
     beta: np.ndarray
     input_scale: float = 1.0
     name: str = "custom"
-    parameters: dict = dataclasses.field(default_factory=dict)
+    parameters: Mapping = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         beta = np.array(self.beta, dtype=np.float64)
+        shown = np.array2string(beta, threshold=6)
         if beta.ndim != 1 or len(beta) == 0 or not (np.all(beta > 0) and np.all(beta[:-1] < 1) and beta[-1] <= 1):
             raise ValueError(
-                "beta: expected a vector of one or more numbers in (0, 1), of which the last may be 1, got "
-                f"{np.array2string(beta, threshold=6)}"
+                "beta: expected a vector of one or more numbers in (0, 1), of which the last may be 1, got " + shown
             )
-        if not 0 < self.input_scale < math.inf:
-            raise ValueError(f"input_scale: expected a number > 0, got {self.input_scale}")
+        if not np.all(np.diff(np.cumprod(1 - beta), prepend=1) < 0):
+            raise ValueError(
+                "beta: alpha_bar must fall at every step, but in double precision some step leaves it as it is, or it "
+                "is 0 before the last; got " + shown
+            )
+        scale = _number("input_scale", self.input_scale)
+        if not scale > 0:
+            raise ValueError(f"input_scale: expected a number > 0, got {scale}")
         beta.flags.writeable = False
-        object.__setattr__(self, "beta", beta)
+        for field, value in dict(
+            beta=beta, input_scale=scale, parameters=MappingProxyType(dict(self.parameters))
+        ).items():
+            object.__setattr__(self, field, value)
+
+    def __reduce__(self):
+        """Copies and pickles are made anew, so that they are as immutable."""
+        return Schedule, (self.beta, self.input_scale, self.name, dict(self.parameters))
 
     def __len__(self) -> int:
         """T, the number of steps."""
@@ -78,9 +93,21 @@ class Schedule:
         return np.append(1.0, self.alpha_bar[:-1])
 
     @_table
+    def noise_variance(self) -> np.ndarray:
+        """1 - alpha_bar_t, the variance of the noise in x_t, through logarithms: where alpha_bar_t is nearly 1, the
+        subtraction would lose its digits."""
+        with np.errstate(divide="ignore"):  # the last beta may be 1
+            return -np.expm1(np.cumsum(np.log1p(-self.beta)))
+
+    @_table
+    def noise_variance_prev(self) -> np.ndarray:
+        """1 - alpha_bar_{t-1}, which is 0 at t = 0."""
+        return np.append(0.0, self.noise_variance[:-1])
+
+    @_table
     def snr(self) -> np.ndarray:
         """Signal-to-noise ratio b^2 alpha_bar_t / (1 - alpha_bar_t) of an image of variance 1 (Kingma et al. 2021)."""
-        return self.input_scale**2 * self.alpha_bar / (1 - self.alpha_bar)
+        return self.input_scale**2 * self.alpha_bar / self.noise_variance
 
     @_table
     def log_snr(self) -> np.ndarray:
@@ -95,12 +122,12 @@ class Schedule:
 
         sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t).
         """
-        return np.sqrt(self.alpha_bar_prev) * self.beta / (1 - self.alpha_bar)
+        return np.sqrt(self.alpha_bar_prev) * self.beta / self.noise_variance
 
     @_table
     def posterior_mean_xt(self) -> np.ndarray:
         """Weight of x_t in that mean: sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)."""
-        return np.sqrt(self.alpha) * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+        return np.sqrt(self.alpha) * self.noise_variance_prev / self.noise_variance
 
     @_table
     def posterior_variance(self) -> np.ndarray:
@@ -108,7 +135,7 @@ class Schedule:
 
         beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t).
         """
-        return self.beta * (1 - self.alpha_bar_prev) / (1 - self.alpha_bar)
+        return self.beta * self.noise_variance_prev / self.noise_variance
 
     @_table
     def posterior_log_variance(self) -> np.ndarray:
@@ -128,7 +155,8 @@ def linear(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarr
 
 
 def quadratic(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
-    """sqrt(beta) rises linearly, so that beta rises as a square (Song et al. 2021, DDIM; "scaled_linear" elsewhere)."""
+    """sqrt(beta) rises linearly, so that beta rises as a square ("quad" in Ho et al.'s code, "scaled_linear" in
+    diffusers)."""
     _check_ends(beta_start, beta_end)
     return np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), T) ** 2
 
@@ -153,7 +181,7 @@ def cosine(u: np.ndarray, s: float = 0.008, start: float = 0.0, end: float = 1.0
     if not 0 <= start < end <= 1:
         raise ValueError(f"start, end: expected 0 <= start < end <= 1, got {start}, {end}")
     _check_tau(tau)
-    v = lambda w: np.cos((w + s) / (1 + s) * math.pi / 2).clip(0) ** (2 * tau)
+    v = lambda w: np.cos((w + s) / (1 + s) * math.pi / 2) ** (2 * tau)
     return _piece(v, u, start, end)
 
 
@@ -162,7 +190,7 @@ def sigmoid(u: np.ndarray, start: float = -3.0, end: float = 3.0, tau: float = 1
 
         gamma(u) = (v(end) - v(start + u (end - start))) / (v(end) - v(start))
 
-    (Jabri et al. 2022; Chen 2023, algorithm 1, who favours start = 0, tau = 0.3 or so for large images.)
+    (Jabri et al. 2022; Chen 2023, algorithm 1.) A smaller tau gathers the change in the middle of the piece.
     """
     if not start < end:
         raise ValueError(f"start, end: expected start < end, got {start}, {end}")
@@ -191,14 +219,19 @@ def cosine_logsnr(u: np.ndarray, logsnr_max: float = 15.0, logsnr_min: float = -
 def sigmoid_logsnr(
     u: np.ndarray, logsnr_max: float = 15.0, logsnr_min: float = -15.0, shift: float = 0.0
 ) -> np.ndarray:
-    """gamma(u) = sigma(lambda(u)), where the log-SNR falls linearly: lambda(u) = logsnr_max + u (logsnr_min -
-    logsnr_max) + shift (Kingma et al. 2021, variational diffusion models)."""
+    """gamma(u) = sigma(lambda(u)), where the log-SNR falls linearly:
+
+        lambda(u) = logsnr_max + u (logsnr_min - logsnr_max) + shift
+
+    (Kingma et al. 2021, variational diffusion models.)
+    """
     _check_limits(logsnr_max, logsnr_min)
     return _sigma(logsnr_max + u * (logsnr_min - logsnr_max) + shift)
 
 
 def _sigma(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
+    with np.errstate(over="ignore"):  # where e^-x overflows the result is 0, as it should be
+        return 1 / (1 + np.exp(-x))
 
 
 def _piece(v, u: np.ndarray, start: float, end: float) -> np.ndarray:
@@ -217,8 +250,17 @@ def _check_tau(tau: float) -> None:
 
 
 def _check_limits(logsnr_max: float, logsnr_min: float) -> None:
-    if not logsnr_min < logsnr_max:
-        raise ValueError(f"logsnr_max, logsnr_min: expected logsnr_min < logsnr_max, got {logsnr_max}, {logsnr_min}")
+    if not -100 <= logsnr_min < logsnr_max <= 100:
+        raise ValueError(
+            f"logsnr_max, logsnr_min: expected -100 <= logsnr_min < logsnr_max <= 100, got {logsnr_max}, {logsnr_min}"
+        )
+
+
+def _number(name: str, value: object) -> float:
+    """`value` as a float, if it is a finite number."""
+    if not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return float(value)
 
 
 def discretise(gamma: np.ndarray) -> np.ndarray:
@@ -227,10 +269,14 @@ def discretise(gamma: np.ndarray) -> np.ndarray:
         beta_t = 1 - gamma((t+1)/T) / gamma(t/T),   where before the first step gamma is 1
 
     kept between 1e-12, for a step where gamma is flat must still add noise, and 0.999, for one that left nothing could
-    not be taken back (Nichol & Dhariwal 2021). Whoever needs alpha_bar computes it from the beta that come out.
+    not be taken back (Nichol & Dhariwal 2021); gamma is kept from 0 by 1e-9 (Chen 2023). Whoever needs alpha_bar
+    computes it from the beta that come out. Raises ValueError if gamma is flat at most of the steps.
     """
     gamma = np.append(1.0, np.maximum(gamma, 1e-9))
-    return (1 - gamma[1:] / gamma[:-1]).clip(1e-12, 0.999)
+    beta = (1 - gamma[1:] / gamma[:-1]).clip(1e-12, 0.999)
+    if np.median(beta) == 1e-12:
+        raise ValueError("gamma: with these parameters it is flat at most of the steps, which add no noise")
+    return beta
 
 
 def rescale_to_zero_terminal_snr(beta: np.ndarray) -> np.ndarray:
@@ -281,11 +327,13 @@ def make_schedule(
     Raises ValueError for an unknown name, a T below 1 or a parameter out of range, TypeError for an unknown parameter;
     warns if the image at the last step is not near mean 0 and variance 1, where sampling starts.
     """
-    if name not in SCHEDULES:
-        raise ValueError(f"name: unknown schedule {name!r}; known: {', '.join(SCHEDULES)}")
+    if not isinstance(name, str) or name not in SCHEDULES:
+        raise ValueError(
+            f"name: unknown schedule {name!r}; known: {', '.join(SCHEDULES)} (of your own: Schedule(beta))"
+        )
     if not isinstance(T, numbers.Integral) or T < 1:
         raise ValueError(f"T: expected an integer >= 1, got {T!r}")
-    parameters = {key: float(value) for key, value in parameters.items()}
+    parameters = {key: _number(key, value) for key, value in parameters.items()}
     if name in BETA:
         beta = BETA[name](int(T), **parameters)
     else:
@@ -293,7 +341,7 @@ def make_schedule(
     if zero_terminal_snr:
         beta = rescale_to_zero_terminal_snr(beta)
         parameters["zero_terminal_snr"] = True
-    schedule = Schedule(beta, float(input_scale), name, parameters)
+    schedule = Schedule(beta, input_scale, name, parameters)
     left = schedule.input_scale**2 * schedule.alpha_bar[-1]
     if left > 0.01:
         warnings.warn(

@@ -35,7 +35,12 @@ def timestep_encoding(t: np.ndarray, channels: int, form: str = "ddpm") -> np.nd
         P(k, i) = sin(k / n^(i/(d/2 - 1))),  P(k, d/2 + i) = cos(k / n^(i/(d/2 - 1)))
 
     and "improved" of Nichol & Dhariwal's 2021, P(k, i) = cos(k / n^(2i/d)), P(k, d/2 + i) = sin(k / n^(2i/d)).
+    Raises ValueError for another form or an odd number of channels.
     """
+    if form not in ENCODINGS or channels % 2:
+        raise ValueError(
+            f"form, channels: expected one of {', '.join(ENCODINGS)} and an even number, got {form!r}, {channels}"
+        )
     half = channels // 2
     longest = half - 1 if form == "ddpm" else half
     angle = t[:, None] * np.exp(-math.log(10000) * np.arange(half) / longest)
