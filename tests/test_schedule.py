@@ -234,7 +234,12 @@ class TestZeroTerminalSNR:
             root, before = np.sqrt(rescaled.alpha_bar), np.sqrt(s.alpha_bar)
             assert math.isclose(root[0], before[0], rel_tol=1e-12)
             expected = (before - before[-1]) * before[0] / (before[0] - before[-1])
-            np.testing.assert_allclose(root, expected, rtol=1e-6, atol=1e-12)
+            kept = np.cumprod(rescaled.beta < 0.999).astype(bool)
+            np.testing.assert_allclose(root[kept], expected[kept], rtol=1e-6, atol=1e-12)
+
+    def test_where_gamma_ends_flat_the_last_steps_but_one_still_leave_something(self):
+        s = make("cosine", 1000, s=0, tau=3, zero_terminal_snr=True)
+        assert s.beta[-1] == 1 and s.beta[:-1].max() == 0.999 and s.alpha_bar[-2] > 0
 
     def test_make_schedule_does_it_and_says_so(self):
         s = make_schedule("linear", 50, zero_terminal_snr=True, input_scale=0.5)  # and does not warn

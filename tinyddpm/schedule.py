@@ -285,15 +285,16 @@ def rescale_to_zero_terminal_snr(beta: np.ndarray) -> np.ndarray:
         sqrt(alpha_bar_t) <- (sqrt(alpha_bar_t) - sqrt(alpha_bar_{T-1})) sqrt(alpha_bar_0)
                              / (sqrt(alpha_bar_0) - sqrt(alpha_bar_{T-1}))
 
-    The last beta is then 1, and the last x_t, from which sampling starts, is nothing but noise. Raises ValueError
-    unless there are 2 steps or more.
+    The last beta is then 1, and the last x_t, from which sampling starts, is nothing but noise; the others are kept
+    below 0.999, as by `discretise`. Raises ValueError unless there are 2 steps or more.
     """
     if len(beta) < 2:
         raise ValueError(f"zero_terminal_snr: takes 2 steps or more, got T = {len(beta)}")
     root = np.sqrt(np.cumprod(1 - beta))
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     alpha_bar = root**2
-    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+    beta = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+    return np.append(beta[:-1].clip(max=0.999), 1.0)
 
 
 BETA = {"linear": linear, "quadratic": quadratic, "sigmoid_beta": sigmoid_beta}  # functions of T
