@@ -414,8 +414,12 @@ class TestBadInput:
             leaf(1.0) ** leaf(2.0)
 
     def test_matmul_of_vectors(self):
-        with pytest.raises(ValueError, match="matmul: both inputs need two axes"):
-            leaf(1.0, 2.0) @ leaf(1.0, 2.0)
+        vector, matrix = leaf(1.0, 2.0), Tensor(np.ones((2, 2)))
+        for a, b in ((vector, vector), (vector, matrix), (matrix, vector)):
+            with pytest.raises(
+                ValueError, match=f"matmul: both inputs need two axes or more, got {a.ndim} and {b.ndim}"
+            ):
+                a @ b
 
 
 def test_repr_ndim_and_item():
