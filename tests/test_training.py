@@ -163,6 +163,13 @@ class TestEMA:
         np.testing.assert_allclose(ema.model.w.data.ravel(), average[:4])
         np.testing.assert_allclose(model.w.data, start + 5)
 
+    def test_without_memory_it_is_the_model(self):
+        model = Linear(2, 2, np.random.default_rng(0))
+        theta, ema = flatten(model.parameters()), EMA(model, decay=0)
+        theta += 1
+        ema.update(theta)
+        np.testing.assert_allclose(ema.average, theta, rtol=1e-6)
+
     def test_in_the_end_it_follows_as_slowly_as_that_of_ho_et_al(self):
         model = Linear(2, 2, np.random.default_rng(0)).to(dtype="float64")
         ema = EMA(model)

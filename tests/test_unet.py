@@ -210,6 +210,13 @@ def test_downsampling_pads_right_and_bottom_only():
     assert isinstance(resize, Conv2d) and resize.stride == 2 and resize.padding == ((0, 1), (0, 1))
 
 
+def test_attention_has_one_head_unless_asked_for_more():
+    x, t = batch()
+    default, one, two = (awake(UNet(**TINY, **heads))(x, t).data for heads in ({}, {"heads": 1}, {"heads": 2}))
+    np.testing.assert_array_equal(default, one)
+    assert (default != two).any()
+
+
 def test_group_norm_epsilon():
     assert UNet(**TINY).norm_out.eps == 1e-6
 
@@ -295,7 +302,7 @@ class TestBadInput:
     @pytest.mark.parametrize("size", [(7, 8), (8, 9), (0, 8)])
     def test_sizes_that_do_not_divide(self, size):
         unet = UNet(**TINY)
-        with pytest.raises(ValueError, match=rf"x: height and width must be multiples of 2.*got {size[0]} x {size[1]}"):
+        with pytest.raises(ValueError, match=rf"multiples of 2, .* halves them 1 times; got {size[0]} x {size[1]}"):
             unet(np.zeros((1, *size, 1), np.float32), np.array([0]))
 
     @pytest.mark.parametrize("shape", [(8, 8, 1), (1, 8, 8, 2), (0, 8, 8, 1)])
