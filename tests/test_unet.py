@@ -275,7 +275,8 @@ class TestBadInput:
             ({"attention": True}, "attention: expected a sequence with an entry for each level, got True"),
             ({"dropout": "a"}, "dropout: expected a probability in"),
             ({"channels": (4, -8)}, "channels: expected multiples of groups"),
-            ({"channels": (2, 8)}, "channels: the first must be even and at least 4"),
+            ({"channels": (4, 0)}, r"channels: expected multiples of groups = 2, got \(4, 0\)"),
+            ({"channels": (2, 8)}, "channels: the first must be even and at least 4 for the timestep encoding, got 2"),
             ({"attention": (True,)}, r"attention: expected 2 entries, one for each level, got \(True,\)"),
             ({"heads": 3}, "heads: 3 does not divide the 8 channels of a level with attention"),
             ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
@@ -289,6 +290,10 @@ class TestBadInput:
         unet = UNet(channels=4 * np.array([1, 2]), blocks=np.int64(1), attention=np.array([False, True]), groups=2)
         assert unet.config == UNet(**TINY).config
         assert all(type(c) is int for c in (*unet.config["channels"], unet.config["blocks"]))
+
+    def test_a_level_may_be_as_narrow_as_one_channel(self):
+        x, t = batch()
+        assert UNet(**(TINY | {"channels": (4, 1), "groups": 1}))(x, t).shape == x.shape
 
     def test_heads_must_fit_only_where_there_is_attention(self):
         UNet(**(TINY | {"channels": (4, 6), "heads": 3}))
@@ -316,8 +321,8 @@ class TestBadInput:
             UNet(**TINY)(x.astype(np.float64), t)
         with pytest.raises(TypeError, match="x: expected an array or a Tensor, got list"):
             UNet(**TINY)(x.tolist(), t)
-        for bad in (t.astype(float), 3, [1, 2]):
-            with pytest.raises(TypeError, match="t: expected a NumPy array of integers"):
+        for bad, what in ((t.astype(float), "float64"), (3, "int"), ([1, 2], "list")):
+            with pytest.raises(TypeError, match=f"t: expected a NumPy array of integers, got {what}$"):
                 UNet(**TINY)(x, bad)
 
     def test_timesteps(self):
