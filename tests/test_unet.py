@@ -297,6 +297,7 @@ class TestBadInput:
 
     def test_heads_must_fit_only_where_there_is_attention(self):
         UNet(**(TINY | {"channels": (4, 6), "heads": 3}))
+        UNet(**(TINY | {"channels": (4, 8, 6), "heads": 3, "attention": (False, False, False)}))
         with pytest.raises(ValueError, match="heads: 3 does not divide the 4 channels"):
             UNet(**(TINY | {"channels": (4, 6), "heads": 3, "attention": (True, False)}))
 
