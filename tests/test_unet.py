@@ -308,7 +308,8 @@ class TestBadInput:
     @pytest.mark.parametrize("size", [(7, 8), (8, 9), (0, 8)])
     def test_sizes_that_do_not_divide(self, size):
         unet = UNet(**TINY)
-        with pytest.raises(ValueError, match=rf"multiples of 2, .* halves them 1 times; got {size[0]} x {size[1]}"):
+        message = rf"x: height and width must be multiples of 2, .* halves them 1 times; got {size[0]} x {size[1]}"
+        with pytest.raises(ValueError, match=message):
             unet(np.zeros((1, *size, 1), np.float32), np.array([0]))
 
     @pytest.mark.parametrize("shape", [(8, 8, 1), (1, 8, 8, 2), (0, 8, 8, 1)])
