@@ -133,6 +133,11 @@ def test_attention_with_any_number_of_heads(n, l, s, heads, d, seed):
     check_op(attention, q, k, v, heads=heads)
 
 
+def test_attention_has_one_head_unless_asked_for_more():
+    q, k, v = np.random.default_rng(0).standard_normal((3, 2, 5, 4))
+    np.testing.assert_array_equal(attention(Tensor(q), k, v).data, attention(Tensor(q), k, v, heads=1).data)
+
+
 def test_attention_with_large_scores_does_not_overflow():
     q = np.full((1, 2, 4), 100, np.float32)
     y = attention(Tensor(q), q, q * np.array([[[1], [2]]], np.float32)).data

@@ -63,6 +63,21 @@ class TestAdam:
             adam.step(g)
         np.testing.assert_allclose(theta, expected, rtol=1e-12)
 
+    def test_its_defaults_are_those_of_the_paper(self):
+        theta, gradients = np.zeros(2), np.random.default_rng(0).standard_normal((5, 2)) * [1, 1e-7]
+        expected = reference.adam(theta, gradients, 1e-3, 0.9, 0.999, 1e-8, 0)
+        adam = Adam(theta)
+        for g in gradients:
+            adam.step(g)
+        np.testing.assert_allclose(theta, expected, rtol=1e-12)
+
+    def test_without_memory_it_steps_by_the_sign_of_the_gradient(self):
+        theta = np.zeros(2)
+        adam = Adam(theta, lr=0.5, betas=(0, 0))
+        for g in ([3.0, -1.0], [-10.0, -2.0], [-0.1, -3.0]):
+            adam.step(np.array(g))
+        np.testing.assert_allclose(theta, [0.5, 1.5], rtol=1e-6)
+
     def test_the_first_step_has_the_length_of_the_learning_rate(self):
         theta = np.zeros(3, np.float32)
         Adam(theta, lr=0.5).step(np.array([1e-3, -2, 30], np.float32))
@@ -114,6 +129,8 @@ class TestClipping:
     def test_zero_float32_and_no_limit(self):
         g = np.zeros(3, np.float32)
         assert clip_norm(g, 1.0) == 0 and not g.any() and g.dtype == np.float32
+        g = np.array([1e-13])  # less than what keeps it from dividing by 0
+        assert clip_norm(g, 1.0) == 1e-13 and g == 1e-13
         g = np.full(4, 10.0)
         assert clip_norm(g, math.inf) == 20 and (g == 10).all()
         for bad in (0, -1, math.nan):
@@ -145,6 +162,21 @@ class TestEMA:
         assert (1 + 4) / (10 + 4) > 0.25  # both branches were taken
         np.testing.assert_allclose(ema.model.w.data.ravel(), average[:4])
         np.testing.assert_allclose(model.w.data, start + 5)
+
+    def test_without_memory_it_is_the_model(self):
+        model = Linear(2, 2, np.random.default_rng(0))
+        theta, ema = flatten(model.parameters()), EMA(model, decay=0)
+        theta += 1
+        ema.update(theta)
+        np.testing.assert_allclose(ema.average, theta, rtol=1e-6)
+
+    def test_in_the_end_it_follows_as_slowly_as_that_of_ho_et_al(self):
+        model = Linear(2, 2, np.random.default_rng(0)).to(dtype="float64")
+        ema = EMA(model)
+        ema.n = 10**6
+        theta = ema.average + 1
+        ema.update(theta)
+        np.testing.assert_allclose(theta - ema.average, 0.9999, rtol=1e-12)
 
     def test_bad_decay(self):
         for bad in (1, -0.1, 2):

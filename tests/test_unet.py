@@ -210,6 +210,13 @@ def test_downsampling_pads_right_and_bottom_only():
     assert isinstance(resize, Conv2d) and resize.stride == 2 and resize.padding == ((0, 1), (0, 1))
 
 
+def test_attention_has_one_head_unless_asked_for_more():
+    x, t = batch()
+    default, one, two = (awake(UNet(**TINY, **heads))(x, t).data for heads in ({}, {"heads": 1}, {"heads": 2}))
+    np.testing.assert_array_equal(default, one)
+    assert (default != two).any()
+
+
 def test_group_norm_epsilon():
     assert UNet(**TINY).norm_out.eps == 1e-6
 
@@ -282,7 +289,8 @@ class TestBadInput:
             ({"attention": True}, "attention: expected a sequence with an entry for each level, got True"),
             ({"dropout": "a"}, "dropout: expected a probability in"),
             ({"channels": (4, -8)}, "channels: expected multiples of groups"),
-            ({"channels": (2, 8)}, "channels: the first must be even and at least 4"),
+            ({"channels": (4, 0)}, r"channels: expected multiples of groups = 2, got \(4, 0\)"),
+            ({"channels": (2, 8)}, "channels: the first must be even and at least 4 for the timestep encoding, got 2"),
             ({"attention": (True,)}, r"attention: expected 2 entries, one for each level, got \(True,\)"),
             ({"heads": 3}, "heads: 3 does not divide the 8 channels of a level with attention"),
             ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
@@ -297,8 +305,13 @@ class TestBadInput:
         assert unet.config == UNet(**TINY).config
         assert all(type(c) is int for c in (*unet.config["channels"], unet.config["blocks"]))
 
+    def test_a_level_may_be_as_narrow_as_one_channel(self):
+        x, t = batch()
+        assert UNet(**(TINY | {"channels": (4, 1), "groups": 1}))(x, t).shape == x.shape
+
     def test_heads_must_fit_only_where_there_is_attention(self):
         UNet(**(TINY | {"channels": (4, 6), "heads": 3}))
+        UNet(**(TINY | {"channels": (4, 8, 6), "heads": 3, "attention": (False, False, False)}))
         with pytest.raises(ValueError, match="heads: 3 does not divide the 4 channels"):
             UNet(**(TINY | {"channels": (4, 6), "heads": 3, "attention": (True, False)}))
 
@@ -309,7 +322,8 @@ class TestBadInput:
     @pytest.mark.parametrize("size", [(7, 8), (8, 9), (0, 8)])
     def test_sizes_that_do_not_divide(self, size):
         unet = UNet(**TINY)
-        with pytest.raises(ValueError, match=rf"x: height and width must be multiples of 2.*got {size[0]} x {size[1]}"):
+        message = rf"x: height and width must be multiples of 2, .* halves them 1 times; got {size[0]} x {size[1]}"
+        with pytest.raises(ValueError, match=message):
             unet(np.zeros((1, *size, 1), np.float32), np.array([0]))
 
     @pytest.mark.parametrize("shape", [(8, 8, 1), (1, 8, 8, 2), (0, 8, 8, 1)])
@@ -323,8 +337,8 @@ class TestBadInput:
             UNet(**TINY)(x.astype(np.float64), t)
         with pytest.raises(TypeError, match="x: expected an array or a Tensor, got list"):
             UNet(**TINY)(x.tolist(), t)
-        for bad in (t.astype(float), 3, [1, 2]):
-            with pytest.raises(TypeError, match="t: expected a NumPy array of integers"):
+        for bad, what in ((t.astype(float), "float64"), (3, "int"), ([1, 2], "list")):
+            with pytest.raises(TypeError, match=f"t: expected a NumPy array of integers, got {what}$"):
                 UNet(**TINY)(x, bad)
 
     def test_timesteps(self):
