@@ -375,10 +375,8 @@ class Diffusion:
         b = self.schedule.input_scale
         mean = self.posterior_mean(limit(self.predict_x0(x_t, t, prediction), clip), x_t, t)
         log_variance = self.log_variance(x_t, t, spread)
-        true_mean, true_log_variance = (
-            self.posterior_mean(x0, x_t, t),
-            self._at(self.schedule.posterior_log_variance, t, x0),
-        )
+        true_mean = self.posterior_mean(x0, x_t, t)
+        true_log_variance = self._at(self.schedule.posterior_log_variance, t, x0)
         nats = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
         if (t == 0).any():
             first = self._at(np.arange(self.T) == 0, t, x0)

@@ -60,10 +60,9 @@ def ddim(
         eps = diffusion.eps_from_x0(x, ts, x0)
         s = eta * math.sqrt(schedule.posterior_variance[t])
         signal = math.sqrt(schedule.alpha_bar_prev[t]) * schedule.input_scale
-        kept = (
-            1 - eta**2 * schedule.beta[t] / schedule.noise_variance[t]
-        )  # of the noise, beside s^2: no digits are lost
-        x = signal * x0 + math.sqrt(max(schedule.noise_variance_prev[t] * kept, 0)) * eps
+        # 1 - alpha_bar_{t-1} - s^2, without the digits that are lost where the two are nearly the same
+        rest = schedule.noise_variance_prev[t] * (1 - eta**2 * schedule.beta[t] / schedule.noise_variance[t])
+        x = signal * x0 + math.sqrt(max(rest, 0)) * eps
         if s > 0:
             x = x + s * noise()
         yield t, x, x0
