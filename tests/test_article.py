@@ -1,4 +1,4 @@
-"""The article's derivation, one test per equation, in order: from one step of noise to the simple loss.
+"""The derivation as articles on DDPM tell it, one test per equation, in order: from a step of noise to the simple loss.
 
 Equations are numbered as in Ho, Jain & Abbeel 2020. Each is worked out here with plain numbers, step by step, and
 compared with the function whose docstring states it.
@@ -140,11 +140,11 @@ def test_11_it_tells_the_network_the_timestep():
     assert len({o.tobytes() for o in other}) == 3
 
 
-def losses(loss_type, x0, seed, variance="small"):
-    return Diffusion(SCHEDULE, "eps", variance, loss_type).loss(eps_theta, x0, np.random.default_rng(seed)).item()
-
-
 X0 = np.random.default_rng(1).uniform(-1, 1, (30, 1, 1, 1))
+
+
+def loss_of(loss_type, seed):
+    return Diffusion(SCHEDULE, loss_type=loss_type).loss(eps_theta, X0, np.random.default_rng(seed)).item()
 
 
 def drawn(seed):
@@ -168,14 +168,14 @@ def mu_of(t, x, eps):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_12_the_loss_of_the_means(seed):
-    """L_{t-1} = E [1 / (2 sigma_t^2) ||mu_tilde_t - mu_theta||^2] (equation 8)."""
+    """E [1 / (2 sigma_t^2) ||mu_tilde_t - mu_theta||^2] (equation 8)."""
     total = 0
     for t, x0, _, x in drawn(seed):
         before = ALPHA_BAR[t - 1] if t else 1.0
         mu_tilde = math.sqrt(before) * BETA[t] * x0 + math.sqrt(ALPHA[t]) * (1 - before) * x
         mu_tilde /= 1 - ALPHA_BAR[t]
         total += (mu_tilde - mu_of(t, x, eps_theta(x, at(t)).item())) ** 2 / (2 * sigma2_of(t))
-    assert math.isclose(losses("mean", X0, seed), total / 30, rel_tol=1e-9)
+    assert math.isclose(loss_of("weighted_mu", seed), total / 30, rel_tol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -192,15 +192,15 @@ def test_14_the_loss_of_the_noise(seed):
     for t, _, eps, x in drawn(seed):
         weight = BETA[t] ** 2 / (2 * sigma2_of(t) * ALPHA[t] * (1 - ALPHA_BAR[t]))
         total += weight * (eps - eps_theta(x, at(t)).item()) ** 2
-    assert math.isclose(losses("weighted_eps", X0, seed), total / 30, rel_tol=1e-9)
-    assert math.isclose(losses("weighted_eps", X0, seed), losses("mean", X0, seed), rel_tol=1e-9)
+    assert math.isclose(loss_of("weighted_eps", seed), total / 30, rel_tol=1e-9)
+    assert math.isclose(loss_of("weighted_eps", seed), loss_of("weighted_mu", seed), rel_tol=1e-9)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_15_the_simple_loss(seed):
     """E ||eps - eps_theta(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t)||^2 (equation 14)."""
     total = sum((eps - eps_theta(x, at(t)).item()) ** 2 for t, _, eps, x in drawn(seed))
-    assert math.isclose(losses("simple", X0, seed), total / 30, rel_tol=1e-9)
+    assert math.isclose(loss_of("simple", seed), total / 30, rel_tol=1e-9)
 
 
 def test_16_from_noise_to_images():

@@ -32,7 +32,7 @@ def test_there_and_back(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("schedule", "settings"),
     [
-        (make_schedule("cosine", 30, input_scale=0.5, s=0.01, tau=2), {"objective": "x0", "loss_type": "mean"}),
+        (make_schedule("cosine", 30, input_scale=0.5, s=0.01, tau=2), {"objective": "x0", "loss_type": "weighted_mu"}),
         (make_schedule("sigmoid", 30, zero_terminal_snr=True, start=0, tau=0.5), {"objective": "v"}),
         (make_schedule("cosine_logsnr", 30, shift=-1), {"loss_type": "min_snr", "min_snr_gamma": 3.0}),
         (make_schedule("linear_gamma", 30), {"variance": "learned_range", "loss_type": "hybrid"}),

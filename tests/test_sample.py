@@ -203,7 +203,7 @@ class TestRespacing:
     def test_of_long_steps_the_small_variance(self):
         s, ts = make_schedule("linear", 1000), np.array([499, 999])
         for before, after in (("small", "small"), ("large", "small"), ("learned_range", "learned_range")):
-            loss_type = "hybrid" if before == "learned_range" else "mean"
+            loss_type = "hybrid" if before == "learned_range" else "weighted_mu"
             short = respace(Diffusion(s, "eps", before, loss_type, 3.0), ts)
             assert (short.variance, short.loss_type, short.min_snr_gamma) == (after, loss_type, 3.0)
 

@@ -28,8 +28,9 @@ from tinyddpm.schedule import (
     sigmoid_logsnr,
 )
 
-TABLES = ["alpha", "alpha_bar", "alpha_bar_prev", "snr", "log_snr", "posterior_mean_x0", "posterior_mean_xt",
-          "posterior_variance", "posterior_log_variance", "noise_variance", "noise_variance_prev"]  # fmt: skip
+TABLES = ["alpha", "alpha_bar", "alpha_bar_prev", "snr", "log_snr", "posterior_mean_coef_x0", "posterior_mean_coef_xt",
+          "posterior_variance", "posterior_log_variance", "one_minus_alpha_bar",
+          "one_minus_alpha_bar_prev"]  # fmt: skip
 
 
 class TestTables:
@@ -45,17 +46,17 @@ class TestTables:
             assert 0 <= bar < before <= 1 and (bar > 0 or t == len(s) - 1)
             assert s.alpha[t] == 1 - beta
             assert close(s.alpha_bar[t], bar) and close(s.alpha_bar_prev[t], before)
-            assert close(s.noise_variance[t], noise) and close(s.noise_variance_prev[t], noise_before)
+            assert close(s.one_minus_alpha_bar[t], noise) and close(s.one_minus_alpha_bar_prev[t], noise_before)
             assert close(s.snr[t], b2 * bar / noise)
             if bar > 0:
                 assert math.isclose(s.log_snr[t], math.log(b2 * bar / noise), rel_tol=1e-9, abs_tol=1e-9)
             assert close(s.posterior_variance[t], beta * noise_before / noise)
-            assert close(s.posterior_mean_x0[t], math.sqrt(before) * beta / noise)
-            assert close(s.posterior_mean_xt[t], math.sqrt(1 - beta) * noise_before / noise)
+            assert close(s.posterior_mean_coef_x0[t], math.sqrt(before) * beta / noise)
+            assert close(s.posterior_mean_coef_xt[t], math.sqrt(1 - beta) * noise_before / noise)
             if t > 0:
                 assert math.isclose(s.posterior_log_variance[t], math.log(s.posterior_variance[t]), rel_tol=1e-12)
-        assert s.posterior_variance[0] == 0 and s.posterior_mean_xt[0] == 0
-        assert math.isclose(s.posterior_mean_x0[0], 1, rel_tol=1e-15)
+        assert s.posterior_variance[0] == 0 and s.posterior_mean_coef_xt[0] == 0
+        assert math.isclose(s.posterior_mean_coef_x0[0], 1, rel_tol=1e-15)
 
     @given(s=schedules())
     def test_alpha_bar_and_the_snr_fall_strictly(self, s):
@@ -110,6 +111,10 @@ class TestTables:
             with pytest.raises(ValueError, match="read-only"):
                 same.beta[0] = 0.5
         assert type(Schedule([0.5], np.float64(0.7)).input_scale) is float
+
+    def test_what_it_looks_like(self):
+        assert repr(make("cosine", 10, 0.5, tau=2)) == "Schedule('cosine', T=10, input_scale=0.5, tau=2.0)"
+        assert repr(Schedule([0.1, 0.2])) == "Schedule('custom', T=2, input_scale=1.0)"
 
     def test_a_schedule_is_equal_to_itself_only(self):
         s, other = Schedule([0.1, 0.2]), Schedule([0.1, 0.2])

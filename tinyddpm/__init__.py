@@ -6,8 +6,7 @@
     diffusion = Diffusion(make_schedule("linear", 1000))
     images = sample(diffusion, unet, shape=(16, 28, 28, 1))
 
-Read it in this order: tensor.py (autograd), functional.py, conv.py, fused.py (the ops), nn.py and unet.py (the
-network), schedule.py, diffusion.py and sample.py (diffusion), optim.py and train.py (learning).
+README.md says in which order to read it.
 """
 
 from .checkpoint import load_model, save_model

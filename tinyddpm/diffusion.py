@@ -3,10 +3,23 @@
     forward    q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I)         adds a little noise, T times
     reverse    p(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I)              takes it away again, learned
 
-The network is any callable `model(x_t, t)`. Images x_0 are (N, H, W, C) floats in [-1, 1], t is (N,), one timestep per
-image, and x_{-1} is the image before the first step. The schedule's `input_scale` b (Chen 2023; 1 unless asked for)
-multiplies the image on its way in, so that x_{-1} = b x_0; whatever is called x_0 here is the image as it came, and
-only x_t knows of b. Equations are numbered as in Ho et al. 2020 unless another paper is named.
+Images are (N, H, W, C) floats in [-1, 1]; t is (N,), one timestep per image. The network is any callable model(x_t, t).
+
+Timesteps are array indices: t = 0 ... T-1 here is t = 1 ... T in the paper, so the noisy image of index t = 0 is the
+paper's x_1, and x_{t-1} at t = 0 is the image before the first step. "x_0" always is that clean image.
+
+    in the papers               here, with s = diffusion.schedule
+    beta_t, alpha_t             s.beta[t], s.alpha[t]
+    alpha_bar_t, of t-1         s.alpha_bar[t], s.alpha_bar_prev[t]
+    1 - alpha_bar_t, of t-1     s.one_minus_alpha_bar[t], s.one_minus_alpha_bar_prev[t]
+    mu_tilde_t, beta_tilde_t    posterior_mean(x0, x_t, t), s.posterior_variance[t]
+    mu_theta, ln sigma_t^2      p_mean_variance(model, x_t, t)
+    b (Chen 2023)               s.input_scale
+
+On a first reading take b as 1. Otherwise x_t is made from b x_0, and the network, as Chen has it, is not given x_t but
+x_t / sqrt(b^2 alpha_bar_t + 1 - alpha_bar_t), which has variance 1 if the images have. Nothing else changes: whatever
+is called x_0 is the image as it came, and b appears where it meets x_t. Equations are numbered as in Ho et al. 2020
+unless another paper is named.
 """
 
 from __future__ import annotations
@@ -22,13 +35,13 @@ from tqdm import tqdm
 from .backend import Array, array_module, is_array, like, to_device, to_numpy
 from .functional import mse
 from .likelihood import discretised_gaussian, gaussian_kl
-from .parallel import worker_threads
+from .parallel import SHARD, worker_threads
 from .schedule import Schedule
 from .tensor import Tensor, as_array, no_grad
 
 OBJECTIVES = ("eps", "x0", "v")
 VARIANCES = ("small", "large", "learned_range")
-LOSSES = ("simple", "weighted_eps", "mean", "min_snr", "vlb", "hybrid")
+LOSSES = ("simple", "weighted_eps", "weighted_mu", "min_snr", "vlb", "hybrid")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,7 +73,8 @@ class Diffusion:
         variance: sigma_t^2 of the reverse step: "small", beta_tilde_t, or "large", beta_t (Ho et al., section 3.2), or
             "learned_range", between the two: the model then returns twice the channels, the second half, the
             "spread", saying where (Nichol & Dhariwal 2021, section 3.1). Its U-Net has out_channels = 2 in_channels.
-        loss_type: what `loss` computes: "simple", "weighted_eps", "mean", "min_snr", "vlb" or "hybrid"; see there.
+            Of the samplers only "ddpm" uses the variance, and so does the variational bound.
+        loss_type: what `loss` computes: "simple", "weighted_eps", "weighted_mu", "min_snr", "vlb", "hybrid"; see there.
         min_snr_gamma: where "min_snr" cuts the signal-to-noise ratio off.
 
     Raises TypeError if `schedule` is not one, ValueError for an unknown name, for a loss that cannot train the variance
@@ -118,7 +132,7 @@ class Diffusion:
     def _signal_and_noise(self, t: np.ndarray, x: Array) -> tuple[Array, Array]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), what x_t has of b x_0 and of noise; each (N, 1, 1, 1)."""
         s = self.schedule
-        return self._at(np.sqrt(s.alpha_bar), t, x), self._at(np.sqrt(s.noise_variance), t, x)
+        return self._at(np.sqrt(s.alpha_bar), t, x), self._at(np.sqrt(s.one_minus_alpha_bar), t, x)
 
     # ------------------------------------------------------------------------------------------- the forward process
 
@@ -166,8 +180,8 @@ class Diffusion:
     def predict_x0(self, x_t: Array, t: np.ndarray, prediction: Array | Tensor) -> Array | Tensor:
         """The x_0 that the model's prediction, eps, x_0 or v, implies:
 
-            b x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
-            b x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
+            eps:    b x_0 = (x_t - sqrt(1 - alpha_bar_t) eps) / sqrt(alpha_bar_t)
+            v:      b x_0 = sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v
 
         Args: x_t, prediction: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
@@ -182,8 +196,8 @@ class Diffusion:
     def predict_eps(self, x_t: Array, t: np.ndarray, prediction: Array | Tensor) -> Array | Tensor:
         """The noise that the model's prediction, eps, x_0 or v, implies:
 
-            eps = (x_t - sqrt(alpha_bar_t) b x_0) / sqrt(1 - alpha_bar_t)
-            eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
+            x_0:    eps = (x_t - sqrt(alpha_bar_t) b x_0) / sqrt(1 - alpha_bar_t)
+            v:      eps = sqrt(alpha_bar_t) v + sqrt(1 - alpha_bar_t) x_t
 
         Args: x_t, prediction: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
@@ -203,11 +217,8 @@ class Diffusion:
         return (x_t - self.schedule.input_scale * signal * x0) / noise
 
     def _run(self, model: Callable, x_t: Array, t: np.ndarray) -> tuple[Array | Tensor, Array | Tensor | None]:
-        """Call the model; return its prediction and, if the variance is learned, the spread, or None.
-
-        The model sees x_t divided by the standard deviation that images of variance 1 have there (Chen 2023, section
-        2.2), sqrt(b^2 alpha_bar_t + 1 - alpha_bar_t), which is 1 unless b is another. Nobody else does.
-        """
+        """Call the model on x_t, scaled to variance 1 if b is not 1 (Chen 2023, section 2.2); return its prediction
+        and, if the variance is learned, the spread, or None."""
         s, x, channels = self.schedule, x_t, x_t.shape[-1]
         if s.input_scale != 1:
             x = x_t / self._at(np.sqrt((s.input_scale**2 - 1) * s.alpha_bar + 1), t, x_t)
@@ -236,7 +247,10 @@ class Diffusion:
         """
         _check_shape("x0", x0, x_t)
         s = self.schedule
-        return self._at(s.input_scale * s.posterior_mean_x0, t, x_t) * x0 + self._at(s.posterior_mean_xt, t, x_t) * x_t
+        return (
+            self._at(s.input_scale * s.posterior_mean_coef_x0, t, x_t) * x0
+            + self._at(s.posterior_mean_coef_xt, t, x_t) * x_t
+        )
 
     def log_variance(self, x_t: Array, t: np.ndarray, spread: Array | Tensor | None = None) -> Array | Tensor:
         """ln sigma_t^2 of the reverse step: ln beta_tilde_t ("small"), ln beta_t ("large"), or, for the model's spread,
@@ -289,33 +303,37 @@ class Diffusion:
     # --------------------------------------------------------------------------------------------------- the losses
 
     def loss(self, model: Callable, x0: Array, rng: np.random.Generator) -> Tensor:
-        """The loss of `loss_type` on a batch, each image with its own t ~ Uniform{0 ... T-1} and eps ~ N(0, I).
-
-        The variational bound (equation 5) asks that mu_theta come close to the mean of the step back, mu_tilde, for
-        all t (equation 8); this is "mean":
-
-            E [1 / (2 sigma_t^2) ||mu_tilde_t(x_t, x_0) - mu_theta(x_t, t)||^2]
-
-        Substituting mu_theta = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_t) (equation 11) for both
-        leaves the noise (equation 12); this is "weighted_eps", and the same number (see `log_variance` for sigma_0):
-
-            E [beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) ||eps - eps_theta(x_t, t)||^2]
-
-        Dropping the weight gives better pictures (equation 14); this is "simple", and with another objective the same
-        of x_0 or v:
+        """The loss of `loss_type` on a batch, each image with its own t ~ Uniform{0 ... T-1} and eps ~ N(0, I):
 
             E ||eps - eps_theta(sqrt(alpha_bar_t) b x_0 + sqrt(1 - alpha_bar_t) eps, t)||^2
 
-        "min_snr" weights the simple loss so that, whatever the objective, an error in x_0 counts min(SNR_t, gamma)
-        times (Hang et al. 2023): min(SNR, gamma) / SNR for eps, min(SNR, gamma) for x_0, min(SNR, gamma) alpha_bar /
-        SNR for v, which is min(SNR, gamma) / (SNR + 1) if b = 1. "vlb" is the bound itself, without its constant L_T:
-        T times `vlb_terms`, in bits per dimension. "hybrid" is the simple loss plus 0.001 of the bound, from which
-        only the variance learns (Nichol & Dhariwal 2021, equation 16).
+        This is "simple" (equation 14); with another objective it is the same of x_0 or v. Where it comes from: the
+        variational bound (equation 5) asks that mu_theta be close to mu_tilde, the mean of the step back, at every t
+        (equation 8), which is "weighted_mu",
 
-        ||.||^2 is a mean over all elements. Args: model: callable (x_t, t) -> (N, H, W, C), or with 2 C channels if
-        the variance is learned. x0: (N, H, W, C) in [-1, 1]. Returns a scalar tensor. Raises ValueError for an empty
-        batch or a model output of another shape, TypeError for anything but floats; warns if x0 is far outside of
-        [-1, 1].
+            E [1 / (2 sigma_t^2) ||mu_tilde_t(x_t, x_0) - mu_theta(x_t, t)||^2]
+
+        Substituting mu_theta = (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_t) (equation 11), and the
+        same of eps for mu_tilde, leaves the noise (equation 12). This is "weighted_eps", and the same number:
+
+            E [beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) ||eps - eps_theta(x_t, t)||^2]
+
+        Without its weight, which is greatest where there is least noise, the pictures are better: the simple loss. (For
+        sigma_t at t = 0 see `log_variance`.) Later papers:
+
+            "min_snr"   errors in x_0 count min(SNR_t, g) times, g = min_snr_gamma (Hang et al. 2023). The weights, of
+
+                            eps: min(SNR, g) / SNR     x_0: min(SNR, g)     v: min(SNR, g) / (SNR + 1), if b = 1
+
+            "vlb"       the bound itself, but for its constant L_T: T times `vlb_terms`, in bits per dimension. It is
+                        noisy, since t is drawn evenly (Nichol & Dhariwal 2021, section 3.3).
+            "hybrid"    simple + 0.001 vlb, where of the latter only the variance learns (equation 16 there).
+
+        ||.||^2 is a mean over all elements.
+
+        Args: model: callable (x_t, t) -> (N, H, W, C), or with 2 C channels if the variance is learned. x0: (N, H, W,
+        C) in [-1, 1]. Returns a scalar tensor. Raises ValueError for an empty batch or a model output of another
+        shape, TypeError for anything but floats; warns if x0 is far outside of [-1, 1].
         """
         _check_images(x0)
         if isinstance(x0, np.ndarray):  # on a GPU the look would wait for all that is under way
@@ -324,29 +342,35 @@ class Diffusion:
             raise TypeError(f"rng: expected a generator from numpy.random.default_rng, got {type(rng).__name__}")
         t = rng.integers(0, self.T, size=len(x0))
         eps = like(rng.standard_normal(x0.shape, dtype=x0.dtype), x0)
+        return self.loss_at(model, x0, t, eps)
+
+    def loss_at(self, model: Callable, x0: Array, t: np.ndarray, eps: Array) -> Tensor:
+        """The `loss` at given timesteps t (N,) with given noise eps (N, H, W, C): to follow it with the same noise, or
+        t by t. Returns a scalar tensor."""
         x_t = self.q_sample(x0, t, eps)
         prediction, spread = self._run(model, x_t, t)
+        if self.loss_type == "simple":
+            return mse(prediction, self.target(x0, t, eps))
+        if self.loss_type == "hybrid":
+            bound = self.vlb_terms(x0, x_t, t, as_array(prediction), spread)  # as_array: no gradient through the mean
+            return mse(prediction, self.target(x0, t, eps)) + 0.001 * self.T * bound.mean()
         if self.loss_type == "vlb":
             return self.T * self.vlb_terms(x0, x_t, t, prediction, spread).mean()
-        if self.loss_type in ("simple", "hybrid"):
-            simple = mse(prediction, self.target(x0, t, eps))
-            if self.loss_type == "simple":
-                return simple
-            return simple + 0.001 * self.T * self.vlb_terms(x0, x_t, t, as_array(prediction), spread).mean()
         if self.loss_type == "min_snr":
             weight, error = self._min_snr_weight(), prediction - self.target(x0, t, eps)
         else:
-            s, two_variances = self.schedule, 2 * np.exp(self._fixed_log_variance())
+            s, sigma2 = self.schedule, np.exp(self._fixed_log_variance())
             if self.loss_type == "weighted_eps":
-                weight = s.beta**2 / (two_variances * s.alpha * s.noise_variance)
+                weight = s.beta**2 / (2 * sigma2 * s.alpha * s.one_minus_alpha_bar)
                 error = self.predict_eps(x_t, t, prediction) - eps
             else:
-                weight, mu_tilde = 1 / two_variances, self.posterior_mean(x0, x_t, t)
+                weight, mu_tilde = 1 / (2 * sigma2), self.posterior_mean(x0, x_t, t)
                 error = self.posterior_mean(self.predict_x0(x_t, t, prediction), x_t, t) - mu_tilde
         return (self._at(weight, t, x0) * (error * error)).mean()
 
     def _min_snr_weight(self) -> np.ndarray:
-        """What "min_snr" multiplies the squared error of the prediction with, (T,)."""
+        """What "min_snr" multiplies the squared error of the prediction with, (T,). For v that is alpha_bar times the
+        weight for eps, since an error in v is one of sqrt(alpha_bar) times as much in eps."""
         snr, gamma = self.schedule.snr, self.min_snr_gamma
         if self.objective == "x0":
             return np.minimum(snr, gamma)
@@ -370,7 +394,8 @@ class Diffusion:
             t = 0    L_0 = -ln p_theta(x_0 | x_t), of the grey levels      (see `discretised_gaussian`)
 
         both over ln 2. Args: x0, x_t: (N, H, W, C), x0 of 8-bit levels k as k / 127.5 - 1. t: (N,). prediction,
-        spread: what the model returned for x_t, split in two if the variance is learned. clip: see `limit`.
+        spread: what the model returned for x_t, split in two if the variance is learned. clip: see `limit`, which
+        takes arrays only.
         """
         b = self.schedule.input_scale
         mean = self.posterior_mean(limit(self.predict_x0(x_t, t, prediction), clip), x_t, t)
@@ -378,7 +403,7 @@ class Diffusion:
         true_mean = self.posterior_mean(x0, x_t, t)
         true_log_variance = self._at(self.schedule.posterior_log_variance, t, x0)
         nats = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
-        if (t == 0).any():
+        if (t == 0).any():  # there the grey levels of the image itself are scored, so b is taken out again
             first = self._at(np.arange(self.T) == 0, t, x0)
             levels = discretised_gaussian(x0, mean / b, log_variance - 2 * math.log(b))
             nats = (1 - first) * nats - first * levels
@@ -448,9 +473,6 @@ class Diffusion:
                 terms[t] = np.concatenate(list(of_images)).mean(dtype=np.float64)
                 bar.update()
         return BitsPerDim(self.prior_terms(x0).data.mean(dtype=np.float64).item(), terms)
-
-
-SHARD = 8  # images per forward pass: enough for the matrix products, few enough for the cache
 
 
 def limit(x0: Array, clip: bool | str) -> Array:

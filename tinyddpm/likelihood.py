@@ -1,6 +1,7 @@
-"""Two likelihoods of images, from which the variational bound is put together (Ho et al. 2020, sections 2 and 3.3).
+"""The two parts of the variational bound (Ho et al. 2020, sections 2 and 3.3): the KL divergence of two Gaussians, and
+the log-likelihood of 8-bit grey levels.
 
-Both are written with ops, so that a learned variance can be trained on them, and both are in nats, for each number.
+Both are elementwise and in nats, and made of ops, so that a learned variance can be trained on them.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ from .tensor import Tensor, as_array, exp, log
 def gaussian_kl(mean1: Array, log_variance1: Array, mean2: Array, log_variance2: Array) -> Tensor:
     """KL divergence of two Gaussians, elementwise, in nats; arrays or tensors whose shapes broadcast:
 
-    KL(N(m1, s1^2) || N(m2, s2^2)) = 1/2 (-1 + ln s2^2 - ln s1^2 + s1^2 / s2^2 + (m1 - m2)^2 / s2^2)
+        KL(N(m1, s1^2) || N(m2, s2^2)) = 1/2 (-1 + ln s2^2 - ln s1^2 + s1^2 / s2^2 + (m1 - m2)^2 / s2^2)
+
+    with m = mean and s^2 = exp(log_variance).
     """
     log_ratio, gap = log_variance1 - log_variance2, mean1 - mean2
     return 0.5 * (exp(log_ratio) - 1 - log_ratio + gap * gap * exp(-log_variance2))
 
 
 def discretised_gaussian(x0: Array, mean: Array, log_variance: Array) -> Tensor:
-    """ln of what N(mean, variance) gives to the grey level of each x_0, elementwise, in nats (equation 13):
+    """Log-probability of the grey level x_0 under N(mean, variance), elementwise, in nats (equation 13):
 
         p(x_0) = integral of the density from x_0 - 1/255 to x_0 + 1/255
 
@@ -28,7 +31,8 @@ def discretised_gaussian(x0: Array, mean: Array, log_variance: Array) -> Tensor:
     that the 256 add up to 1. The logarithm is taken of 1e-12 at least. x0: an array of 8-bit levels k, as k / 127.5 -
     1.
     """
-    # The curve is symmetric: mirrored to where x0 is below the mean, no digits are lost between two values close to 1.
+    # Above the mean both values of the distribution function are close to 1, and their difference loses its digits. The
+    # curve is symmetric, so such an x0 is mirrored to below the mean, where both are small.
     side = 1 - 2 * (x0 > as_array(mean)).astype(x0.dtype)
     bottom, top = (side * x0 < -0.999).astype(x0.dtype), (side * x0 > 0.999).astype(x0.dtype)
     centred, inverse_std = side * (x0 - mean), exp(-0.5 * log_variance)

@@ -16,6 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from threadpoolctl import ThreadpoolController
 
+SHARD = (
+    8  # images a worker passes through a network at a time: enough for the matrix products, few enough for the cache
+)
+
 
 def cpu_count() -> int:
     """How many CPUs this process may use."""

@@ -16,21 +16,22 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from .backend import Array, array_module, to_device
-from .diffusion import SHARD, Diffusion
-from .parallel import worker_threads
+from .diffusion import Diffusion
+from .parallel import SHARD, worker_threads
 from .schedule import Schedule
 from .tensor import as_array, no_grad
 
-Step = Iterator[tuple[int, Array, Array]]  # (t, x_{t-1}, predicted x_0) after each step, t = T-1 ... 0
+Steps = Iterator[tuple[int, Array, Array]]  # (t, x_{t-1}, predicted x_0) after each step, t = T-1 ... 0
 
 
-def ddpm(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: bool | str = True) -> Step:
+def ddpm(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: bool | str = True) -> Steps:
     """Ancestral sampling (Ho et al. 2020, algorithm 2): a sample of p_theta(x_{t-1} | x_t) at every step,
 
         x_{t-1} = mu_tilde(x0hat, x_t) + sigma_t z,   z ~ N(0, I) for t > 0, else 0
 
-    where x0hat is what the predicted noise leaves of x_t, clipped to [-1, 1]; unclipped, the mean is the paper's
-    (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta) / sqrt(alpha_t).
+    where x0hat is what the predicted noise leaves of x_t, clipped to [-1, 1]. The clipping is not in algorithm 2 but in
+    the paper's code; without it the mean is that of algorithm 2, (x_t - beta_t / sqrt(1 - alpha_bar_t) eps_theta) /
+    sqrt(alpha_t).
     """
     for t in reversed(range(diffusion.T)):
         x, log_variance, x0 = diffusion.p_mean_variance(model, x, np.full(len(x), t), clip)
@@ -41,15 +42,16 @@ def ddpm(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip:
 
 def ddim(
     diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: bool | str = True, eta: float = 0.0
-) -> Step:
+) -> Steps:
     """Denoising diffusion implicit models (Song et al. 2021, equations 12 and 16): straight towards x0hat, in few
     steps,
 
         x_{t-1} = sqrt(alpha_bar_{t-1}) b x0hat + sqrt(1 - alpha_bar_{t-1} - s^2) epshat + s z,   z ~ N(0, I)
-        s = eta sqrt((1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t / alpha_bar_{t-1})
+        s = eta sqrt(beta_tilde_t) = eta sqrt((1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)) sqrt(1 - alpha_bar_t /
+            alpha_bar_{t-1})
 
-    where epshat is what x0hat, once clipped, leaves of x_t. With eta = 0 nothing is random but the start; with eta = 1,
-    s^2 is beta_tilde_t, and this is `ddpm` with the small variance.
+    where epshat is what x0hat, once clipped, leaves of x_t. With eta = 0 nothing is random but the start; eta = 1 is
+    `ddpm` with the small variance.
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: expected a number from 0 to 1, got {eta}")
@@ -61,14 +63,14 @@ def ddim(
         s = eta * math.sqrt(schedule.posterior_variance[t])
         signal = math.sqrt(schedule.alpha_bar_prev[t]) * schedule.input_scale
         # 1 - alpha_bar_{t-1} - s^2, without the digits that are lost where the two are nearly the same
-        rest = schedule.noise_variance_prev[t] * (1 - eta**2 * schedule.beta[t] / schedule.noise_variance[t])
+        rest = schedule.one_minus_alpha_bar_prev[t] * (1 - eta**2 * schedule.beta[t] / schedule.one_minus_alpha_bar[t])
         x = signal * x0 + math.sqrt(max(rest, 0)) * eps
         if s > 0:
             x = x + s * noise()
         yield t, x, x0
 
 
-def dpm_solver(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: bool | str = True) -> Step:
+def dpm_solver(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: bool | str = True) -> Steps:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the same path as `ddim`'s, by a second-order multistep method.
 
     With alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), l = ln(alpha / sigma) and m = b x0hat at each step, the
@@ -79,7 +81,7 @@ def dpm_solver(diffusion: Diffusion, model: Callable, x: Array, noise: Callable,
     The first step has no m_before and is of first order; the last ends where sigma = 0 and takes x = m.
     """
     alpha = np.sqrt(np.append(1.0, diffusion.schedule.alpha_bar))  # [t + 1] is that of x_t, [t] that of x_{t-1}
-    sigma = np.sqrt(np.append(0.0, diffusion.schedule.noise_variance))
+    sigma = np.sqrt(np.append(0.0, diffusion.schedule.one_minus_alpha_bar))
     with np.errstate(divide="ignore"):  # no noise: infinity; no signal: minus infinity
         l = np.log(alpha) - np.log(sigma)
     m_before = None
@@ -102,8 +104,8 @@ def respace(diffusion: Diffusion, ts: np.ndarray) -> Diffusion:
     steps (Nichol & Dhariwal 2021, section 4).
 
     alpha_bar is what it was at those timesteps, so that beta = 1 - alpha_bar_t / alpha_bar_{the one before, at first
-    1}. Of long steps only the small variance gives good pictures, so "large" becomes "small". The model goes on to be
-    asked for the timesteps that it knows: whoever calls it translates. Raises ValueError unless ts ascends within 0
+    1}. Of long steps only the small variance gives good pictures, so "large" becomes "small". The network must
+    still be given the timesteps it knows, ts[t], as `sample` does. Raises ValueError unless ts ascends within 0
     ... T-1.
     """
     s = diffusion.schedule
@@ -116,9 +118,9 @@ def respace(diffusion: Diffusion, ts: np.ndarray) -> Diffusion:
 
 
 def guided(unconditional: Callable, conditional: Callable, scale: float) -> Callable:
-    """Classifier-free guidance (Ho & Salimans 2022, whose w is scale - 1): a model that predicts
+    """Classifier-free guidance (Ho & Salimans 2022, whose w is scale - 1): a model that predicts, be it eps, x_0 or v,
 
-        eps_u + scale (eps_c - eps_u)
+        prediction_u + scale (prediction_c - prediction_u)
 
     0 is the unconditional model, 1 the conditional one, and more exaggerates what sets them apart. Of a learned
     variance, the conditional model's is taken as it is. The dtype and device are those of the conditional model.
@@ -157,7 +159,8 @@ def sample(
         method: "ddpm", "ddim" or "dpm++": the functions of this file.
         steps: how many steps to take, evenly spaced and from the last timestep on (what diffusers calls trailing; see
             `respace`); None for all T.
-        rng: seed or generator; the same seed gives the same images, whatever N and the number of workers.
+        rng: seed or generator; the same seed gives the same images, whatever N and the number of workers. With the
+            default a second call repeats the first; None draws other images every time.
         clip: keep the predicted x_0 within [-1, 1] at every step; False not to, "dynamic" for `dynamic_threshold`.
         callback: called as callback(t, x_{t-1}, predicted x_0) after every step; x_{t-1} is still b times as large.
         workers: threads; None for one per CPU.

@@ -32,7 +32,7 @@ def _table(function):
     return functools.cached_property(compute)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Schedule:
     """The tables that follow from beta; `name` and `parameters` say how `make_schedule` made it.
 
@@ -73,6 +73,10 @@ class Schedule:
         """Copies and pickles are made anew, so that they are as immutable."""
         return Schedule, (self.beta, self.input_scale, self.name, dict(self.parameters))
 
+    def __repr__(self) -> str:
+        settings = {"T": len(self), "input_scale": self.input_scale, **self.parameters}
+        return f"Schedule({self.name!r}, {', '.join(f'{key}={value}' for key, value in settings.items())})"
+
     def __len__(self) -> int:
         """T, the number of steps."""
         return len(self.beta)
@@ -93,41 +97,40 @@ class Schedule:
         return np.append(1.0, self.alpha_bar[:-1])
 
     @_table
-    def noise_variance(self) -> np.ndarray:
+    def one_minus_alpha_bar(self) -> np.ndarray:
         """1 - alpha_bar_t, the variance of the noise in x_t, through logarithms: where alpha_bar_t is nearly 1, the
         subtraction would lose its digits."""
         with np.errstate(divide="ignore"):  # the last beta may be 1
             return -np.expm1(np.cumsum(np.log1p(-self.beta)))
 
     @_table
-    def noise_variance_prev(self) -> np.ndarray:
+    def one_minus_alpha_bar_prev(self) -> np.ndarray:
         """1 - alpha_bar_{t-1}, which is 0 at t = 0."""
-        return np.append(0.0, self.noise_variance[:-1])
+        return np.append(0.0, self.one_minus_alpha_bar[:-1])
 
     @_table
     def snr(self) -> np.ndarray:
         """Signal-to-noise ratio b^2 alpha_bar_t / (1 - alpha_bar_t) of an image of variance 1 (Kingma et al. 2021)."""
-        return self.input_scale**2 * self.alpha_bar / self.noise_variance
+        return self.input_scale**2 * self.alpha_bar / self.one_minus_alpha_bar
 
     @_table
     def log_snr(self) -> np.ndarray:
-        """lambda_t = ln snr_t, the natural time of diffusion; b shifts it by 2 ln b. It is -inf where nothing is
-        left."""
+        """lambda_t = ln snr_t, which b shifts by 2 ln b. It is -inf where nothing is left."""
         with np.errstate(divide="ignore"):
             return np.log(self.snr)
 
     @_table
-    def posterior_mean_x0(self) -> np.ndarray:
+    def posterior_mean_coef_x0(self) -> np.ndarray:
         """Weight of (b times) x_0 in the mean of q(x_{t-1} | x_t, x_0) (equation 7):
 
         sqrt(alpha_bar_{t-1}) beta_t / (1 - alpha_bar_t).
         """
-        return np.sqrt(self.alpha_bar_prev) * self.beta / self.noise_variance
+        return np.sqrt(self.alpha_bar_prev) * self.beta / self.one_minus_alpha_bar
 
     @_table
-    def posterior_mean_xt(self) -> np.ndarray:
+    def posterior_mean_coef_xt(self) -> np.ndarray:
         """Weight of x_t in that mean: sqrt(alpha_t) (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t)."""
-        return np.sqrt(self.alpha) * self.noise_variance_prev / self.noise_variance
+        return np.sqrt(self.alpha) * self.one_minus_alpha_bar_prev / self.one_minus_alpha_bar
 
     @_table
     def posterior_variance(self) -> np.ndarray:
@@ -135,7 +138,7 @@ class Schedule:
 
         beta_tilde_t = beta_t (1 - alpha_bar_{t-1}) / (1 - alpha_bar_t).
         """
-        return self.beta * self.noise_variance_prev / self.noise_variance
+        return self.beta * self.one_minus_alpha_bar_prev / self.one_minus_alpha_bar
 
     @_table
     def posterior_log_variance(self) -> np.ndarray:
@@ -268,9 +271,10 @@ def discretise(gamma: np.ndarray) -> np.ndarray:
 
         beta_t = 1 - gamma((t+1)/T) / gamma(t/T),   where before the first step gamma is 1
 
-    kept between 1e-12, for a step where gamma is flat must still add noise, and 0.999, for one that left nothing could
-    not be taken back (Nichol & Dhariwal 2021); gamma is kept from 0 by 1e-9 (Chen 2023). Whoever needs alpha_bar
-    computes it from the beta that come out. Raises ValueError if gamma is flat at most of the steps.
+    kept within [1e-12, 0.999]: above 0, because every step must add some noise, also where gamma is flat; below 1,
+    because with alpha_bar = 0 a predicted eps does not tell x_0 (Nichol & Dhariwal 2021). gamma itself is kept from 0
+    by 1e-9 (Chen 2023). So alpha_bar is always computed from beta, not read off gamma. Raises ValueError if gamma is
+    flat at most of the steps.
     """
     gamma = np.append(1.0, np.maximum(gamma, 1e-9))
     beta = (1 - gamma[1:] / gamma[:-1]).clip(1e-12, 0.999)
@@ -326,7 +330,8 @@ def make_schedule(
         parameters: of the function: beta_start, beta_end; s, start, end, tau; logsnr_max, logsnr_min, shift.
 
     Raises ValueError for an unknown name, a T below 1 or a parameter out of range, TypeError for an unknown parameter;
-    warns if the image at the last step is not near mean 0 and variance 1, where sampling starts.
+    warns if the last step leaves more than 1 % of the image's variance, b^2 alpha_bar_{T-1} > 0.01, since sampling
+    starts from pure noise.
     """
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(

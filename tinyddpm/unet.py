@@ -24,9 +24,9 @@ ENCODINGS = ("ddpm", "improved", "interleaved")
 
 
 def timestep_encoding(t: np.ndarray, channels: int, form: str = "ddpm") -> np.ndarray:
-    """Sinusoidal encoding P of the integer timesteps t (N,) -> (N, channels), float64, d = channels, even.
+    """Sinusoidal encoding P(k, .) of each timestep k in t (N,) -> (N, channels), float64; d = channels is even.
 
-    The position encoding of Vaswani et al. 2017, for n = 10000 and i = 0 ... d/2 - 1, is "interleaved":
+    The position encoding of Vaswani et al. 2017, with n = 10000 and i = 0 ... d/2 - 1, is "interleaved":
 
         P(k, 2i) = sin(k / n^(2i/d)),  P(k, 2i+1) = cos(k / n^(2i/d))
 
