@@ -508,16 +508,15 @@ class TestDiffusionBadInput:
 
     def test_images_far_out_of_range_are_warned_about(self):
         rng, x0 = np.random.default_rng(0), np.linspace(0, 255, 32).reshape(2, 4, 4, 1)
-        loss = lambda x: self.d.loss(zeros, x, rng)
-        with pytest.warns(
-            UserWarning, match=r"x0: images are expected in \[-1, 1\], but these range from 0 to 255"
-        ) as seen:
-            loss(x0)
-        assert seen[0].filename == __file__  # it points to the caller
-        with pytest.warns(UserWarning, match="these range from -2.1 to -0"):
-            loss(-2.1 / 255 * x0)
-        loss(2 / 255 * x0)  # not far
-        loss(-2 / 255 * x0)
+        with pytest.warns(UserWarning) as seen:
+            for scale in (1, -2.1 / 255, 2.1 / 255):
+                self.d.loss(zeros, scale * x0, rng)
+        message = "x0: images are expected in [-1, 1], but these range from {} to {}"
+        ranges = ((0, 255), (-2.1, "-0"), (0, 2.1))
+        assert [str(w.message) for w in seen] == [message.format(*r) for r in ranges]
+        assert {w.filename for w in seen} == {__file__}  # it points to the caller
+        for scale in (2 / 255, -2 / 255):  # that is not far
+            self.d.loss(zeros, scale * x0, rng)
 
     def test_images_that_are_no_array(self):
         for images in (self.x.tolist(), Tensor(self.x)):

@@ -284,6 +284,24 @@ class TestBitsPerDim:
         assert np.abs(d.bits_per_dim(unet, images, rng=1, progress=False).terms - again.terms).max() > 1e-6
         assert len({term.tobytes() for term in np.diff(each, axis=0)}) == len(images) - 1
 
+    def test_it_is_computed_where_the_model_is_and_there_in_one_batch(self, monkeypatch):
+        went, shapes = [], []
+        monkeypatch.setattr("tinyddpm.diffusion.to_device", lambda x, device: went.append(device) or x)
+
+        class Model:
+            device = "cuda:1"
+
+            def __call__(self, x, t):
+                shapes.append(x.shape)
+                return 0 * x
+
+        d, x0 = Diffusion(make("linear", 3)), np.ones((SHARD + 3, 2, 2, 1))
+        d.bits_per_dim(Model(), x0, progress=False)
+        assert set(went) == {"cuda:1"} and set(shapes) == {x0.shape}
+        shapes.clear()
+        d.bits_per_dim(lambda x, t: shapes.append(x.shape) or 0 * x, x0, progress=False)
+        assert set(shapes) == {(SHARD, 2, 2, 1), (3, 2, 2, 1)}
+
     def test_the_result_cannot_be_changed_and_is_equal_to_itself_only(self):
         bits, other = (BitsPerDim(0.5, np.array([1.0, 0.25])) for _ in range(2))
         assert bits.total == 1.75 and bits == bits and bits != other
