@@ -32,7 +32,7 @@ def _table(function):
     return functools.cached_property(compute)
 
 
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
     """The tables that follow from beta; `name` and `parameters` say how `make_schedule` made it.
 
