@@ -5,7 +5,8 @@ A convolution is one matrix product. `columns` lays the kh x kw x C pixels that 
 too: the one with respect to the filters is `columns` transposed times the gradient, the one with respect to the image
 is a convolution of the gradient with the filters turned by 180 degrees (Dumoulin & Visin 2016).
 
-That is the plain way, for any filter. Most of a U-Net's are 3x3, and in float32 on a CPU winograd.py takes those.
+That is the plain way, for any filter. Most of a U-Net's are 3x3 with stride 1 and padding 1, and in float32 on a CPU
+winograd.py takes those that have 8 channels or more.
 """
 
 from __future__ import annotations
@@ -75,10 +76,10 @@ def correlate_grad_w(x: Array, g: Array, shape: tuple[int, ...], stride: int, pa
 
 def correlate_grad_x(g: Array, w: Array, stride: int, pad: Padding, shape: tuple[int, ...]) -> Array:
     """Gradient of `correlate` for x, from dL/dy = g: spread g out by the stride, then convolve with w turned around."""
-    turned = w[::-1, ::-1].swapaxes(2, 3)
-    if _takes_winograd(g, turned.shape, stride, pad):
-        return winograd.correlate(g, winograd.filters(turned))
     kh, kw = w.shape[:2]
+    turned = w[::-1, ::-1].swapaxes(2, 3)
+    if stride == 1 and max(pad[0]) < kh and max(pad[1]) < kw:  # nothing to spread, nothing to cut off
+        return correlate(g, turned, 1, tuple((k - 1 - a, k - 1 - b) for k, (a, b) in zip((kh, kw), pad)))
     spread = array_module(g).zeros((shape[0], shape[1] + kh - 1, shape[2] + kw - 1, w.shape[3]), g.dtype)
     to_rows, from_rows = _spread(g.shape[1], stride, kh - 1 - pad[0][0], spread.shape[1])
     to_cols, from_cols = _spread(g.shape[2], stride, kw - 1 - pad[1][0], spread.shape[2])
@@ -87,7 +88,7 @@ def correlate_grad_x(g: Array, w: Array, stride: int, pad: Padding, shape: tuple
 
 
 def _takes_winograd(x: Array, shape: tuple[int, ...], stride: int, pad: Padding) -> bool:
-    """Whether winograd.py can convolve x with filters of this shape, and is faster: not so with few channels."""
+    """Whether winograd.py can convolve x with filters of this shape, and is faster (with few channels it is not)."""
     same = shape[:2] == (3, 3) and stride == 1 and pad == ((1, 1), (1, 1))
     return same and isinstance(x, np.ndarray) and x.dtype == np.float32 and min(shape[2:]) >= 8
 
@@ -126,7 +127,7 @@ def _padding(padding: int | Padding) -> Padding:
         good = False
     if not good:
         raise ValueError(f"padding: expected an integer >= 0 or ((top, bottom), (left, right)), got {padding!r}")
-    return padding
+    return (top, bottom), (left, right)
 
 
 def _check(x: Array, w: Array, b: Array | None, stride: int, pad: Padding) -> None:
