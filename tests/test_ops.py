@@ -100,6 +100,9 @@ CASES = {
         ((normal((2, 5, 6, 3)), normal((3, 3, 3, 4)), normal((4,))), {"padding": 1}),
         ((normal((2, 6, 4, 2)), normal((3, 3, 2, 2)), normal((2,))), {"stride": 2, "padding": ((0, 1), (0, 1))}),
         ((normal((1, 4, 4, 3)), normal((1, 1, 3, 2)), None), {}),
+        ((normal((2, 4, 5, 3)), normal((2, 3, 3, 2)), None), {"padding": ((2, 0), (0, 1))}),  # as wide as the filter
+        ((normal((2, 4, 5, 3)), normal((3, 2, 3, 2)), None), {"padding": ((1, 0), (0, 2))}),
+        ((normal((1, 3, 3, 2)), normal((1, 1, 2, 2)), None), {"padding": 1}),
     ],
     conv.upsample: [((normal((2, 3, 4, 2)),), {})],
     fused.group_norm: [
