@@ -114,3 +114,9 @@ def unet(p, x, t, channels, blocks, attention_at, heads, groups):
         if i > 0:
             h = conv(f"up.{u}.resize", upsample(h))
     return conv("conv_out", silu(norm("norm_out", h)))
+
+
+# the weights that Ho et al. start as zero, in a U-Net of two levels with one block each and attention in the lower
+BLOCKS = "down.0.res.0 down.1.res.0 middle1 middle2 up.0.res.0 up.0.res.1 up.1.res.0 up.1.res.1".split()
+ATTENTIONS = "down.1.attention.0 middle_attention up.0.attention.0 up.0.attention.1".split()
+STARTS_AS_ZERO = {f"{b}.conv2.w" for b in BLOCKS} | {f"{a}.attention.out.w" for a in ATTENTIONS} | {"conv_out.w"}

@@ -82,6 +82,12 @@ def test_a_flattened_model_saves_and_loads(tmp_path):
     np.testing.assert_array_equal(theta, np.arange(len(theta)))  # loading writes through to the vector
 
 
+def contents(path):
+    """The tensors and the metadata of a file."""
+    with safe_open(path, "numpy") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+
+
 class TestBadInput:
     def test_where_to_save(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="path: there is no folder .*nowhere"):
@@ -136,8 +142,7 @@ class TestBadInput:
 
     def test_a_file_without_its_schedule(self, tmp_path):
         save_model(tmp_path / "m", UNet(**TINY), DIFFUSION)
-        with safe_open(tmp_path / "m", "numpy") as file:
-            state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        state, metadata = contents(tmp_path / "m")
         save_file({name: x for name, x in state.items() if name != "schedule.beta"}, tmp_path / "m", metadata)
         with pytest.raises(ValueError, match="holds no model that can be built: 'schedule.beta'"):
             load_model(tmp_path / "m")
@@ -150,8 +155,7 @@ class TestBadInput:
 
     def test_weights_of_several_dtypes(self, tmp_path):
         save_model(tmp_path / "m", UNet(**TINY), DIFFUSION)
-        with safe_open(tmp_path / "m", "numpy") as file:
-            state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+        state, metadata = contents(tmp_path / "m")
         save_file(state | {"conv_in.b": np.zeros(4, np.int32)}, tmp_path / "m", metadata=metadata)
         with pytest.raises(ValueError, match="holds no model that can be built"):
             load_model(tmp_path / "m")

@@ -11,8 +11,9 @@ from ideal import ideal_denoiser
 from strategies import SEEDS, make
 
 from tinyddpm import Diffusion, Schedule, UNet, backward, make_schedule
-from tinyddpm.diffusion import OBJECTIVES, SHARD, BitsPerDim
+from tinyddpm.diffusion import OBJECTIVES, BitsPerDim
 from tinyddpm.likelihood import discretised_gaussian, gaussian_kl
+from tinyddpm.parallel import SHARD
 from tinyddpm.schedule import linear
 from tinyddpm.tensor import Parameter
 

@@ -13,7 +13,8 @@ from strategies import SEEDS, schedules
 
 from tinyddpm import Diffusion, Schedule, UNet, make_schedule, sample
 from tinyddpm.diffusion import OBJECTIVES
-from tinyddpm.sample import SAMPLERS, SHARD, ddim, ddpm, dpm_solver, guided, respace
+from tinyddpm.parallel import SHARD
+from tinyddpm.sample import SAMPLERS, ddim, ddpm, dpm_solver, guided, respace
 from tinyddpm.schedule import linear
 from tinyddpm.tensor import Parameter, Tensor
 

@@ -5,6 +5,7 @@ Nothing is ever unpickled, and the file appears whole or not at all.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -33,7 +34,9 @@ def save_model(path: str | pathlib.Path, unet: UNet, diffusion: Diffusion) -> No
             "parameters": dict(schedule.parameters),
         },
         "diffusion": {
-            name: getattr(diffusion, name) for name in ("objective", "variance", "loss_type", "min_snr_gamma")
+            field.name: getattr(diffusion, field.name)
+            for field in dataclasses.fields(diffusion)
+            if field.name != "schedule"
         },
     }
     tensors = {**unet.state_dict(), "schedule.beta": schedule.beta}

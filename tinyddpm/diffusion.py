@@ -25,6 +25,7 @@ unless another paper is named.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -35,7 +36,7 @@ from tqdm import tqdm
 from .backend import Array, array_module, is_array, like, to_device, to_numpy
 from .functional import mse
 from .likelihood import discretised_gaussian, gaussian_kl
-from .parallel import SHARD, worker_threads
+from .parallel import shards, worker_threads
 from .schedule import Schedule
 from .tensor import Tensor, as_array, no_grad
 
@@ -202,11 +203,11 @@ class Diffusion:
         Args: x_t, prediction: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
         _check_shape("prediction", prediction, x_t)
+        if self.objective == "x0":
+            return self.eps_from_x0(x_t, t, prediction)
         signal, noise = self._signal_and_noise(t, x_t)
         if self.objective == "eps":
             return prediction
-        if self.objective == "x0":
-            return self.eps_from_x0(x_t, t, prediction)
         return signal * prediction + noise * x_t
 
     def eps_from_x0(self, x_t: Array, t: np.ndarray, x0: Array | Tensor) -> Array | Tensor:
@@ -407,7 +408,7 @@ class Diffusion:
             first = self._at(np.arange(self.T) == 0, t, x0)
             levels = discretised_gaussian(x0, mean / b, log_variance - 2 * math.log(b))
             nats = (1 - first) * nats - first * levels
-        return nats.reshape(len(t), -1).mean(axis=1) * (1 / math.log(2))
+        return _bits_per_image(nats)
 
     def prior_terms(self, x0: Array) -> Tensor:
         """L_T = KL(q(x_{T-1} | x_0) || N(0, I)) of each image, in bits per dimension, (N,); nothing in it is learned.
@@ -418,7 +419,7 @@ class Diffusion:
         signal, noise = self._signal_and_noise(t, x0)
         zero = np.zeros_like(x0)
         nats = gaussian_kl(self.schedule.input_scale * signal * x0, 2 * np.log(noise), zero, zero)
-        return nats.reshape(len(t), -1).mean(axis=1) * (1 / math.log(2))
+        return _bits_per_image(nats)
 
     def bits_per_dim(
         self,
@@ -454,12 +455,11 @@ class Diffusion:
             )
         dtype, device = getattr(model, "dtype", x0.dtype), getattr(model, "device", "cpu")
         streams = np.random.default_rng(rng).spawn(len(x0))
-        size = SHARD if device == "cpu" else len(x0)
         x0 = x0.astype(dtype, copy=False)
 
-        def shard_at(t: int, start: int) -> np.ndarray:
-            x = x0[start : start + size]
-            eps = np.stack([stream.standard_normal(x.shape[1:], dtype) for stream in streams[start : start + size]])
+        def terms_at(t: int, shard: slice) -> np.ndarray:
+            x = x0[shard]
+            eps = np.stack([stream.standard_normal(x.shape[1:], dtype) for stream in streams[shard]])
             x, eps, ts = to_device(x, device), to_device(eps, device), np.full(len(x), t)
             with no_grad():
                 x_t = self.q_sample(x, ts, eps)
@@ -469,7 +469,7 @@ class Diffusion:
         terms = np.zeros(self.T)
         with worker_threads(workers) as run, tqdm(total=self.T, desc="bits/dim", disable=not progress) as bar:
             for t in reversed(range(self.T)):
-                of_images = run(lambda start, t=t: shard_at(t, start), range(0, len(x0), size))
+                of_images = run(functools.partial(terms_at, t), shards(len(x0), device))
                 terms[t] = np.concatenate(list(of_images)).mean(dtype=np.float64)
                 bar.update()
         return BitsPerDim(self.prior_terms(x0).data.mean(dtype=np.float64).item(), terms)
@@ -493,6 +493,11 @@ def dynamic_threshold(x0: Array, quantile: float = 0.995, most: float = math.inf
     s = array_module(x0).quantile(np.abs(x0), quantile, axis=tuple(range(1, x0.ndim)), keepdims=True)
     s = s.clip(1, most).astype(x0.dtype)  # CuPy's quantiles are float64
     return np.clip(x0, -s, s) / s
+
+
+def _bits_per_image(nats: Tensor) -> Tensor:
+    """Nats of every number (N, H, W, C) -> bits per dimension of every image (N,)."""
+    return nats.reshape(nats.shape[0], -1).mean(axis=1) * (1 / math.log(2))
 
 
 def _check_shape(name: str, value: Array | Tensor, x: Array) -> None:

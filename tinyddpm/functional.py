@@ -91,8 +91,7 @@ def normal_cdf(x):
 
     Through the complementary error function, Phi(x) = erfc(-x / sqrt 2) / 2, it is precise far out on the left as well.
     """
-    phi = lambda: np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi))
-    return 0.5 * erfc(-x * math.sqrt(0.5)), lambda g: g * phi()
+    return 0.5 * erfc(-x * math.sqrt(0.5)), lambda g: g * (np.exp(-0.5 * x * x) * (1 / math.sqrt(2 * math.pi)))
 
 
 @op

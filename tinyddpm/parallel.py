@@ -16,9 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 from threadpoolctl import ThreadpoolController
 
-SHARD = (
-    8  # images a worker passes through a network at a time: enough for the matrix products, few enough for the cache
-)
+SHARD = 8  # images for one forward pass of a worker: enough for the matrix products, few enough for the cache
+
+
+def shards(count: int, device: str) -> list[slice]:
+    """Cut `count` images into what passes through a network at a time: `SHARD` on a CPU, all of them on a GPU."""
+    size = SHARD if device == "cpu" else count
+    return [slice(start, start + size) for start in range(0, count, size)]
 
 
 def cpu_count() -> int:

@@ -17,7 +17,7 @@ import numpy as np
 
 from .backend import Array, array_module, to_device
 from .diffusion import Diffusion
-from .parallel import SHARD, worker_threads
+from .parallel import shards, worker_threads
 from .schedule import Schedule
 from .tensor import as_array, no_grad
 
@@ -104,9 +104,8 @@ def respace(diffusion: Diffusion, ts: np.ndarray) -> Diffusion:
     steps (Nichol & Dhariwal 2021, section 4).
 
     alpha_bar is what it was at those timesteps, so that beta = 1 - alpha_bar_t / alpha_bar_{the one before, at first
-    1}. Of long steps only the small variance gives good pictures, so "large" becomes "small". The network must
-    still be given the timesteps it knows, ts[t], as `sample` does. Raises ValueError unless ts ascends within 0
-    ... T-1.
+    1}. Of long steps only the small variance gives good pictures, so "large" becomes "small". The network must still
+    be given the timesteps it knows, ts[t], as `sample` does. Raises ValueError unless ts ascends within 0 ... T-1.
     """
     s = diffusion.schedule
     if not (len(ts) and ts[0] >= 0 and ts[-1] < len(s) and np.all(np.diff(ts) > 0)):
@@ -186,7 +185,6 @@ def sample(
         ts = np.arange(1, steps + 1) * T // steps - 1  # the last is T-1, from where sampling starts
         diffusion = respace(diffusion, ts)
     dtype, device = getattr(model, "dtype", np.dtype("float32")), getattr(model, "device", "cpu")
-    size = SHARD if device == "cpu" else shape[0]
     streams = np.random.default_rng(rng).spawn(shape[0])
 
     def noise() -> Array:
@@ -195,11 +193,11 @@ def sample(
     with worker_threads(workers) as run:
 
         def in_shards(x: Array, t: np.ndarray) -> Array:
-            def shard(i: int) -> Array:
+            def predict(shard: slice) -> Array:
                 with no_grad():
-                    return as_array(model(x[i : i + size], ts[t[i : i + size]]))
+                    return as_array(model(x[shard], ts[t[shard]]))
 
-            return array_module(x).concatenate(list(run(shard, range(0, len(x), size))))
+            return array_module(x).concatenate(list(run(predict, shards(len(x), device))))
 
         for t, x, x0 in SAMPLERS[method](diffusion, in_shards, noise(), noise, clip=clip, **settings):
             if callback:

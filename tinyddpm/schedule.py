@@ -50,24 +50,22 @@ class Schedule:
 
     def __post_init__(self):
         beta = np.array(self.beta, dtype=np.float64)
-        shown = np.array2string(beta, threshold=6)
-        if beta.ndim != 1 or len(beta) == 0 or not (np.all(beta > 0) and np.all(beta[:-1] < 1) and beta[-1] <= 1):
-            raise ValueError(
-                "beta: expected a vector of one or more numbers in (0, 1), of which the last may be 1, got " + shown
-            )
-        if not np.all(np.diff(np.cumprod(1 - beta), prepend=1) < 0):
-            raise ValueError(
-                "beta: alpha_bar must fall at every step, but in double precision some step leaves it as it is, or it "
-                "is 0 before the last; got " + shown
-            )
-        scale = _number("input_scale", self.input_scale)
-        if not scale > 0:
-            raise ValueError(f"input_scale: expected a number > 0, got {scale}")
         beta.flags.writeable = False
-        for field, value in dict(
-            beta=beta, input_scale=scale, parameters=MappingProxyType(dict(self.parameters))
-        ).items():
-            object.__setattr__(self, field, value)
+        object.__setattr__(self, "beta", beta)
+        object.__setattr__(self, "input_scale", _number("input_scale", self.input_scale))
+        object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
+        fault = None
+        if beta.ndim != 1 or len(beta) == 0 or not (np.all(beta > 0) and np.all(beta[:-1] < 1) and beta[-1] <= 1):
+            fault = "expected a vector of one or more numbers in (0, 1), of which the last may be 1,"
+        elif not np.all(np.diff(self.alpha_bar, prepend=1) < 0):
+            fault = (
+                "alpha_bar must fall at every step, but in double precision some step leaves it as it is, or it is 0 "
+                "before the last;"
+            )
+        if fault:
+            raise ValueError(f"beta: {fault} got {np.array2string(beta, threshold=6)}")
+        if not self.input_scale > 0:
+            raise ValueError(f"input_scale: expected a number > 0, got {self.input_scale}")
 
     def __reduce__(self):
         """Copies and pickles are made anew, so that they are as immutable."""
