@@ -43,6 +43,8 @@ def conv2d(x, w, b=None, *, stride: int = 1, padding: int | Padding = 0):
     """
     pad = _padding(padding)
     _check(x, w, b, stride, pad)
+    if _takes_winograd(x, w, stride, pad):
+        return winograd.conv3x3(x, w, b)
     y = correlate(x, w, stride, pad)
     if b is not None:
         y += b
@@ -59,8 +61,6 @@ def conv2d(x, w, b=None, *, stride: int = 1, padding: int | Padding = 0):
 
 def correlate(x: Array, w: Array, stride: int, pad: Padding) -> Array:
     """The convolution of `conv2d`, without bias, on arrays."""
-    if _takes_winograd(x, w.shape, stride, pad):
-        return winograd.correlate(x, winograd.filters(w))
     kh, kw, C, O = w.shape
     cols, (N, OH, OW) = columns(x, kh, kw, stride, pad)
     return (cols @ w.reshape(kh * kw * C, O)).reshape(N, OH, OW, O)
@@ -68,29 +68,31 @@ def correlate(x: Array, w: Array, stride: int, pad: Padding) -> Array:
 
 def correlate_grad_w(x: Array, g: Array, shape: tuple[int, ...], stride: int, pad: Padding) -> Array:
     """Gradient of `correlate` for w, from dL/dy = g: dw[u,v,c,o] = sum_{n,i,j} x[n, i*s+u, j*s+v, c] g[n,i,j,o]."""
-    if _takes_winograd(x, shape, stride, pad):
-        return winograd.correlate_grad_w(x, g)
     cols, _ = columns(x, shape[0], shape[1], stride, pad)
     return (cols.T @ g.reshape(-1, shape[3])).reshape(shape)
 
 
 def correlate_grad_x(g: Array, w: Array, stride: int, pad: Padding, shape: tuple[int, ...]) -> Array:
-    """Gradient of `correlate` for x, from dL/dy = g: spread g out by the stride, then convolve with w turned around."""
-    kh, kw = w.shape[:2]
-    turned = w[::-1, ::-1].swapaxes(2, 3)
-    if stride == 1 and max(pad[0]) < kh and max(pad[1]) < kw:  # nothing to spread, nothing to cut off
-        return correlate(g, turned, 1, tuple((k - 1 - a, k - 1 - b) for k, (a, b) in zip((kh, kw), pad)))
-    spread = array_module(g).zeros((shape[0], shape[1] + kh - 1, shape[2] + kw - 1, w.shape[3]), g.dtype)
-    to_rows, from_rows = _spread(g.shape[1], stride, kh - 1 - pad[0][0], spread.shape[1])
-    to_cols, from_cols = _spread(g.shape[2], stride, kw - 1 - pad[1][0], spread.shape[2])
-    spread[:, to_rows, to_cols] = g[:, from_rows, from_cols]
-    return correlate(spread, turned, 1, ((0, 0), (0, 0)))
+    """Gradient of `correlate` for x, from dL/dy = g. With stride 1 it is g convolved with w turned around; in general,
+    what each output owes to the pixels under its filter, g w^T, added up where they lie."""
+    kh, kw, C, O = w.shape
+    (N, H, W, _), ((top, bottom), (left, right)) = shape, pad
+    if stride == 1 and max(top, bottom) < kh and max(left, right) < kw:
+        around = ((kh - 1 - top, kh - 1 - bottom), (kw - 1 - left, kw - 1 - right))
+        return correlate(g, w[::-1, ::-1].swapaxes(2, 3), 1, around)
+    _, OH, OW, _ = g.shape
+    owed = (g.reshape(-1, O) @ w.reshape(-1, O).T).reshape(N, OH, OW, kh, kw, C)
+    padded = array_module(g).zeros((N, H + top + bottom, W + left + right, C), g.dtype)
+    for u in range(kh):
+        for v in range(kw):
+            padded[:, u : u + stride * OH : stride, v : v + stride * OW : stride] += owed[:, :, :, u, v]
+    return padded[:, top : top + H, left : left + W]
 
 
-def _takes_winograd(x: Array, shape: tuple[int, ...], stride: int, pad: Padding) -> bool:
-    """Whether winograd.py can convolve x with filters of this shape, and is faster (with few channels it is not)."""
-    same = shape[:2] == (3, 3) and stride == 1 and pad == ((1, 1), (1, 1))
-    return same and isinstance(x, np.ndarray) and x.dtype == np.float32 and min(shape[2:]) >= 8
+def _takes_winograd(x: Array, w: Array, stride: int, pad: Padding) -> bool:
+    """Whether winograd.py can convolve x with w, and is faster (with few channels it is not)."""
+    same = w.shape[:2] == (3, 3) and stride == 1 and pad == ((1, 1), (1, 1))
+    return same and isinstance(x, np.ndarray) and x.dtype == np.float32 and min(w.shape[2:]) >= 8
 
 
 def columns(x: Array, kh: int, kw: int, stride: int, pad: Padding) -> tuple[Array, tuple[int, int, int]]:
@@ -106,14 +108,6 @@ def columns(x: Array, kh: int, kw: int, stride: int, pad: Padding) -> tuple[Arra
     n, h, w, c = x.strides
     windows = xp.lib.stride_tricks.as_strided(x, (N, OH, OW, kh, kw, C), (n, h * stride, w * stride, h, w, c))
     return windows.reshape(N * OH * OW, kh * kw * C), (N, OH, OW)  # the reshape copies, unless kh = kw = 1
-
-
-def _spread(size: int, stride: int, start: int, room: int) -> tuple[slice, slice]:
-    """Where entries 0 ... size-1 go if entry i is put at start + i*stride: (slice of 0 ... room-1, slice of them)."""
-    first = max(0, -(start // stride))  # the first entry at or after 0: ceil(-start / stride)
-    last = min(size, (room - 1 - start) // stride + 1)
-    begin = start + first * stride
-    return slice(begin, begin + (last - first) * stride, stride), slice(first, last)
 
 
 def _padding(padding: int | Padding) -> Padding:

@@ -11,8 +11,8 @@ import numbers
 
 import numpy as np
 
-from .backend import Array
-from .functional import column_sums, logistic
+from .backend import Array, array_module
+from .functional import column_sums
 from .tensor import op
 
 
@@ -40,40 +40,61 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
         raise ValueError(
             f"gamma, beta: expected shape ({C},) for x of shape {x.shape}, got {gamma.shape}, {beta.shape}"
         )
-    shape, L = x.shape, x.size // (N * C)  # plain numbers, so that `pull` does not keep x
+    shape, L, W = x.shape, x.size // (N * C), x.shape[-2] if x.ndim > 2 else 1
+    tile = array_module(x).tile
+
+    def rows(x: Array) -> Array:
+        return x.reshape(N, L // W, W * C)  # of pixels: NumPy is fast where the last axis is long
 
     def group_mean(sums: Array) -> Array:
-        """(N, C), each channel's sum over its L positions -> (N, 1, C), the mean over that channel's group."""
-        mean = sums.reshape(N, groups, -1).mean(axis=2, keepdims=True) / L
-        return mean.repeat(C // groups, axis=2).reshape(N, 1, C)
+        """(N, C), each channel's sum over its L positions -> (N, C), the mean over that channel's group."""
+        mean = sums.reshape(N, groups, -1).mean(axis=2) / L
+        return mean.repeat(C // groups, axis=1)
 
-    x = x.reshape(N, L, C)
-    xhat = x - group_mean(column_sums(x))
-    rstd = 1 / np.sqrt(group_mean(column_sums(xhat * xhat)) + eps)
-    xhat *= rstd
-    y = xhat * gamma
-    y += beta
-    if silu:
-        y *= logistic(y)
+    def each(values: Array) -> Array:
+        """(N, C) or (C,) -> what meets `rows`: (N, 1, W C) or (W C,)."""
+        return tile(values, W).reshape(*values.shape[:-1], *[1] * (values.ndim - 1), W * C)
+
+    def sums(x: Array) -> Array:
+        return column_sums(x.reshape(N, L, C))
+
+    def dots(x: Array, y: Array) -> Array:
+        return np.einsum("nlc,nlc->nc", x, y).reshape(N, W, C).sum(axis=1)
+
+    def affine(a: Array, b: Array, out: Array | None = None) -> Array:
+        y = np.multiply(d, each(a), out=out)
+        y += each(b)
+        return y
+
+    d = rows(x) - each(group_mean(sums(x)))
+    rstd = 1 / np.sqrt(group_mean(dots(d, d)) + eps)
+    if silu:  # z sigma(z) = h + h tanh(h) with h = z / 2: one function to compute, and no division
+        y = affine(rstd * (gamma / 2), beta / 2)
+        t = np.tanh(y)
+        t += 1
+        y *= t
+    else:
+        y = affine(rstd * gamma, beta)
 
     def pull(g):
-        dz = g.reshape(N, L, C)
-        if silu:  # dz = g s (1 + z (1 - s)), in place; z is computed again rather than kept: memory is dearer
-            z = xhat * gamma
-            z += beta
-            s = logistic(z)
-            z *= 1 - s
-            z += 1
-            z *= s
-            z *= dz
-            dz = z
-        dbeta, dgamma = column_sums(dz), column_sums(dz * xhat)  # (N, C), still for each image
-        # mean and variance depend on x too: the gradient loses its mean, and its projection on xhat, over each group
-        dx = dz * gamma
-        dx -= group_mean(dbeta * gamma)
-        dx -= xhat * group_mean(dgamma * gamma)
-        dx *= rstd
-        return dx.reshape(shape), dgamma.sum(axis=0), dbeta.sum(axis=0)
+        g = rows(g)
+        if silu:  # dy/dz = (1 + y + t (1 - y)) / 2 with t = tanh(h), computed again rather than kept: memory is dearer
+            t = affine(rstd * (gamma / 2), beta / 2)
+            np.tanh(t, out=t)
+            dx = 1 - y
+            dx *= t
+            dx += y
+            dx += 1
+            dx *= g
+            scale = gamma / 2
+        else:
+            dx, t, scale = g.copy(), None, gamma
+        dbeta, dgamma = sums(dx), rstd * dots(dx, d)  # (N, C), still for each image
+        # mean and variance depend on x too: the gradient loses its mean, and its projection on d, over each group
+        dx *= each(rstd * scale)
+        dx -= affine(rstd * rstd * group_mean(dgamma * scale), rstd * group_mean(dbeta * scale), out=t)
+        dgamma, dbeta = dgamma.sum(axis=0), dbeta.sum(axis=0)
+        return dx.reshape(shape), *((dgamma / 2, dbeta / 2) if silu else (dgamma, dbeta))
 
     return y.reshape(shape), pull
 

@@ -15,12 +15,12 @@ from .backend import Array, array_module
 from .tensor import Parameter
 
 
-def flatten(parameters: list[Parameter]) -> Array:
+def flatten(parameters: list[Parameter], out: Array | None = None) -> Array:
     """Copy the parameters into one vector (P,), make each a view into it, and return it: a change to it changes them.
 
-    A second call moves them to a new vector; the first is then a mere copy.
+    The vector is `out` if given. A second call moves them to a new vector; the first is then a mere copy.
     """
-    theta = array_module(parameters[0].data).concatenate([p.data.reshape(-1) for p in parameters])
+    theta = array_module(parameters[0].data).concatenate([p.data.reshape(-1) for p in parameters], out=out)
     start = 0
     for p in parameters:
         p.data = theta[start : start + p.data.size].reshape(p.shape)
@@ -28,11 +28,12 @@ def flatten(parameters: list[Parameter]) -> Array:
     return theta
 
 
-def flat_gradient(gradients: dict[Parameter, Array], parameters: list[Parameter]) -> Array:
-    """Lay out what `backward` returned in the order of `parameters`, as one vector (P,); what is missing is 0."""
+def flat_gradient(gradients: dict[Parameter, Array], parameters: list[Parameter], out: Array | None = None) -> Array:
+    """Lay out what `backward` returned in the order of `parameters`, as one vector (P,), `out` if given; what is missing
+    is 0."""
     xp = array_module(parameters[0].data)
     return xp.concatenate(
-        [gradients[p].reshape(-1) if p in gradients else xp.zeros(p.data.size, p.dtype) for p in parameters]
+        [gradients[p].reshape(-1) if p in gradients else xp.zeros(p.data.size, p.dtype) for p in parameters], out=out
     )
 
 

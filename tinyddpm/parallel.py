@@ -1,21 +1,35 @@
-"""Worker threads. The only file that knows of them.
+"""Workers: threads, and processes. The only file that knows of either.
 
-NumPy releases Python's lock inside its kernels, so several threads can each run forward and backward on a micro-batch
-of their own. That keeps every op plain single-threaded NumPy, runs elementwise work in parallel too, and stays in
-cache; BLAS is held to one thread meanwhile. What a micro-batch computes does not depend on who computes it, so neither
-does the result.
+Several workers each run forward and backward on a micro-batch of their own. That keeps every op plain single-threaded
+NumPy, runs elementwise work in parallel too, and stays in cache; BLAS is held to one thread meanwhile. What a
+micro-batch computes does not depend on who computes it, so neither does the result.
+
+NumPy releases Python's lock inside its kernels, so threads do where the kernels are long, as in sampling. Training has
+thousands of short ones, and two threads lose a fifth to a third of their time waiting for the lock; there the workers
+are processes, each with a lock of its own, which find the parameters in shared memory.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
+import math
+import mmap
+import multiprocessing
+import multiprocessing.connection
 import numbers
 import os
+import signal
+import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
-from threadpoolctl import ThreadpoolController
+import numpy as np
+from threadpoolctl import ThreadpoolController, threadpool_limits
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 SHARD = 8  # images for one forward pass of a worker: enough for the matrix products, few enough for the cache
 
 
@@ -37,9 +51,7 @@ def worker_threads(count: int | None = None) -> Iterator[Callable]:
     Results come in the order of the items, as they are asked for; an exception in a worker is raised where its result
     is taken. Raises ValueError unless `count` is an integer >= 1.
     """
-    count = cpu_count() if count is None else count
-    if not isinstance(count, numbers.Integral) or count < 1:
-        raise ValueError(f"workers: expected an integer >= 1, got {count!r}")
+    count = _worker_count(count)
     blas = ThreadpoolController()
     with ThreadPoolExecutor(count) as pool:
 
@@ -48,6 +60,59 @@ def worker_threads(count: int | None = None) -> Iterator[Callable]:
                 yield from pool.map(function, items)
 
         yield run
+
+
+@contextlib.contextmanager
+def worker_processes(function: Callable, count: int | None = None) -> Iterator[Callable]:
+    """Within this block, have `count` processes (None: one per CPU) that are copies of this one; yields `run(items)`,
+    `map` of `function` on them.
+
+    Items and results travel between processes, pickled; all else that the function changes stays with the worker,
+    except in arrays from `shared_array`. An exception in a worker is raised where its result is taken. A single worker,
+    and those of Windows and macOS, where copying a process is impossible or unsafe, are threads.
+    Raises ValueError unless `count` is an integer >= 1.
+    """
+    count = _worker_count(count)
+    if count == 1 or sys.platform != "linux":
+        with worker_threads(count) as run:
+            yield functools.partial(run, function)
+        return
+    with ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _become_worker, (function,)) as pool:
+        yield functools.partial(pool.map, _call)
+
+
+def shared_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros that `worker_processes` started later share with this process: what one writes, all see."""
+    dtype = np.dtype(dtype)
+    return np.frombuffer(mmap.mmap(-1, max(1, math.prod(shape)) * dtype.itemsize), dtype)[: math.prod(shape)].reshape(shape)
+
+
+def _become_worker(function: Callable) -> None:
+    global _call_this
+    _call_this = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; what to do about it is up to the first
+    threadpool_limits(1, "blas")
+    with contextlib.suppress(AttributeError, OSError):  # where there is glibc: to keep what is freed, up to blocks of
+        malloc = ctypes.CDLL(None)  # 32 MiB, for the next micro-batch; memory handed back comes back page by page, each
+        malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # a page fault, which take 6 to 13 % of a step
+        malloc.mallopt(M_MMAP_THRESHOLD, 2**25)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+def _call(item):
+    return _call_this(item)
+
+
+def _worker_count(count: int | None) -> int:
+    count = cpu_count() if count is None else count
+    if not isinstance(count, numbers.Integral) or count < 1:
+        raise ValueError(f"workers: expected an integer >= 1, got {count!r}")
+    return count
 
 
 def blas_name() -> str:

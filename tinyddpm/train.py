@@ -15,13 +15,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .backend import to_device
+from .backend import array_module, to_device
 from .data import batch_indices, random_stream
 from .diffusion import Diffusion, warn_if_out_of_range
 from .nn import Module
 from .optim import EMA, Adam, clip_norm, flat_gradient, flatten, learning_rate
-from .parallel import worker_threads
+from .parallel import shared_array, worker_processes
 from .tensor import backward
+from .winograd import ConstantFilters
 
 
 @dataclasses.dataclass
@@ -83,32 +84,41 @@ def train(
     if model.device != "cpu":  # there `loss` does not look, for it would have to wait for the device
         warn_if_out_of_range("images", images)
     parameters = model.parameters()
-    theta = flatten(parameters)
+    starts = range(0, batch, micro_batch)
+    empty = shared_array if model.device == "cpu" else array_module(parameters[0].data).empty
+    theta = flatten(parameters, out=empty((model.size,), model.dtype))
+    views = [p.data for p in parameters]
+    gradients = empty((len(starts), model.size), model.dtype)
     optimizer = Adam(theta, lr)
     ema = EMA(model, ema_decay)
+    filters = ConstantFilters()
 
-    def differentiate(step: int, indices: np.ndarray, start: int) -> tuple[float, np.ndarray]:
-        """Loss and flat gradient of one micro-batch, weighted so that the micro-batches add up to the batch's mean."""
-        chosen = indices[start : start + micro_batch]
-        rng = random_stream(seed, "noise", step, start)
+    def differentiate(item: tuple[int, int, np.ndarray]) -> float:
+        """Loss of one micro-batch; its gradient goes to `gradients`. Both are weighted so that the micro-batches add up
+        to the batch's mean."""
+        step, i, chosen = item
+        rng = random_stream(seed, "noise", step, starts[i])
         net = functools.partial(model, rng=rng) if getattr(model, "dropout", 0) else model
-        loss = diffusion.loss(net, to_device(images[chosen], model.device), rng) * (len(chosen) / batch)
-        return loss.item(), flat_gradient(backward(loss), parameters)
+        with filters.of(step):
+            loss = diffusion.loss(net, to_device(images[chosen], model.device), rng) * (len(chosen) / batch)
+            flat_gradient(backward(loss), parameters, out=gradients[i])
+        return loss.item()
 
-    with worker_threads(workers) as run:
+    with worker_processes(differentiate, workers if model.device == "cpu" else 1) as run:
         for step in range(steps):
-            work = functools.partial(differentiate, step, batch_indices(len(images), step, batch, seed))
-            loss, gradient = 0.0, None
-            for part, g in run(work, range(0, batch, micro_batch)):
+            indices = batch_indices(len(images), step, batch, seed)
+            loss, gradient = 0.0, gradients[0]
+            for i, part in enumerate(run([(step, i, indices[k : k + micro_batch]) for i, k in enumerate(starts)])):
                 loss += part
-                gradient = g if gradient is None else np.add(gradient, g, out=gradient)
+                if i > 0:
+                    gradient += gradients[i]
             norm = float(clip_norm(gradient, max_norm))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(
                     f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; if all images are finite, try a "
                     f"lower lr than {lr}"
                 )
-            if any(p.data.base is not theta for p in parameters):
+            if any(p.data is not view for p, view in zip(parameters, views)):
                 raise RuntimeError(f"step {step + 1}: the model's parameters were moved or replaced while it trains")
             rate = learning_rate(lr, step, steps, warmup_steps, decay_steps)
             optimizer.step(gradient, rate)

@@ -1,99 +1,192 @@
-"""3x3 convolution with half the multiplications (Winograd 1980; Lavin & Gray 2016, "Fast algorithms for convolutional
-neural networks"). To be skipped at a first reading: conv.py says what is computed.
+"""3x3 convolution with a quarter of the multiplications (Winograd 1980; Lavin & Gray 2016, "Fast algorithms for
+convolutional neural networks"). To be skipped at a first reading: conv.py says what is computed.
 
 Four neighbouring outputs of a filter with three taps, y_i = sum_k w_k x_{i+k}, take 12 multiplications. With three
 constant matrices they take 6:
 
     u = G w,   v = B^T x,   m = u * v elementwise,   y = A^T m          w: 3 taps, x: 6 inputs, y: 4 outputs
 
-This is Lavin & Gray's F(4, 3). The sums are coefficients of a product of two polynomials, and a polynomial is known by
-its values: each row of G evaluates w at one of the points p = 0, 1, -1, 2, -2 and infinity (1, p, p^2, times a
-constant), each column of A^T holds 1, p, p^2, p^3 for the same point, and B^T is what then makes it true. It is applied
-along the height, to tiles of six rows that overlap by two. Along the width and over the channels the product remains a
-sum, and so a matrix product: six of them, one for each row of v, in place of twelve. The gradient for the filters
-follows by transposing, dw = G^T ((A dy) * v), summed over all tiles.
+Where they come from (Toom 1963, Cook 1966): a polynomial is known by its values, so the product of one of degree 3 and
+one of degree 2 is E^-1 ((E a) * (E w)), where E takes the six coefficients of a polynomial to its values at six points,
+infinity among them (its value there is the last coefficient). A correlation is that product transposed: G and A are the
+first three and four columns of E, and B^T is the inverse, transposed. In two dimensions each is applied down and
+across, Lavin & Gray's F(4x4, 3x3): 36 multiplications in place of 144 for a tile of 4x4 outputs, from 6x6 inputs,
+neighbours of which overlap by two. At each of the 36 pairs of points the sum over channels remains, a matrix product.
 
-Nothing is copied side by side for these products. Rows of pixels lie one after the other with a zero pixel between, the
-right padding of one and the left padding of the next, so that the three pixels under a filter are 3 C numbers in a row;
-and as every third such window begins where another ends, three matrices hold them all.
+A row of tiles is transformed at once, by one matrix that holds B^T, or A^T, once for each tile. It is mostly zeros, but
+it leaves out what lies outside of the image, it adds up the overlaps when it is transposed, and BLAS is fast at it.
+All that is left are matrix products: with V = D X D'^T, U and M, Y for whole images,
 
-The products are larger than what A^T leaves of them, so float32 results are less exact than direct sums: on random
-images and filters up to 15 times, but within 1e-5 of the largest value. An inf or a nan reaches all four outputs of its
-tile. float64, in which gradients are checked, is left to direct sums.
+    forward     v = D x D'^T,     m = v u,        y = A m A'^T
+    backward    dm = A^T dy A',   dv = dm u^T,    dx = D^T dv D',    du = v^T dm,    dw = G^T du G
+
+The values at the points are larger than what A^T leaves of them, so float32 results are less exact than direct sums: on
+random images and filters up to 15 times, but within 1e-5 of the largest value. An inf or a nan reaches all outputs of
+its band. float64, in which gradients are checked, is left to direct sums.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from .backend import Array
+from .functional import column_sums
 
-B_T = np.array(
-    [
-        [4, 0, -5, 0, 1, 0],
-        [0, -4, -4, 1, 1, 0],
-        [0, 4, -4, -1, 1, 0],
-        [0, -2, -1, 2, 1, 0],
-        [0, 2, -1, -2, 1, 0],
-        [0, 4, 0, -5, 0, 1],
-    ],
-    np.float32,
-)
-G = np.array([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]], np.float32) / 24
-A_T = np.array([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], np.float32)
+POINTS = (0, 1, -1, 1 / 2, -2)  # and infinity; of the small fractions, these lose the fewest digits
+BAND = 4  # tiles that one matrix transforms
+
+
+def _matrices(points: tuple[float, ...]) -> tuple[Array, ...]:
+    """B^T (6, 6), G (6, 3) and A^T (4, 6) as derived above, with the rows of B^T brought to length 1."""
+    E = np.array([[p**k for k in range(6)] for p in points] + [[0, 0, 0, 0, 0, 1]])
+    B_T = np.linalg.inv(E).T
+    length = np.linalg.norm(B_T, axis=1, keepdims=True)
+    return B_T / length, (E[:, :3] * length).astype(np.float32), E[:, :4].T
+
+
+B_T, G, A_T = _matrices(POINTS)
+
+
+class Band(NamedTuple):
+    """The tiles that give `outputs`, some rows (or columns) of the result, from `inputs`, those of the image."""
+
+    outputs: slice
+    inputs: slice
+    D: Array  # (6 tiles, inputs): B^T of each tile
+    A: Array  # (outputs, 6 tiles): A^T of each tile
+    D_T: Array  # and both transposed
+    A_T: Array
+
+
+@functools.cache
+def bands(size: int) -> list[Band]:
+    """Cut `size` rows or columns into bands of up to `BAND` tiles. Points come first: row p T + t is point p of tile t."""
+    found = []
+    for start in range(0, size, 4 * BAND):
+        stop = min(start + 4 * BAND, size)
+        first, last = max(start - 1, 0), min(stop + 1, size)
+        T = -(-(stop - start) // 4)
+        D, A = np.zeros((6, T, last - first)), np.zeros((stop - start, 6, T))
+        for t in range(T):
+            for i, row in enumerate(range(start + 4 * t - 1, start + 4 * t + 5)):
+                if first <= row < last:
+                    D[:, t, row - first] = B_T[:, i]
+            for i, row in enumerate(range(4 * t, min(4 * t + 4, stop - start))):
+                A[row, :, t] = A_T[i]
+        D, A = D.reshape(6 * T, -1), A.reshape(-1, 6 * T)
+        matrices = (a.astype(np.float32, order="C") for a in (D, A, D.T, A.T))
+        found.append(Band(slice(start, stop), slice(first, last), *matrices))
+    return found
 
 
 def filters(w: Array) -> Array:
-    """u = G w along the height: (3, 3, C, O) -> (6, 3 C, O)."""
+    """u = G w G^T: (3, 3, C, O) -> (36, C, O)."""
     _, _, C, O = w.shape
-    return (G @ w.reshape(3, -1)).reshape(6, 3 * C, O)
+    return (G @ (G @ w.reshape(3, -1)).reshape(6, 3, C * O)).reshape(36, C, O)
 
 
-def correlate(x: Array, u: Array) -> Array:
-    """Convolve x (N, H, W, C) with u = `filters`(w), stride 1, one pixel of zeros around: -> (N, H, W, O)."""
-    N, H, W, _ = x.shape
-    O, T = u.shape[2], _tile_count(H)
-    m = np.empty((6, N * T * (W + 1), O), np.float32)
-    for r, windows in enumerate(_windows(x)):
-        np.matmul(windows, u, out=m[:, r::3])
-    y = A_T @ _tiles(m, T, W)  # what m holds between the rows is of no use, and left out
-    return y.reshape(N, 4 * T, W, O)[:, :H]
+class ConstantFilters(threading.local):
+    """Keeps what was made of the filters of a model, in each thread, for as long as they do not change."""
+
+    def __init__(self):
+        self.version, self.kept = None, {}
+
+    @contextlib.contextmanager
+    def of(self, version: object) -> Iterator[None]:
+        """Within this block filters are transformed once; what is kept is used again in blocks of the same `version`."""
+        if version != self.version:
+            self.version, self.kept = version, {}
+        before, _local.kept = _local.kept, self.kept
+        try:
+            yield
+        finally:
+            _local.kept = before
 
 
-def correlate_grad_w(x: Array, dy: Array) -> Array:
-    """Gradient of `correlate` for w, from dL/dy (N, H, W, O): -> (3, 3, C, O)."""
+class _Local(threading.local):
+    kept = None  # {(transform, id(w)): (transform(w), w)} of the `ConstantFilters` in force
+
+
+_local = _Local()
+
+
+def _once(transform: Callable, w: Array) -> Array:
+    """transform(w), from what is kept if it is there."""
+    if _local.kept is None:
+        return transform(w)
+    key = transform, id(w)
+    if key not in _local.kept:
+        _local.kept[key] = transform(w), w  # with w itself, so that no other array gets its id
+    return _local.kept[key][0]
+
+
+def transposed_filters(w: Array) -> Array:
+    """`filters`(w) with C and O exchanged: (3, 3, C, O) -> (36, O, C), laid out so in memory, where BLAS reads it fast."""
+    return filters(np.ascontiguousarray(w.swapaxes(2, 3)))
+
+
+def conv3x3(x: Array, w: Array, b: Array | None) -> tuple[Array, Callable]:
+    """x (N, H, W, C) convolved with w (3, 3, C, O), one pixel of zeros around, plus b (O,): y (N, H, W, O), and pull."""
     N, H, W, C = x.shape
-    O, T = dy.shape[3], _tile_count(H)
-    rows = np.zeros((N, 4 * T, W, O), np.float32)
-    rows[:, :H] = dy
-    dm = np.zeros((6, N * T * (W + 1), O), np.float32)  # zeros, for between the rows there is no output
-    np.matmul(A_T.T, rows.reshape(N, T, 4, W * O), out=_tiles(dm, T, W))
-    du = sum(windows.swapaxes(1, 2) @ dm[:, r::3] for r, windows in enumerate(_windows(x)))
-    return (G.T @ du.reshape(6, -1)).reshape(3, 3, C, O)
+    areas = [(down, across) for down in bands(H) for across in bands(W)]
+    u = _once(filters, w)
+    y = np.empty((N, H, W, w.shape[3]), np.float32)
+    for down, across in areas:
+        m = _product(_to_points(down.D, across.D, x[:, down.inputs, across.inputs]), u)
+        if b is not None:
+            m[7] += b  # what stands at the points (1, 1) enters each of the 16 outputs once
+        _from_points(down.A, across.A, m, out=y[:, down.outputs, across.outputs])
+
+    def pull(dy):
+        u_T = _once(transposed_filters, w)
+        dx, du = np.empty_like(x) if len(areas) == 1 else np.zeros_like(x), None
+        for down, across in areas:
+            inputs = slice(None), down.inputs, across.inputs
+            dm = _to_points(down.A_T, across.A_T, dy[:, down.outputs, across.outputs])
+            du_part = _product(_to_points(down.D, across.D, x[inputs]).swapaxes(1, 2), dm)
+            du = du_part if du is None else np.add(du, du_part, out=du)
+            part = dx if len(areas) == 1 else np.empty(dx[inputs].shape, np.float32)
+            _from_points(down.D_T, across.D_T, _product(dm, u_T), out=part)
+            if part is not dx:  # areas overlap by two pixels
+                dx[inputs] += part
+        dw = (G.T @ (G.T @ du.reshape(6, 6, -1)).reshape(6, -1)).reshape(w.shape)
+        return dx, dw, lambda: column_sums(dy.reshape(-1, w.shape[3]))
+
+    return y, pull
 
 
-def _tile_count(H: int) -> int:
-    """How many tiles give H rows of outputs, four each."""
-    return -(-H // 4)
+def _to_points(down: Array, across: Array, x: Array) -> Array:
+    """down X across^T for images x (n, h, w, C): (36, R, C), with R = tiles down x tiles across x n."""
+    n, h, w, C = x.shape
+    T, K = len(down) // 6, len(across) // 6
+    half = (down @ x.reshape(n, h, w * C)).reshape(n, 6, T, w, C)
+    v = np.empty((6, 6 * K, T, n, C), np.float32)
+    np.matmul(across, half.transpose(1, 2, 0, 3, 4), out=v.transpose(0, 2, 3, 1, 4))
+    return v.reshape(36, K * T * n, C)
 
 
-def _windows(x: Array) -> list[Array]:
-    """v = B^T x for images x (N, H, W, C), as windows of three pixels, (6, P/3, 3 C) each: those around the pixels 0,
-    3, 6 ..., around 1, 4, 7 ... and around 2, 5, 8 ... of all P = N T (W + 1), the zeros between the rows included."""
-    N, H, W, C = x.shape
-    T = _tile_count(H)
-    P = N * T * (W + 1)
-    rows = np.zeros((N, 4 * T + 2, W, C), np.float32)
-    rows[:, 1 : H + 1] = x
-    overlapping = sliding_window_view(rows.reshape(N, -1, W * C), 6, axis=1)[:, ::4].swapaxes(2, 3)
-    v = np.zeros((6, 1 + P + 1, C), np.float32)  # a zero before and one after
-    np.matmul(B_T, overlapping, out=_tiles(v[:, 1 : 1 + P], T, W))
-    counts = [len(range(r, P, 3)) for r in range(3)]
-    return [v[:, r : r + 3 * k].reshape(6, k, 3 * C) for r, k in enumerate(counts)]
+def _from_points(down: Array, across: Array, m: Array, out: Array) -> None:
+    """Write down M across^T, for m (36, R, C) as above, to out (n, h, w, C)."""
+    n, h, w, C = out.shape
+    T, K = down.shape[1] // 6, across.shape[1] // 6
+    half = np.empty((n, 6, T, w, C), np.float32)
+    np.matmul(across, m.reshape(6, 6 * K, T, n, C).transpose(0, 2, 3, 1, 4), out=half.transpose(1, 2, 0, 3, 4))
+    np.matmul(down, half.reshape(n, 6 * T, w * C), out=out.reshape(n, h, w * C))
 
 
-def _tiles(v: Array, T: int, W: int) -> Array:
-    """View v (6, N T (W + 1), C) as (N, T, 6, W C): each tile's six rows, without the pixels between."""
-    C = v.shape[2]
-    return v.reshape(6, -1, T, (W + 1) * C)[..., : W * C].transpose(1, 2, 0, 3)
+def _product(a: Array, b: Array) -> Array:
+    """a @ b, in parts of up to a million multiplications where rows can be cut so: those OpenBLAS does at once, without
+    copying its operands into its own order first, which takes a third off."""
+    P, M, K = a.shape
+    N, rows = b.shape[2], M
+    while rows % 2 == 0 and rows > 32 and rows * K * N > 1e6:
+        rows //= 2
+    if rows * K * N > 1e6:
+        rows = M
+    return (a.reshape(P, M // rows, rows, K) @ b[:, None]).reshape(P, M, N)
