@@ -39,6 +39,7 @@ from .likelihood import discretised_gaussian, gaussian_kl
 from .parallel import shards, worker_threads
 from .schedule import Schedule
 from .tensor import Tensor, as_array, no_grad
+from .winograd import ConstantFilters
 
 OBJECTIVES = ("eps", "x0", "v")
 VARIANCES = ("small", "large", "learned_range")
@@ -461,15 +462,15 @@ class Diffusion:
             x = x0[shard]
             eps = np.stack([stream.standard_normal(x.shape[1:], dtype) for stream in streams[shard]])
             x, eps, ts = to_device(x, device), to_device(eps, device), np.full(len(x), t)
-            with no_grad():
+            with no_grad(), filters.of("this model"):
                 x_t = self.q_sample(x, ts, eps)
                 prediction, spread = map(as_array, self._run(model, x_t, ts))
                 return to_numpy(self.vlb_terms(x, x_t, ts, prediction, spread, clip).data)
 
-        terms = np.zeros(self.T)
+        terms, filters = np.zeros(self.T), ConstantFilters()
         with worker_threads(workers) as run, tqdm(total=self.T, desc="bits/dim", disable=not progress) as bar:
             for t in reversed(range(self.T)):
-                of_images = run(functools.partial(terms_at, t), shards(len(x0), device))
+                of_images = run(functools.partial(terms_at, t), shards(x0.shape, device))
                 terms[t] = np.concatenate(list(of_images)).mean(dtype=np.float64)
                 bar.update()
         return BitsPerDim(self.prior_terms(x0).data.mean(dtype=np.float64).item(), terms)

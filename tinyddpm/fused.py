@@ -11,7 +11,7 @@ import numbers
 
 import numpy as np
 
-from .backend import Array, array_module
+from .backend import Array
 from .functional import column_sums
 from .tensor import op
 
@@ -41,19 +41,18 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
             f"gamma, beta: expected shape ({C},) for x of shape {x.shape}, got {gamma.shape}, {beta.shape}"
         )
     shape, L, W = x.shape, x.size // (N * C), x.shape[-2] if x.ndim > 2 else 1
-    tile = array_module(x).tile
 
     def rows(x: Array) -> Array:
         return x.reshape(N, L // W, W * C)  # of pixels: NumPy is fast where the last axis is long
+
+    def each(values: Array) -> Array:
+        """One value for each channel, (N, C) or (C,) -> (..., 1, W C), to go with `rows`."""
+        return values[..., None, :].repeat(W, axis=-2).reshape(*values.shape[:-1], 1, W * C)
 
     def group_mean(sums: Array) -> Array:
         """(N, C), each channel's sum over its L positions -> (N, C), the mean over that channel's group."""
         mean = sums.reshape(N, groups, -1).mean(axis=2) / L
         return mean.repeat(C // groups, axis=1)
-
-    def each(values: Array) -> Array:
-        """(N, C) or (C,) -> what meets `rows`: (N, 1, W C) or (W C,)."""
-        return tile(values, W).reshape(*values.shape[:-1], *[1] * (values.ndim - 1), W * C)
 
     def sums(x: Array) -> Array:
         return column_sums(x.reshape(N, L, C))
@@ -61,15 +60,16 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
     def dots(x: Array, y: Array) -> Array:
         return np.einsum("nlc,nlc->nc", x, y).reshape(N, W, C).sum(axis=1)
 
-    def affine(a: Array, b: Array, out: Array | None = None) -> Array:
-        y = np.multiply(d, each(a), out=out)
+    def affine(a: Array, b: Array) -> Array:
+        y = d * each(a)
         y += each(b)
         return y
 
     d = rows(x) - each(group_mean(sums(x)))
     rstd = 1 / np.sqrt(group_mean(dots(d, d)) + eps)
     if silu:  # z sigma(z) = h + h tanh(h) with h = z / 2: one function to compute, and no division
-        y = affine(rstd * (gamma / 2), beta / 2)
+        half = gamma / 2
+        y = affine(rstd * half, beta / 2)
         t = np.tanh(y)
         t += 1
         y *= t
@@ -78,21 +78,21 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
 
     def pull(g):
         g = rows(g)
-        if silu:  # dy/dz = (1 + y + t (1 - y)) / 2 with t = tanh(h), computed again rather than kept: memory is dearer
-            t = affine(rstd * (gamma / 2), beta / 2)
+        if silu:  # dL/dh = g dy/dh = g (1 + y + t (1 - y)) with t = tanh(h), computed again: memory is dearer
+            t = affine(rstd * half, beta / 2)
             np.tanh(t, out=t)
             dx = 1 - y
             dx *= t
             dx += y
             dx += 1
             dx *= g
-            scale = gamma / 2
+            scale = half
         else:
-            dx, t, scale = g.copy(), None, gamma
+            dx, scale = g.copy(), gamma
         dbeta, dgamma = sums(dx), rstd * dots(dx, d)  # (N, C), still for each image
         # mean and variance depend on x too: the gradient loses its mean, and its projection on d, over each group
         dx *= each(rstd * scale)
-        dx -= affine(rstd * rstd * group_mean(dgamma * scale), rstd * group_mean(dbeta * scale), out=t)
+        dx -= affine(rstd * rstd * group_mean(dgamma * scale), rstd * group_mean(dbeta * scale))
         dgamma, dbeta = dgamma.sum(axis=0), dbeta.sum(axis=0)
         return dx.reshape(shape), *((dgamma / 2, dbeta / 2) if silu else (dgamma, dbeta))
 

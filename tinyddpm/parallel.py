@@ -30,13 +30,20 @@ import numpy as np
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
-SHARD = 8  # images for one forward pass of a worker: enough for the matrix products, few enough for the cache
+PIXELS, SHARD = 2**14, 32  # at most so many pixels, and images, pass through a network at a time
 
 
-def shards(count: int, device: str) -> list[slice]:
-    """Cut `count` images into what passes through a network at a time: `SHARD` on a CPU, all of them on a GPU."""
-    size = SHARD if device == "cpu" else count
-    return [slice(start, start + size) for start in range(0, count, size)]
+def shard_size(height: int, width: int) -> int:
+    """How many images of this size a worker takes at a time: a power of two, many enough for the matrix products and few
+    enough for the cache."""
+    return min(SHARD, 2 ** int(math.log2(max(1, PIXELS // (height * width)))))
+
+
+def shards(shape: tuple[int, int, int, int], device: str) -> list[slice]:
+    """Cut images (N, H, W, C) into what passes through a network at a time; on a GPU that is all of them."""
+    N, H, W, _ = shape
+    size = shard_size(H, W) if device == "cpu" else N
+    return [slice(start, start + size) for start in range(0, N, size)]
 
 
 def cpu_count() -> int:
@@ -64,48 +71,50 @@ def worker_threads(count: int | None = None) -> Iterator[Callable]:
 
 @contextlib.contextmanager
 def worker_processes(function: Callable, count: int | None = None) -> Iterator[Callable]:
-    """Within this block, have `count` processes (None: one per CPU) that are copies of this one; yields `run(items)`,
-    `map` of `function` on them.
+    """Within this block, have `count` processes (None: one per CPU) that are copies of this one as it is now; yields
+    `run(items, *same)`, which has them compute function(item, *same) for each item.
 
-    Items and results travel between processes, pickled; all else that the function changes stays with the worker,
-    except in arrays from `shared_array`. An exception in a worker is raised where its result is taken. A single worker,
-    and those of Windows and macOS, where copying a process is impossible or unsafe, are threads.
-    Raises ValueError unless `count` is an integer >= 1.
+    What goes to a process and what it returns is pickled; all else that the function changes stays with the process,
+    except for arrays from `shared_array`. Results come in the order of the items; an exception in a worker is raised
+    where its result is taken. A single worker, and all on Windows and macOS, where copying a process is impossible or
+    unsafe, are threads. Raises ValueError unless `count` is an integer >= 1.
     """
     count = _worker_count(count)
     if count == 1 or sys.platform != "linux":
         with worker_threads(count) as run:
-            yield functools.partial(run, function)
+            yield lambda items, *same: run(lambda item: function(item, *same), items)
         return
     with ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _become_worker, (function,)) as pool:
-        yield functools.partial(pool.map, _call)
+        yield lambda items, *same: pool.map(functools.partial(_work, same), items)
 
 
 def shared_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Zeros that `worker_processes` started later share with this process: what one writes, all see."""
-    dtype = np.dtype(dtype)
-    return np.frombuffer(mmap.mmap(-1, max(1, math.prod(shape)) * dtype.itemsize), dtype)[: math.prod(shape)].reshape(shape)
+    size, dtype = math.prod(shape), np.dtype(dtype)
+    return np.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype).reshape(shape)
 
 
 def _become_worker(function: Callable) -> None:
-    global _call_this
-    _call_this = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; what to do about it is up to the first
-    threadpool_limits(1, "blas")
-    with contextlib.suppress(AttributeError, OSError):  # where there is glibc: to keep what is freed, up to blocks of
-        malloc = ctypes.CDLL(None)  # 32 MiB, for the next micro-batch; memory handed back comes back page by page, each
-        malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # a page fault, which take 6 to 13 % of a step
-        malloc.mallopt(M_MMAP_THRESHOLD, 2**25)
+    """Make this process, just begun, one that calls `function`."""
+    global _function
+    _function = function
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; what it means is for the first to say
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    threadpool_limits(1, "blas")
+    with contextlib.suppress(AttributeError, OSError):  # glibc: keep freed memory, in blocks of up to 32 MiB, for the
+        malloc = ctypes.CDLL(None)  # next micro-batch. What is handed back to the system comes back page by page, each
+        malloc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # with a page fault: 6 to 13 % of a step
+        malloc.mallopt(M_MMAP_THRESHOLD, 2**25)
+
+
+def _work(same: tuple, item):
+    return _function(item, *same)
 
 
 def _end_with_parent() -> None:
+    """Do not outlive the process that this one is a copy of, should it be killed."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
-
-
-def _call(item):
-    return _call_this(item)
 
 
 def _worker_count(count: int | None) -> int:

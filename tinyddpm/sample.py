@@ -20,6 +20,7 @@ from .diffusion import Diffusion
 from .parallel import shards, worker_threads
 from .schedule import Schedule
 from .tensor import as_array, no_grad
+from .winograd import ConstantFilters
 
 Steps = Iterator[tuple[int, Array, Array]]  # (t, x_{t-1}, predicted x_0) after each step, t = T-1 ... 0
 
@@ -190,14 +191,15 @@ def sample(
     def noise() -> Array:
         return to_device(np.stack([stream.standard_normal(shape[1:], dtype=dtype) for stream in streams]), device)
 
+    filters = ConstantFilters()
     with worker_threads(workers) as run:
 
         def in_shards(x: Array, t: np.ndarray) -> Array:
             def predict(shard: slice) -> Array:
-                with no_grad():
+                with no_grad(), filters.of("this model"):
                     return as_array(model(x[shard], ts[t[shard]]))
 
-            return array_module(x).concatenate(list(run(predict, shards(len(x), device))))
+            return array_module(x).concatenate(list(run(predict, shards(x.shape, device))))
 
         for t, x, x0 in SAMPLERS[method](diffusion, in_shards, noise(), noise, clip=clip, **settings):
             if callback:

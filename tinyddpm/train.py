@@ -1,8 +1,8 @@
 """The training loop (Ho et al. 2020, algorithm 1), as a generator: it yields its state after every step.
 
 Logging, sampling, saving and stopping are up to whoever iterates. A batch is cut into micro-batches of fixed size,
-which worker threads differentiate side by side; gradients are added up in micro-batch order and each micro-batch has a
-random stream of its own, so the result is the same to the bit for any number of workers.
+which workers differentiate side by side; gradients are added up in a fixed order and each micro-batch has a random
+stream of its own, so the result is the same to the bit for any number of workers.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from .data import batch_indices, random_stream
 from .diffusion import Diffusion, warn_if_out_of_range
 from .nn import Module
 from .optim import EMA, Adam, clip_norm, flat_gradient, flatten, learning_rate
-from .parallel import shared_array, worker_processes
+from .parallel import shard_size, shared_array, worker_processes
 from .tensor import backward
 from .winograd import ConstantFilters
+
+GROUPS = 16  # of micro-batches, at most: each has a gradient in memory, and workers beyond that number go idle
 
 
 @dataclasses.dataclass
@@ -58,19 +60,21 @@ def train(
         model: a Module (x_t, t) -> prediction; if it has dropout, called as model(x_t, t, rng=...).
         images: (M, H, W, C) floats in [-1, 1], of the model's dtype.
         batch: images per step.
-        micro_batch: images a worker takes at a time; None for 16 on a CPU, the whole batch on a GPU.
+        micro_batch: images a worker takes at a time; None for a quarter of the batch, but no more than pass through the
+            caches, on a CPU (see `parallel.shard_size`), the whole batch on a GPU.
         lr: Adam's learning rate, to which it rises over the first `warmup_steps` and from which it falls towards 0 over
             the last `decay_steps`.
         max_norm: longest gradient. ema_decay: of the moving average.
-        workers: threads; None for one per CPU. seed: of batches, timesteps, noise and dropout.
+        workers: processes, see `parallel.worker_processes`; None for one per CPU. seed: of batches, timesteps, noise and
+            dropout.
 
     Being a generator, it raises what follows when its first state is asked for: TypeError or ValueError if an argument
     is of the wrong type or out of range, FloatingPointError as soon as the loss or the gradient is not finite, before
     the parameters are touched, RuntimeError if the model's parameters are moved or replaced while it trains. Images far
     outside of [-1, 1] are warned about.
     """
-    micro_batch = (16 if model.device == "cpu" else batch) if micro_batch is None else micro_batch
-    at_least_one = {"steps": steps, "batch": batch, "micro_batch": micro_batch}
+    on_cpu = model.device == "cpu"
+    at_least_one = {"steps": steps, "batch": batch, "micro_batch": 1 if micro_batch is None else micro_batch}
     for name, value in (
         at_least_one | {"warmup_steps": warmup_steps, "decay_steps": decay_steps, "seed": seed}
     ).items():
@@ -81,37 +85,45 @@ def train(
         raise TypeError(f"images: expected a NumPy array, got {type(images).__name__}")
     if images.ndim != 4 or len(images) == 0 or images.dtype != model.dtype:
         raise ValueError(f"images: expected {model.dtype} (M, H, W, C) with M >= 1, got {images.dtype} {images.shape}")
-    if model.device != "cpu":  # there `loss` does not look, for it would have to wait for the device
-        warn_if_out_of_range("images", images)
+    warn_if_out_of_range("images", images)
+    if micro_batch is None:
+        micro_batch = min(shard_size(*images.shape[1:3]), -(-batch // 4)) if on_cpu else batch
     parameters = model.parameters()
     starts = range(0, batch, micro_batch)
-    empty = shared_array if model.device == "cpu" else array_module(parameters[0].data).empty
+    groups = np.array_split(starts, min(GROUPS, len(starts)))
+    empty = shared_array if on_cpu else array_module(parameters[0].data).empty
     theta = flatten(parameters, out=empty((model.size,), model.dtype))
     views = [p.data for p in parameters]
-    gradients = empty((len(starts), model.size), model.dtype)
+    gradients = empty((len(groups), model.size), model.dtype)
     optimizer = Adam(theta, lr)
     ema = EMA(model, ema_decay)
     filters = ConstantFilters()
 
-    def differentiate(item: tuple[int, int, np.ndarray]) -> float:
-        """Loss of one micro-batch; its gradient goes to `gradients`. Both are weighted so that the micro-batches add up
-        to the batch's mean."""
-        step, i, chosen = item
-        rng = random_stream(seed, "noise", step, starts[i])
-        net = functools.partial(model, rng=rng) if getattr(model, "dropout", 0) else model
-        with filters.of(step):
-            loss = diffusion.loss(net, to_device(images[chosen], model.device), rng) * (len(chosen) / batch)
-            flat_gradient(backward(loss), parameters, out=gradients[i])
-        return loss.item()
+    def differentiate(group: int, step: int, indices: np.ndarray) -> float:
+        """Loss of a group of micro-batches; the gradient goes to its row of `gradients`. Both are weighted so that the
+        groups add up to the batch's mean."""
+        total = 0.0
+        for start in groups[group]:
+            chosen = indices[start : start + micro_batch]
+            rng = random_stream(seed, "noise", step, start)
+            net = functools.partial(model, rng=rng) if getattr(model, "dropout", 0) else model
+            with filters.of(step):
+                loss = diffusion.loss(net, to_device(images[chosen], model.device), rng) * (len(chosen) / batch)
+                gradient = backward(loss)
+            total += loss.item()
+            if start == groups[group][0]:
+                flat_gradient(gradient, parameters, out=gradients[group])
+            else:
+                gradients[group] += flat_gradient(gradient, parameters)
+        return total
 
-    with worker_processes(differentiate, workers if model.device == "cpu" else 1) as run:
+    with worker_processes(differentiate, workers if on_cpu else 1) as run:
         for step in range(steps):
             indices = batch_indices(len(images), step, batch, seed)
-            loss, gradient = 0.0, gradients[0]
-            for i, part in enumerate(run([(step, i, indices[k : k + micro_batch]) for i, k in enumerate(starts)])):
-                loss += part
-                if i > 0:
-                    gradient += gradients[i]
+            loss = sum(run(range(len(groups)), step, indices))
+            gradient = gradients[0]
+            for other in gradients[1:]:
+                gradient += other
             norm = float(clip_norm(gradient, max_norm))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(

@@ -91,44 +91,47 @@ def filters(w: Array) -> Array:
     return (G @ (G @ w.reshape(3, -1)).reshape(6, 3, C * O)).reshape(36, C, O)
 
 
-class ConstantFilters(threading.local):
-    """Keeps what was made of the filters of a model, in each thread, for as long as they do not change."""
-
-    def __init__(self):
-        self.version, self.kept = None, {}
-
-    @contextlib.contextmanager
-    def of(self, version: object) -> Iterator[None]:
-        """Within this block filters are transformed once; what is kept is used again in blocks of the same `version`."""
-        if version != self.version:
-            self.version, self.kept = version, {}
-        before, _local.kept = _local.kept, self.kept
-        try:
-            yield
-        finally:
-            _local.kept = before
-
-
-class _Local(threading.local):
-    kept = None  # {(transform, id(w)): (transform(w), w)} of the `ConstantFilters` in force
-
-
-_local = _Local()
-
-
-def _once(transform: Callable, w: Array) -> Array:
-    """transform(w), from what is kept if it is there."""
-    if _local.kept is None:
-        return transform(w)
-    key = transform, id(w)
-    if key not in _local.kept:
-        _local.kept[key] = transform(w), w  # with w itself, so that no other array gets its id
-    return _local.kept[key][0]
-
-
 def transposed_filters(w: Array) -> Array:
     """`filters`(w) with C and O exchanged: (3, 3, C, O) -> (36, O, C), laid out so in memory, where BLAS reads it fast."""
     return filters(np.ascontiguousarray(w.swapaxes(2, 3)))
+
+
+class ConstantFilters:
+    """Keeps the transforms of a model's filters, for all threads, for as long as the filters do not change."""
+
+    def __init__(self):
+        self.lock, self.version, self.kept = threading.Lock(), None, {}
+
+    @contextlib.contextmanager
+    def of(self, version: object) -> Iterator[None]:
+        """Within this block, in this thread, filters are transformed once for all blocks of the same `version`."""
+        with self.lock:
+            if version != self.version:
+                self.version, self.kept = version, {}
+        before, _in_force.filters = _in_force.filters, self
+        try:
+            yield
+        finally:
+            _in_force.filters = before
+
+    def get(self, transform: Callable, w: Array) -> Array:
+        """transform(w), computed if it is not there yet."""
+        key = transform, id(w)
+        with self.lock:
+            if key not in self.kept:
+                self.kept[key] = transform(w), w  # with w itself, so that no other array gets its id
+            return self.kept[key][0]
+
+
+class _InForce(threading.local):
+    filters: ConstantFilters | None = None
+
+
+_in_force = _InForce()
+
+
+def _once(transform: Callable, w: Array) -> Array:
+    return _in_force.filters.get(transform, w) if _in_force.filters else transform(w)
 
 
 def conv3x3(x: Array, w: Array, b: Array | None) -> tuple[Array, Callable]:
