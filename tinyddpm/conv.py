@@ -93,7 +93,7 @@ def _takes_winograd(x: Array, w: Array, stride: int, pad: Padding) -> bool:
     """Whether winograd.py can convolve x with w, and is faster: with few channels or few pixels it is not."""
     same = w.shape[:2] == (3, 3) and stride == 1 and pad == ((1, 1), (1, 1))
     fits = same and isinstance(x, np.ndarray) and x.dtype == np.float32
-    return fits and min(w.shape[2:]) >= 8 and x.size >= 256 * x.shape[3]
+    return fits and min(w.shape[2:]) >= 8 and x.size >= 128 * x.shape[3]
 
 
 def columns(x: Array, kh: int, kw: int, stride: int, pad: Padding) -> tuple[Array, tuple[int, int, int]]:
