@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "backend": set(),
     "tensor": {"backend"},
     "functional": {"backend", "tensor"},
-    "winograd": {"backend"},
+    "winograd": {"backend", "functional"},
     "conv": {"backend", "tensor", "functional", "winograd"},
     "fused": {"backend", "tensor", "functional"},
     "nn": OPS,
@@ -28,17 +28,17 @@ MAY_IMPORT = {
     "schedule": set(),
     "likelihood": {"backend", "tensor", "functional"},
     "parallel": {"backend"},
-    "diffusion": OPS | {"schedule", "likelihood", "parallel"},
-    "sample": {"backend", "tensor", "schedule", "diffusion", "parallel"},
+    "diffusion": OPS | {"schedule", "likelihood", "parallel", "winograd"},
+    "sample": {"backend", "tensor", "winograd", "schedule", "diffusion", "parallel"},
     "optim": {"backend", "tensor"},
     "data": {"backend"},
     "image": set(),
-    "train": {"backend", "tensor", "nn", "diffusion", "optim", "parallel", "data"},
+    "train": {"backend", "tensor", "winograd", "nn", "diffusion", "optim", "parallel", "data"},
     "checkpoint": NETWORK | {"schedule", "diffusion"},
 }
 # other packages, and the only files that may import them
-ONLY_IN = {"cupy": {"backend"}, "threading": {"tensor", "parallel"}, "concurrent": {"parallel"},
-           "threadpoolctl": {"parallel"},
+ONLY_IN = {"cupy": {"backend"}, "threading": {"tensor", "winograd", "parallel"}, "concurrent": {"parallel"},
+           "multiprocessing": {"parallel"}, "mmap": {"parallel"}, "ctypes": {"parallel"}, "threadpoolctl": {"parallel"},
            "mpi4py": {"parallel"}, "PIL": {"image", "data"}, "matplotlib": {"image"}, "safetensors": {"checkpoint"},
            "torch": set(), "diffusers": set(), "scipy": set(), "numba": set(), "pickle": set()}  # fmt: skip
 

@@ -1,9 +1,10 @@
-"""Adam, clipping, warm-up, the moving average, worker threads and the training loop."""
+"""Adam, clipping, warm-up, the moving average and the training loop."""
 
 import functools
 import itertools
 import math
-import os
+import multiprocessing
+import sys
 import threading
 
 import numpy as np
@@ -17,8 +18,8 @@ from tinyddpm.data import batch_indices
 from tinyddpm.functional import mse
 from tinyddpm.nn import Linear, Module
 from tinyddpm.optim import clip_norm, flat_gradient, flatten, learning_rate
-from tinyddpm.parallel import blas_name, cpu_count, worker_threads
 from tinyddpm.tensor import Parameter, Tensor, op
+from tinyddpm.train import GROUPS
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
 DIFFUSION = Diffusion(make_schedule("linear", 20, beta_end=0.6))
@@ -184,44 +185,6 @@ class TestEMA:
                 EMA(Linear(1, 1, np.random.default_rng(0)), bad)
 
 
-class TestWorkers:
-    def test_results_come_in_order_from_as_many_threads(self):
-        barrier = threading.Barrier(3, timeout=10)
-
-        def work(i):
-            barrier.wait()  # passes only if three threads are at it
-            return i, threading.get_ident()
-
-        with worker_threads(3) as run:
-            results = list(run(work, range(9)))
-        assert [i for i, _ in results] == list(range(9)) and len({thread for _, thread in results}) == 3
-
-    def test_blas_is_held_to_one_thread_meanwhile(self):
-        from threadpoolctl import threadpool_info
-
-        threads = lambda: {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
-        before = threads()
-        with worker_threads(2) as run:
-            assert all(seen <= {1} for seen in run(lambda _: threads(), range(4)))
-            assert threads() == before  # the setting is the whole process's: it is taken back between calls
-            with pytest.raises(ZeroDivisionError):
-                list(run(lambda i: 1 / i, [0]))
-            assert threads() == before
-
-    def test_an_exception_surfaces_and_the_threads_end(self):
-        before = threading.active_count()
-        with pytest.raises(ZeroDivisionError), worker_threads(2) as run:
-            list(run(lambda i: 1 / i, [1, 0, 2]))
-        assert threading.active_count() == before
-
-    def test_names_and_counts(self):
-        assert blas_name()
-        if hasattr(os, "sched_getaffinity"):
-            assert cpu_count() == len(os.sched_getaffinity(0))
-        with pytest.raises(ValueError, match="workers: expected an integer >= 1, got 0"), worker_threads(0):
-            pass
-
-
 @given(n=st.integers(1, 12), batch=st.integers(1, 20), steps=st.integers(1, 8), seed=st.integers(0, 100))
 def test_batches_run_through_every_image_once_per_epoch(n, batch, steps, seed):
     drawn = np.concatenate([batch_indices(n, step, batch, seed) for step in range(steps)])
@@ -234,6 +197,16 @@ def test_batches_differ_between_epochs_and_seeds():
     first, second, other = batch_indices(50, 0, 50, 0), batch_indices(50, 1, 50, 0), batch_indices(50, 0, 50, 1)
     assert (first != second).any() and (first != other).any()
     np.testing.assert_array_equal(first, batch_indices(50, 0, 50, 0))
+
+
+class Probe(Module):
+    """A model with one parameter, that predicts it everywhere."""
+
+    def __init__(self, dtype):
+        self.w = Parameter(np.zeros((1, 1, 1, 1), dtype))
+
+    def __call__(self, x, t):
+        return self.w * np.ones_like(x)
 
 
 class TestTrain:
@@ -262,6 +235,35 @@ class TestTrain:
                 np.testing.assert_array_equal(value, again, err_msg=name)
             np.testing.assert_array_equal(states[-1].ema.average, others[-1].ema.average)
             assert [s.loss for s in states] == [s.loss for s in others]
+
+    def test_threads_and_processes_give_the_same_bits_in_groups_of_micro_batches_too(self, monkeypatch):
+        """Large enough for the fast convolution, and more micro-batches than groups."""
+        images = np.random.default_rng(1).uniform(-1, 1, (50, 16, 16, 1)).astype(np.float32)
+        settings = dict(steps=2, batch=2 * GROUPS + 3, micro_batch=1, lr=0.01, warmup_steps=0)
+        results = []
+        for workers, platform in ((1, "linux"), (2, "linux"), (3, "linux"), (2, "win32")):
+            monkeypatch.setattr(sys, "platform", platform)
+            unet = UNet(channels=(8, 8), blocks=1, attention=(False, True))
+            states = list(train(unet, DIFFUSION, images, workers=workers, **settings))
+            results.append((unet.state_dict(), [(s.loss, s.grad_norm) for s in states]))
+        for state, seen in results[1:]:
+            assert seen == results[0][1]
+            for name, value in results[0][0].items():
+                np.testing.assert_array_equal(value, state[name], err_msg=name)
+
+    def test_micro_batches_are_chosen_from_the_batch_and_the_size_of_the_images(self):
+        """A quarter of the batch, unless that is more than a shard; the random numbers show where they begin."""
+        for batch, (height, width), expected in ((8, (4, 4), 2), (6, (4, 4), 2), (200, (32, 32), 16), (4, (4, 4), 1)):
+            images = np.zeros((3, height, width, 1), np.float32)
+            model = lambda: Probe(np.float32)
+            by_default, chosen = (
+                next(train(model(), DIFFUSION, images, steps=1, batch=batch, workers=1, **more)).loss
+                for more in ({}, {"micro_batch": expected})
+            )
+            other = next(
+                train(model(), DIFFUSION, images, steps=1, batch=batch, workers=1, micro_batch=expected + 1)
+            ).loss
+            assert by_default == chosen != other
 
     def test_the_seed_decides(self):
         assert self.run(seed=3)[1][-1].loss != self.run(seed=4)[1][-1].loss
@@ -323,12 +325,13 @@ class TestTrain:
             np.testing.assert_allclose(by_hand.state_dict()[name], value, atol=1e-12, err_msg=name)
         np.testing.assert_allclose(states[-1].ema.average, average, atol=1e-12)
 
+    @pytest.mark.skipif(sys.platform != "linux", reason="the workers are threads there, as in tests/test_parallel.py")
     def test_as_many_workers_as_asked_for_are_at_it(self):
-        barrier = threading.Barrier(3, timeout=10)
+        barrier = multiprocessing.get_context("fork").Barrier(3, timeout=10)
 
         class Meeting(UNet):
             def __call__(self, x, t, rng=None):
-                barrier.wait()  # passes only if three threads are at it
+                barrier.wait()  # passes only if three workers are at it
                 return super().__call__(x, t, rng)
 
         list(train(Meeting(**TINY), DIFFUSION, IMAGES, steps=2, batch=12, micro_batch=4, workers=3))
@@ -368,12 +371,12 @@ class TestTrain:
         losses = [s.loss for s in train(unet, DIFFUSION, images, steps=150, batch=16, lr=5e-3, warmup_steps=10)]
         assert np.mean(losses[-30:]) < 0.5 * np.mean(losses[:10])
 
-    def test_stopping_early_ends_the_threads(self):
+    def test_stopping_early_ends_the_workers(self):
         before = threading.active_count()
         training = train(UNet(**TINY), DIFFUSION, IMAGES, steps=100, batch=4)
         assert [s.step for s in itertools.islice(training, 2)] == [1, 2]
         training.close()
-        assert threading.active_count() == before
+        assert threading.active_count() == before and not multiprocessing.active_children()
 
     def test_a_loss_that_is_not_finite_stops_it_before_the_weights_are_touched(self):
         unet = UNet(**TINY)
@@ -427,7 +430,7 @@ class TestTrain:
 
 
 def test_images_far_out_of_range_are_warned_about(monkeypatch):
-    with pytest.warns(UserWarning, match=r"x0: images are expected in \[-1, 1\], but these range from -9.\.. to 9"):
+    with pytest.warns(UserWarning, match=r"images: images are expected in \[-1, 1\], but these range from -9.\.. to 9"):
         next(train(UNet(**TINY), DIFFUSION, 100 * IMAGES, steps=1, batch=23, micro_batch=23))
     monkeypatch.setattr(UNet, "device", "nowhere")
     with pytest.warns(UserWarning, match=r"images: images are expected in \[-1, 1\], but these range from -9"):

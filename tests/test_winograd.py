@@ -1,6 +1,6 @@
-"""The fast 3x3 convolution: exact in exact arithmetic, in float32 within its stated error; where it is used."""
+"""The fast 3x3 convolution: its matrices, its stated error in float32, its gradients, and where it is used."""
 
-from fractions import Fraction
+import threading
 
 import numpy as np
 import pytest
@@ -8,156 +8,264 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyddpm import conv, winograd
+from tinyddpm import Diffusion, UNet, conv, make_schedule, winograd
 from tinyddpm.conv import conv2d
 from tinyddpm.tensor import Parameter, backward
-from tinyddpm.winograd import A_T, B_T, G
+from tinyddpm.winograd import A_T, B_T, BAND, POINTS, ConstantFilters, G, bands, conv3x3
 
 ONE = ((1, 1), (1, 1))
-shapes = st.tuples(st.integers(1, 5), *[st.integers(1, 13)] * 2, *[st.integers(1, 9)] * 2)
+shapes = st.tuples(st.integers(1, 4), *[st.integers(1, 9 * BAND)] * 2, *[st.integers(1, 9)] * 2)
 
 
 def drawn(shape, seed=0):
-    """Images, filters and an incoming gradient in float32, as they come and in float64."""
+    """Images, filters, bias and an incoming gradient in float32, as they come and in float64."""
     N, H, W, C, O = shape
     rng = np.random.default_rng(seed)
-    narrow = [rng.standard_normal(s).astype(np.float32) for s in ((N, H, W, C), (3, 3, C, O), (N, H, W, O))]
+    narrow = [rng.standard_normal(s).astype(np.float32) for s in ((N, H, W, C), (3, 3, C, O), (O,), (N, H, W, O))]
     wide = [a.astype(np.float64) for a in narrow]
     for a in narrow:
         a.flags.writeable = False
     return narrow, wide
 
 
-def error(ours, exact):
-    """The largest, as a share of the largest value."""
-    assert ours.dtype == np.float32 and ours.shape == exact.shape
-    return np.abs(ours - exact).max() / np.abs(exact).max()
+def all_of(x, w, b, g):
+    """y, dx, dw and db of the fast convolution."""
+    y, pull = conv3x3(x, w, b)
+    dx, dw, db = pull(g)
+    return y, dx, dw, db()
 
 
-def turned(w):
-    return w[::-1, ::-1].swapaxes(2, 3)
+def all_direct(x, w, b, g):
+    """The same by direct sums."""
+    grad_x, grad_w = conv.correlate_grad_x(g, w, 1, ONE, x.shape), conv.correlate_grad_w(x, g, w.shape, 1, ONE)
+    return conv.correlate(x, w, 1, ONE) + b, grad_x, grad_w, g.sum((0, 1, 2))
+
+
+def errors(ours, exact):
+    """Of each result the largest, as a share of the largest value."""
+    for a, e in zip(ours, exact, strict=True):
+        assert a.dtype == np.float32 and a.shape == e.shape
+    return np.array([np.abs(a - e).max() / np.abs(e).max() for a, e in zip(ours, exact, strict=True)])
 
 
 def test_the_identity_is_exact():
-    """A^T ((G w) * (B^T x)) = direct sums, in fractions; so is its gradient for w."""
-    rational = lambda m: [[Fraction(float(x)).limit_denominator(24) for x in row] for row in m]
-    for matrix in (A_T, B_T, G):
-        np.testing.assert_array_equal(np.array(rational(matrix), dtype=float).astype(np.float32), matrix)
-    product = lambda m, v: [sum(a * b for a, b in zip(row, v, strict=True)) for row in m]
+    """A^T ((G w) * (B^T x)) = direct sums, and its transposes are the gradients."""
     rng = np.random.default_rng(0)
-    x, w, dy = ([Fraction(int(i)) for i in rng.integers(-9, 10, n)] for n in (6, 3, 4))
-    a_t, b_t, g = rational(A_T), rational(B_T), rational(G)
-    y = product(a_t, [p * q for p, q in zip(product(g, w), product(b_t, x), strict=True)])
-    assert y == [sum(w[k] * x[i + k] for k in range(3)) for i in range(4)]
-    dv = [p * q for p, q in zip(product(zip(*a_t), dy), product(b_t, x), strict=True)]
-    assert product(zip(*g), dv) == [sum(dy[i] * x[i + k] for i in range(4)) for k in range(3)]
+    x, w, dy = rng.standard_normal(6), rng.standard_normal(3), rng.standard_normal(4)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
+    close(A_T @ ((G @ w) * (B_T @ x)), [w @ x[i : i + 3] for i in range(4)])
+    close(G.T @ ((A_T.T @ dy) * (B_T @ x)), [dy @ x[k : k + 4] for k in range(3)])
+    close(B_T.T @ ((A_T.T @ dy) * (G @ w)), np.convolve(dy, w))
 
 
 def test_the_matrices_evaluate_polynomials():
-    points = np.array([0, 1, -1, 2, -2])
-    np.testing.assert_array_equal(A_T[:, :5], points ** np.arange(4)[:, None])
-    np.testing.assert_array_equal(A_T[:, 5], [0, 0, 0, 1])
-    scale = np.array([1 / 4, -1 / 6, -1 / 6, 1 / 24, 1 / 24])
-    np.testing.assert_allclose(G[:5], scale[:, None] * points[:, None] ** np.arange(3), rtol=1e-7)
-    np.testing.assert_array_equal(G[5], [0, 0, 1])
+    points = np.array(POINTS)[:, None]
+    np.testing.assert_array_equal(A_T.T[:5], points ** np.arange(4))
+    np.testing.assert_array_equal(A_T.T[5], [0, 0, 0, 1])
+    np.testing.assert_allclose(G[:5] / G[:5, :1], points ** np.arange(3), rtol=1e-14)
+    assert G[5, :2].tolist() == [0, 0] and G[5, 2] > 0
+    np.testing.assert_allclose(np.linalg.norm(B_T, axis=1), 1, rtol=1e-14)
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 14, 4 * BAND, 4 * BAND + 1, 28, 100])
+def test_bands_cover_all_rows_and_no_more(size):
+    assert np.concatenate([np.arange(size)[band.outputs] for band in bands(size)]).tolist() == list(range(size))
+    for band in bands(size):
+        rows = np.arange(size)[band.outputs]
+        wanted = sorted({r + k for r in rows for k in (-1, 0, 1)} & set(range(size)))
+        assert np.arange(size)[band.inputs].tolist() == wanted
+        assert band.D.shape == (6 * -(-len(rows) // 4), len(wanted)) and band.A.shape == (len(rows), len(band.D))
+        assert len(rows) <= 4 * BAND
+        for matrix, transpose in ((band.D, band.D_T), (band.A, band.A_T)):
+            np.testing.assert_array_equal(matrix.T, transpose)
+            assert matrix.flags.c_contiguous and transpose.flags.c_contiguous  # half as fast otherwise
 
 
 @given(shape=shapes, seed=st.integers(0, 2**32 - 1))
 def test_it_equals_direct_sums_for_images_of_any_size(shape, seed):
-    (x, w, g), (x64, w64, g64) = drawn(shape, seed)
-    y = reference.conv2d(x64, w64, np.zeros(shape[4]), 1, ONE)
-    scale = np.abs(x64).max() * np.abs(w64).sum((0, 1, 2)).max()  # an output may be what little is left of large terms
-    assert np.abs(winograd.correlate(x, winograd.filters(w)) - y).max() < 2e-6 * scale
-    dw = conv.correlate_grad_w(x64, g64, w.shape, 1, ONE)
-    assert (
-        np.abs(winograd.correlate_grad_w(x, g) - dw).max() < 2e-6 * np.abs(x64).max() * np.abs(g64).sum((0, 1, 2)).max()
-    )
+    (x, w, b, g), (x64, w64, b64, g64) = drawn(shape, seed)
+    y = reference.conv2d(x64, w64, b64, 1, ONE)
+    # an output may be what little is left of large terms, so the measure is how large they can be
+    scale = lambda image, filters: 2e-6 * np.abs(image).max() * np.abs(filters).sum((0, 1, 2)).max()
+    ours, exact = all_of(x, w, b, g), (y, *all_direct(x64, w64, b64, g64)[1:])
+    limits = scale(x64, w64), scale(g64, w64.swapaxes(2, 3)), scale(x64, g64), scale(np.ones(1), g64)
+    for a, e, limit in zip(ours, exact, limits, strict=True):
+        assert a.dtype == np.float32 and np.abs(a - e).max() <= limit
+    np.testing.assert_allclose(conv3x3(x, w, None)[0], ours[0] - b, atol=limits[0])
 
 
 @pytest.mark.parametrize(
-    "shape", [(16, 28, 28, 32, 32), (16, 14, 14, 64, 64), (16, 7, 7, 128, 128), (2, 8, 8, 512, 16)]
+    "shape", [(16, 28, 28, 32, 32), (16, 14, 14, 64, 64), (16, 7, 7, 128, 128), (2, 32, 32, 512, 16)]
 )
 def test_its_error_is_as_stated(shape):
-    """On random images and filters, forward and both gradients within 1e-5 of the largest value."""
-    (x, w, g), (x64, w64, g64) = drawn(shape)
-    exact = conv.correlate(x64, w64, 1, ONE)
-    assert error(winograd.correlate(x, winograd.filters(w)), exact) < 1e-5
-    assert error(winograd.correlate(g, winograd.filters(turned(w))), conv.correlate(g64, turned(w64), 1, ONE)) < 1e-5
-    assert error(winograd.correlate_grad_w(x, g), conv.correlate_grad_w(x64, g64, w.shape, 1, ONE)) < 1e-5
+    """On random images and filters, forward and gradients within 1e-5 of the largest value, 20 times direct sums'."""
+    narrow, wide = drawn(shape)
+    exact = all_direct(*wide)
+    ours, direct = errors(all_of(*narrow), exact), errors([a.astype(np.float32) for a in all_direct(*narrow)], exact)
+    assert (ours < 1e-5).all() and (ours < 20 * direct)[:3].all(), (ours, direct)
 
 
 def test_where_the_filter_cancels_most_of_the_image_direct_sums_lose_digits_too():
     x = np.sin(np.linspace(0, np.pi, 28)).reshape(1, 28, 1, 1).repeat(9, 2).repeat(32, 3)
     w = np.zeros((3, 3, 32, 8))
     w[:, 1] = np.array([1, -2, 1]).reshape(3, 1, 1)  # second derivative along the height
-    exact = conv.correlate(x, w, 1, ONE)[:, 1:-1]
+    inside = lambda y: [y[:, 1:-1]]
+    exact = inside(conv.correlate(x, w, 1, ONE))
     x, w = x.astype(np.float32), w.astype(np.float32)
-    cols, _ = conv.columns(x, 3, 3, 1, ONE)
-    direct = (cols @ w.reshape(-1, 8)).reshape(1, 28, 9, 8)[:, 1:-1]
-    assert error(winograd.correlate(x, winograd.filters(w))[:, 1:-1], exact) < 20 * error(direct, exact)
+    assert errors(inside(conv3x3(x, w, None)[0]), exact) < 20 * errors(inside(conv.correlate(x, w, 1, ONE)), exact)
+
+
+def test_a_whole_network_in_float32_is_as_good_as_its_float64_twin():
+    rng = np.random.default_rng(0)
+    narrow, wide = UNet(channels=(16, 32, 64), blocks=1), UNet(channels=(16, 32, 64), blocks=1).to(dtype="float64")
+    for p, q in zip(narrow.parameters(), wide.parameters(), strict=True):
+        p.data = (p.data + 0.05 * rng.standard_normal(p.shape)).astype(np.float32)
+        q.data = p.data.astype(np.float64)
+    x, t = rng.standard_normal((8, 28, 28, 1)), np.arange(8) * 100
+    g = rng.standard_normal(x.shape)
+    loss = lambda net, dtype: (net(x.astype(dtype), t) * g.astype(dtype)).sum()
+    a, b = narrow(x.astype(np.float32), t).data, wide(x.astype(np.float32).astype(np.float64), t).data
+    assert errors([a], [b]) < 1e-5
+    ours, exact = backward(loss(narrow, np.float32)), backward(loss(wide, np.float64))
+    off, size = 0.0, 0.0
+    for p, q in zip(narrow.parameters(), wide.parameters(), strict=True):
+        off, size = off + np.square(ours[p] - exact[q]).sum(), size + np.square(exact[q]).sum()
+    assert off < (1e-5) ** 2 * size
 
 
 def test_a_nan_stays_in_its_image():
-    (x, w, g), _ = drawn((9, 6, 5, 8, 9))
+    (x, w, b, g), _ = drawn((9, 6, 5, 8, 9))
     bad = x.copy()
     bad[4, 3, 2, 1] = np.nan
-    y, others = winograd.correlate(bad, winograd.filters(w)), np.arange(9) != 4
-    np.testing.assert_array_equal(y[others], winograd.correlate(x, winograd.filters(w))[others])
+    y, others = conv3x3(bad, w, b)[0], np.arange(9) != 4
+    np.testing.assert_array_equal(y[others], conv3x3(x, w, b)[0][others])
     assert np.isnan(y[4, 2:5, 1:4]).all()
 
 
-def test_views_of_any_strides():
-    (x, w, g), _ = drawn((2, 6, 5, 8, 9))
-    y, dw = winograd.correlate(x, winograd.filters(w)), winograd.correlate_grad_w(x, g)
+@pytest.mark.parametrize("shape", [(2, 6, 5, 8, 9), (2, 6, 5 * BAND, 8, 9)])  # one band across, and two
+def test_views_of_any_strides(shape):
+    (x, w, b, g), _ = drawn(shape)
+    plain = all_of(x, w, b, g)
     backwards = lambda a: np.ascontiguousarray(a[:, ::-1, ::-1])[:, ::-1, ::-1]
     for odd in (np.asfortranarray, backwards):
-        np.testing.assert_array_equal(winograd.correlate(odd(x), winograd.filters(odd(w))), y)
-        np.testing.assert_array_equal(winograd.correlate_grad_w(odd(x), odd(g)), dw)
+        for a, e in zip(all_of(odd(x), odd(w), b, odd(g)), plain, strict=True):
+            np.testing.assert_array_equal(a, e)
     x, g = (np.broadcast_to(a[:1, :1, :1], a.shape) for a in (x, g))
-    exact = conv.correlate_grad_w(x.astype(float), g.astype(float), w.shape, 1, ONE)
-    assert error(winograd.correlate_grad_w(x, g), exact) < 1e-5
+    wide = [a.astype(np.float64) for a in (x, w, b, g)]
+    assert (errors(all_of(x, w, b, g), all_direct(*wide)) < 1e-5).all()
 
 
 class TestWhereItIsUsed:
     @pytest.mark.parametrize(
-        ("kernel", "stride", "padding", "C", "O", "dtype", "used"),
+        ("kernel", "stride", "padding", "shape", "O", "dtype", "used"),
         [
-            ((3, 3), 1, 1, 8, 8, "float32", True),
-            ((3, 3), 1, ((1, 1), (1, 1)), 16, 9, "float32", True),
-            ((3, 3), 1, [[1, 1], [1, 1]], 8, 8, "float32", True),
-            ((3, 3), 1, np.ones((2, 2), int), 8, 8, "float32", True),
-            ((3, 3), 1, 1, 8, 8, "float64", False),
-            ((3, 3), 1, 1, 7, 8, "float32", False),
-            ((3, 3), 1, 1, 8, 7, "float32", False),
-            ((3, 3), 2, 1, 8, 8, "float32", False),
-            ((3, 3), 1, 0, 8, 8, "float32", False),
-            ((3, 3), 1, ((0, 1), (1, 1)), 8, 8, "float32", False),
-            ((3, 1), 1, 1, 8, 8, "float32", False),
-            ((1, 1), 1, 1, 8, 8, "float32", False),
+            ((3, 3), 1, 1, (2, 8, 8, 8), 8, "float32", True),
+            ((3, 3), 1, ((1, 1), (1, 1)), (2, 8, 8, 16), 9, "float32", True),
+            ((3, 3), 1, [[1, 1], [1, 1]], (2, 8, 8, 8), 8, "float32", True),
+            ((3, 3), 1, np.ones((2, 2), int), (2, 8, 8, 8), 8, "float32", True),
+            ((3, 3), 1, 1, (2, 8, 8, 8), 8, "float64", False),
+            ((3, 3), 1, 1, (2, 8, 8, 7), 8, "float32", False),
+            ((3, 3), 1, 1, (2, 8, 8, 8), 7, "float32", False),
+            ((3, 3), 1, 1, (1, 8, 15, 8), 8, "float32", False),  # too few pixels
+            ((3, 3), 1, 1, (1, 8, 16, 8), 8, "float32", True),
+            ((3, 3), 2, 1, (2, 8, 8, 8), 8, "float32", False),
+            ((3, 3), 1, 0, (2, 8, 8, 8), 8, "float32", False),
+            ((3, 3), 1, ((0, 1), (1, 1)), (2, 8, 8, 8), 8, "float32", False),
+            ((3, 1), 1, 1, (2, 8, 8, 8), 8, "float32", False),
+            ((1, 1), 1, 1, (2, 8, 8, 8), 8, "float32", False),
         ],
     )
-    def test_by_conv2d_and_its_gradients(self, kernel, stride, padding, C, O, dtype, used, monkeypatch):
+    def test_by_conv2d_and_its_gradients(self, kernel, stride, padding, shape, O, dtype, used, monkeypatch):
         rng = np.random.default_rng(0)
-        x, w = (Parameter(rng.standard_normal(s).astype(dtype)) for s in ((2, 6, 5, C), (*kernel, C, O)))
-        calls = []
-        for name in ("correlate", "correlate_grad_w"):
-            real = getattr(winograd, name)
-            monkeypatch.setattr(winograd, name, lambda *a, f=real: calls.append(f.__name__) or f(*a))
-        y = conv2d(x, w, stride=stride, padding=padding)
+        x, w, b = (Parameter(rng.standard_normal(s).astype(dtype)) for s in (shape, (*kernel, shape[3], O), (O,)))
+        calls, real = [], winograd.conv3x3
+        monkeypatch.setattr(winograd, "conv3x3", lambda *a: calls.append(a) or real(*a))
+        y = conv2d(x, w, b, stride=stride, padding=padding)
+        assert len(calls) == used
         u = rng.standard_normal(y.shape).astype(dtype)
         gradients = backward((y * u).sum())
-        assert sorted(calls) == (["correlate", "correlate", "correlate_grad_w"] if used else [])
-        wide = [Parameter(p.data.astype(np.float64)) for p in (x, w)]
+        wide = [Parameter(p.data.astype(np.float64)) for p in (x, w, b)]
         exact = conv2d(*wide, stride=stride, padding=padding)
         exact_gradients = backward((exact * u.astype(np.float64)).sum())
         np.testing.assert_allclose(y.data, exact.data, atol=1e-5 * np.abs(exact.data).max())
-        for ours, theirs in zip((x, w), wide, strict=True):
+        for ours, theirs in zip((x, w, b), wide, strict=True):
             scale = np.abs(exact_gradients[theirs]).max()
             np.testing.assert_allclose(gradients[ours], exact_gradients[theirs], atol=1e-5 * scale)
 
     def test_not_for_arrays_of_another_kind(self):
         class OnADevice:
-            dtype = np.dtype("float32")
+            dtype, shape, size = np.dtype("float32"), (1, 16, 16, 8), 2048
 
-        assert not conv._takes_winograd(OnADevice(), (3, 3, 8, 8), 1, ONE)
-        assert conv._takes_winograd(np.ones((1, 4, 4, 8), np.float32), (3, 3, 8, 8), 1, ONE)
+        w = np.ones((3, 3, 8, 8), np.float32)
+        assert not conv._takes_winograd(OnADevice(), w, 1, ONE)
+        assert conv._takes_winograd(np.ones(OnADevice.shape, np.float32), w, 1, ONE)
+
+
+class TestConstantFilters:
+    @pytest.fixture
+    def transformed(self, monkeypatch):
+        """Which filters were transformed."""
+        seen, real = [], winograd.filters
+        monkeypatch.setattr(winograd, "filters", lambda w: seen.append(w) or real(w))
+        return seen
+
+    def test_a_filter_is_transformed_once_for_a_version(self, transformed):
+        (x, w, b, g), _ = drawn((2, 8, 8, 8, 8))
+        plain, kept = all_of(x, w, b, g), ConstantFilters()
+        assert len(transformed) == 2  # forward, and with its channels exchanged backward
+        for version, new in ((1, 2), (1, 0), (2, 2), (2, 0)):
+            transformed.clear()
+            with kept.of(version):
+                for a, e in zip(all_of(x, w, b, g), plain, strict=True):
+                    np.testing.assert_array_equal(a, e)
+            assert len(transformed) == new
+        transformed.clear()
+        conv3x3(x, w, b)  # outside of a block nothing is kept
+        assert len(transformed) == 1
+
+    def test_a_new_version_sees_the_filter_as_it_is_then(self):
+        (x, w, b, g), _ = drawn((2, 8, 8, 8, 8))
+        w, kept = w.copy(), ConstantFilters()
+        for version in range(3):
+            w += 1
+            with kept.of(version):
+                np.testing.assert_array_equal(conv3x3(x, w, b)[0], conv3x3(x, w.copy(), b)[0])
+
+    def test_threads_share_what_is_kept_and_blocks_nest(self, transformed):
+        (x, w, b, g), _ = drawn((2, 8, 8, 8, 8))
+        kept, other = ConstantFilters(), ConstantFilters()
+
+        def work():
+            with kept.of("a model"):
+                conv3x3(x, w, b)
+                with other.of("another"):
+                    conv3x3(x, w, b)
+                conv3x3(x, w, b)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(transformed) == 2
+
+    def test_training_and_sampling_keep_them(self, transformed, monkeypatch):
+        """One thread, so that all is in this process: each filter once per step, or per chain."""
+        from tinyddpm import sample, train
+
+        images = np.random.default_rng(0).uniform(-1, 1, (8, 16, 16, 1)).astype(np.float32)
+        unet, diffusion = (
+            UNet(channels=(8, 8), blocks=1, attention=(False, False)),
+            Diffusion(make_schedule("cosine", 5)),
+        )
+        per_pass = (
+            sum(p.shape[:2] == (3, 3) and min(p.shape[2:]) >= 8 for p in unet.parameters()) - 1
+        )  # one has stride 2
+        training = train(unet, diffusion, images, steps=2, batch=8, micro_batch=2, workers=1)
+        for _ in range(2):
+            transformed.clear()
+            next(training)
+            assert len(transformed) == 2 * per_pass
+        transformed.clear()
+        sample(diffusion, unet, (8, 16, 16, 1), workers=2)
+        assert len(transformed) == per_pass

@@ -5,8 +5,8 @@ A convolution is one matrix product. `columns` lays the kh x kw x C pixels that 
 too: the one with respect to the filters is `columns` transposed times the gradient, the one with respect to the image
 is a convolution of the gradient with the filters turned by 180 degrees (Dumoulin & Visin 2016).
 
-That is the plain way, for any filter. Most of a U-Net's are 3x3 with stride 1 and padding 1, and in float32 on a CPU
-winograd.py takes those that have 8 channels or more.
+That is the plain way, for any filter. Most of a U-Net's are 3x3 with stride 1 and padding 1; in float32 on a CPU
+winograd.py takes those, if there are 8 channels or more and enough pixels.
 """
 
 from __future__ import annotations

@@ -29,8 +29,10 @@ def flatten(parameters: list[Parameter], out: Array | None = None) -> Array:
 
 
 def flat_gradient(gradients: dict[Parameter, Array], parameters: list[Parameter], out: Array | None = None) -> Array:
-    """Lay out what `backward` returned in the order of `parameters`, as one vector (P,), `out` if given; what is missing
-    is 0."""
+    """Lay out what `backward` returned in the order of `parameters`, as one vector (P,); what is missing is 0.
+
+    The vector is `out` if given.
+    """
     xp = array_module(parameters[0].data)
     return xp.concatenate(
         [gradients[p].reshape(-1) if p in gradients else xp.zeros(p.data.size, p.dtype) for p in parameters], out=out

@@ -34,8 +34,8 @@ PIXELS, SHARD = 2**14, 32  # at most so many pixels, and images, pass through a 
 
 
 def shard_size(height: int, width: int) -> int:
-    """How many images of this size a worker takes at a time: a power of two, many enough for the matrix products and few
-    enough for the cache."""
+    """How many images of this size a worker takes at a time: a power of two, many enough for the matrix products and
+    few enough for the cache."""
     return min(SHARD, 2 ** int(math.log2(max(1, PIXELS // (height * width)))))
 
 

@@ -65,8 +65,8 @@ def train(
         lr: Adam's learning rate, to which it rises over the first `warmup_steps` and from which it falls towards 0 over
             the last `decay_steps`.
         max_norm: longest gradient. ema_decay: of the moving average.
-        workers: processes, see `parallel.worker_processes`; None for one per CPU. seed: of batches, timesteps, noise and
-            dropout.
+        workers: processes; None for one per CPU. They are copies of this one, see `parallel.worker_processes`.
+        seed: of batches, timesteps, noise and dropout.
 
     Being a generator, it raises what follows when its first state is asked for: TypeError or ValueError if an argument
     is of the wrong type or out of range, FloatingPointError as soon as the loss or the gradient is not finite, before

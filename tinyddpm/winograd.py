@@ -6,12 +6,12 @@ constant matrices they take 6:
 
     u = G w,   v = B^T x,   m = u * v elementwise,   y = A^T m          w: 3 taps, x: 6 inputs, y: 4 outputs
 
-Where they come from (Toom 1963, Cook 1966): a polynomial is known by its values. Let E_n take the n coefficients of one
-to its values at six points, infinity among them (its value there is its last coefficient). Then the product of two, with
-four and three coefficients, is E_6^-1 ((E_4 a) * (E_3 w)). A correlation is that product transposed, so that G = E_3,
-A = E_4 and B^T is the inverse of E_6, transposed. In two dimensions each is applied down and
-across, Lavin & Gray's F(4x4, 3x3): 36 multiplications in place of 144 for a tile of 4x4 outputs, from 6x6 inputs,
-neighbours of which overlap by two. At each of the 36 pairs of points the sum over channels remains, a matrix product.
+Where they come from (Toom 1963, Cook 1966): a polynomial is known by its values. Let E_n take the n coefficients of
+one to its values at six points, infinity among them (its value there is its last coefficient). Then the product of two
+that have four and three coefficients, a and w, is E_6^-1 ((E_4 a) * (E_3 w)). A correlation is that product transposed,
+so that G = E_3, A = E_4 and B^T is the inverse of E_6, transposed. In two dimensions each is applied down and across,
+Lavin & Gray's F(4x4, 3x3): 36 multiplications in place of 144 for a tile of 4x4 outputs, from 6x6 inputs, neighbours of
+which overlap by two. At each of the 36 pairs of points the sum over channels remains, a matrix product.
 
 A row of tiles is transformed at once, by a matrix D that holds B^T once for each tile, or A^T likewise. It is mostly
 zeros, but it leaves out what lies outside of the image, it adds up the overlaps when it is transposed, and BLAS is fast
@@ -21,7 +21,7 @@ at it. So all is matrix products, down and across the images x and y, and the gr
     backward    dm = A^T dy A',     dv = dm u^T,     dx = D^T dv D',     du = v^T dm,     dw = G^T du G
 
 The values at the points are larger than what A^T leaves of them, so float32 results are less exact than direct sums: on
-random images and filters up to 15 times, but within 1e-5 of the largest value. An inf or a nan spreads over the 16x16
+random images and filters up to 20 times, but within 1e-5 of the largest value. An inf or a nan spreads over the 16x16
 outputs that are computed with it. float64, in which gradients are checked, is left to direct sums.
 """
 
@@ -54,7 +54,7 @@ B_T, G, A_T = _matrices()
 
 
 class Band(NamedTuple):
-    """Rows (or columns) `outputs` of the result, which up to `BAND` tiles compute from the rows `inputs` of the image."""
+    """Up to `BAND` tiles, which compute `outputs`, rows or columns of the result, from `inputs`, those of the image."""
 
     outputs: slice
     inputs: slice

@@ -1,0 +1,196 @@
+"""Workers: threads and processes, how many images each takes, and what becomes of them when something goes wrong."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from concurrent.futures.process import BrokenProcessPool
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from threadpoolctl import threadpool_info
+
+from tinyddpm.parallel import (
+    PIXELS,
+    SHARD,
+    blas_name,
+    cpu_count,
+    shard_size,
+    shards,
+    shared_array,
+    worker_processes,
+    worker_threads,
+)
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the workers are threads")
+
+
+def blas_threads():
+    return {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
+
+
+@given(h=st.integers(1, 600), w=st.integers(1, 600))
+def test_a_shard_is_a_power_of_two_of_few_pixels(h, w):
+    n = shard_size(h, w)
+    assert n in (1, 2, 4, 8, 16, 32) and n <= SHARD
+    assert n == 1 or n * h * w <= PIXELS
+    assert n == SHARD or 2 * n * h * w > PIXELS
+
+
+def test_shards():
+    assert shard_size(28, 28) == shard_size(32, 32) == 16 and shard_size(64, 64) == 4
+    assert shards((40, 28, 28, 1), "cpu") == [slice(0, 16), slice(16, 32), slice(32, 48)]
+    assert shards((40, 28, 28, 1), "cuda") == [slice(0, 40)]
+
+
+def test_names_and_counts():
+    assert blas_name()
+    if hasattr(os, "sched_getaffinity"):
+        assert cpu_count() == len(os.sched_getaffinity(0))
+    for workers in (worker_threads, lambda count: worker_processes(abs, count)):
+        for count in (0, -1, 1.5, "2"):
+            with pytest.raises(ValueError, match=f"workers: expected an integer >= 1, got {count!r}"), workers(count):
+                pass
+
+
+class TestThreads:
+    def test_results_come_in_order_from_as_many_threads(self):
+        barrier = threading.Barrier(3, timeout=10)
+
+        def work(i):
+            barrier.wait()  # passes only if three threads are at it
+            return i, threading.get_ident()
+
+        with worker_threads(3) as run:
+            results = list(run(work, range(9)))
+        assert [i for i, _ in results] == list(range(9)) and len({thread for _, thread in results}) == 3
+
+    def test_blas_is_held_to_one_thread_meanwhile(self):
+        before = blas_threads()
+        with worker_threads(2) as run:
+            assert all(seen <= {1} for seen in run(lambda _: blas_threads(), range(4)))
+            assert blas_threads() == before  # the setting is the whole process's: it is taken back between calls
+            with pytest.raises(ZeroDivisionError):
+                list(run(lambda i: 1 / i, [0]))
+            assert blas_threads() == before
+
+    def test_an_exception_surfaces_and_the_threads_end(self):
+        before = threading.active_count()
+        with pytest.raises(ZeroDivisionError), worker_threads(2) as run:
+            list(run(lambda i: 1 / i, [1, 0, 2]))
+        assert threading.active_count() == before
+
+
+@on_linux
+class TestProcesses:
+    def test_results_come_in_order_from_as_many_processes(self):
+        barrier = multiprocessing.get_context("fork").Barrier(3, timeout=10)
+
+        def work(i, plus):
+            barrier.wait()  # passes only if three processes are at it
+            return i + plus, os.getpid()
+
+        with worker_processes(work, 3) as run:
+            results = list(run(range(9), 10))
+            results += run(range(9), 20)
+        assert [i for i, _ in results] == [*range(10, 19), *range(20, 29)]
+        assert len({pid for _, pid in results}) == 3 and os.getpid() not in {pid for _, pid in results}
+        assert not multiprocessing.active_children()
+
+    def test_they_share_arrays_made_for_it_and_nothing_else(self):
+        shared, own = shared_array((2, 3), "float32"), np.zeros(3)
+        assert shared.shape == (2, 3) and shared.dtype == np.float32 and not shared.any()
+
+        def work(i):
+            own[i] = shared[1, i] = 10 * i + shared[0, i]
+
+        with worker_processes(work, 2) as run:
+            for k in (1, 2):
+                shared[0] = k  # what is written here later, they see
+                list(run(range(3)))
+                assert shared[1].tolist() == [k, 10 + k, 20 + k]
+        assert not own.any()
+
+    def test_blas_is_held_to_one_thread_in_them_only(self):
+        before = blas_threads()
+        with worker_processes(lambda _: blas_threads(), 2) as run:
+            assert all(seen <= {1} for seen in run(range(4)))
+            assert blas_threads() == before
+
+    def test_an_exception_surfaces_with_its_traceback_and_they_end(self):
+        def fails_here(i):
+            return 1 / i
+
+        with pytest.raises(ZeroDivisionError) as raised, worker_processes(fails_here, 2) as run:
+            list(run([1, 0, 2]))
+        assert "in fails_here" in str(raised.value.__cause__)
+        assert not multiprocessing.active_children()
+
+    def test_a_worker_that_dies_is_an_error_and_no_waiting(self):
+        with (
+            pytest.raises(BrokenProcessPool),
+            worker_processes(lambda i: os.kill(os.getpid(), signal.SIGKILL), 2) as run,
+        ):
+            list(run(range(2)))
+        assert not multiprocessing.active_children()
+
+    def test_ctrl_c_is_for_the_first_process(self):
+        def work(i):
+            os.kill(os.getpid(), signal.SIGINT)
+            return i
+
+        with worker_processes(work, 2) as run:
+            assert list(run(range(4))) == [0, 1, 2, 3]
+
+    def test_they_do_not_outlive_a_killed_parent(self, tmp_path):
+        script = """
+            import os, time
+            from tinyddpm.parallel import worker_processes
+
+            def work(i):
+                print(os.getpid(), flush=True)
+                time.sleep(60)
+
+            with worker_processes(work, 2) as run:
+                list(run(range(2)))
+        """
+        parent = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
+        workers = [int(parent.stdout.readline()) for _ in range(2)]
+        parent.kill()
+        parent.wait()
+
+        def running(pid):
+            try:
+                return "State:\tZ" not in open(f"/proc/{pid}/status").read()
+            except FileNotFoundError:
+                return False
+
+        deadline = time.monotonic() + 30
+        while any(map(running, workers)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(running, workers))
+        parent.stdout.close()
+
+    def test_a_single_worker_is_this_process(self):
+        seen = []
+        with worker_processes(lambda i, j: seen.append((i, j, os.getpid())), 1) as run:
+            list(run(range(2), 5))
+        assert seen == [(0, 5, os.getpid()), (1, 5, os.getpid())]
+
+
+def test_where_a_process_cannot_be_copied_they_are_threads(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    barrier = threading.Barrier(2, timeout=10)
+
+    def work(i, plus):
+        barrier.wait()
+        return i + plus, os.getpid()
+
+    with worker_processes(work, 2) as run:
+        assert list(run(range(4), 1)) == [(i + 1, os.getpid()) for i in range(4)]
