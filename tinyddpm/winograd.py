@@ -109,7 +109,7 @@ def conv3x3(x: Array, w: Array, b: Array | None) -> tuple[Array, Callable]:
     u = _constant(filters, w)
     y = np.empty((N, H, W, w.shape[3]), np.float32)
     for down, across in areas:
-        m = _product(_to_points(down.D, across.D, x[:, down.inputs, across.inputs]), u)
+        m = _to_points(down.D, across.D, x[:, down.inputs, across.inputs]) @ u
         if b is not None:
             m[7] += b  # what stands at the points (1, 1) enters each output once
         _from_points(down.A, across.A, m, out=y[:, down.outputs, across.outputs])
@@ -120,9 +120,9 @@ def conv3x3(x: Array, w: Array, b: Array | None) -> tuple[Array, Callable]:
         for down, across in areas:
             inside = slice(None), down.inputs, across.inputs
             dm = _to_points(down.A_T, across.A_T, dy[:, down.outputs, across.outputs])
-            part = _product(_to_points(down.D, across.D, x[inside]).swapaxes(1, 2), dm)
+            part = _to_points(down.D, across.D, x[inside]).swapaxes(1, 2) @ dm
             du = part if du is None else np.add(du, part, out=du)
-            dv = _product(dm, u_T)
+            dv = dm @ u_T
             if len(areas) == 1:
                 _from_points(down.D_T, across.D_T, dv, out=dx)
             else:  # inputs of neighbours overlap
@@ -150,18 +150,6 @@ def _from_points(down: Array, across: Array, m: Array, out: Array) -> Array:
     np.matmul(across, m.reshape(6, 6 * K, T, n, C).transpose(0, 2, 3, 1, 4), out=half.transpose(1, 2, 0, 3, 4))
     np.matmul(down, half.reshape(n, 6 * T, w * C), out=out.reshape(n, h, w * C))
     return out
-
-
-def _product(a: Array, b: Array) -> Array:
-    """a (36, M, K) @ b (36, K, N), the rows of a cut, where that helps, into parts of up to a million multiplications:
-    those OpenBLAS does right away, without copying a and b into an order of its own first."""
-    _, M, K = a.shape
-    N, rows = b.shape[2], M
-    while rows % 2 == 0 and rows > 32 and rows * K * N > 1e6:
-        rows //= 2
-    if rows * K * N > 1e6:
-        return a @ b
-    return (a.reshape(36, M // rows, rows, K) @ b[:, None]).reshape(36, M, N)
 
 
 class ConstantFilters:
