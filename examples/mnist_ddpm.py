@@ -35,7 +35,7 @@ def parse_arguments():
     add("--samples", type=int, default=64, help="digits in the final grid [%(default)s]")
     add("--sample-every", type=int, default=1000, help="training steps between sample grids [%(default)s]")
     add("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
-    add("--workers", type=int, default=cpu_count(), help="worker threads [one per CPU: %(default)s]")
+    add("--workers", type=int, default=cpu_count(), help="how many work side by side [one per CPU: %(default)s]")
     add("--seed", type=int, default=0, help="the same seed and steps give the same digits [%(default)s]")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/mnist"), help="folder for the results [%(default)s]")
     args = parser.parse_args()
@@ -71,7 +71,7 @@ def main():
     attention = [False] * (len(args.channels) - 1) + [True]
     unet = UNet(channels=args.channels, blocks=args.blocks, attention=attention, rng=args.seed).to(args.device)
 
-    print(f"device   {args.device}, {args.workers} worker threads, BLAS {blas_name()}")
+    print(f"device   {args.device}, {args.workers} workers, BLAS {blas_name()}")
     print(f"network  U-Net {'-'.join(map(str, args.channels))}, {unet.size:,} parameters")
     print(f"data     {len(images):,} digits of {images.shape[1]} x {images.shape[2]} pixels, T = {args.timesteps}")
     limits = [(args.steps, "steps"), (args.minutes, "minutes")]

@@ -40,7 +40,7 @@ def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path):
     result = run(*TINY, f"--out={out}")
     assert result.returncode == 0, result.stderr
     for words in (
-        "device   cpu, 2 worker threads, BLAS",
+        "device   cpu, 2 workers, BLAS",
         "parameters",
         "10,000 digits of 28 x 28 pixels, T = 25",
         "training 5 steps, 4 images a step",

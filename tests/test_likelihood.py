@@ -13,7 +13,6 @@ from strategies import SEEDS, make
 from tinyddpm import Diffusion, Schedule, UNet, backward, make_schedule
 from tinyddpm.diffusion import OBJECTIVES, BitsPerDim
 from tinyddpm.likelihood import discretised_gaussian, gaussian_kl
-from tinyddpm.parallel import SHARD
 from tinyddpm.schedule import linear
 from tinyddpm.tensor import Parameter
 
@@ -275,7 +274,7 @@ class TestBitsPerDim:
         for p in unet.parameters():
             p.data = (p.data + 0.1 * np.random.default_rng(0).standard_normal(p.shape)).astype(np.float32)
         d = Diffusion(make("linear", 6))
-        images = np.random.default_rng(0).choice(LEVELS, (2 * SHARD + 3, 4, 4, 1)).astype(np.float32)
+        images = np.random.default_rng(0).choice(LEVELS, (19, 4, 4, 1)).astype(np.float32)
         all_of_them, again = (d.bits_per_dim(unet, images, workers=w, progress=False) for w in (1, 3))
         np.testing.assert_array_equal(all_of_them.terms, again.terms)
         assert all_of_them.prior == again.prior
@@ -296,12 +295,12 @@ class TestBitsPerDim:
                 shapes.append(x.shape)
                 return 0 * x
 
-        d, x0 = Diffusion(make("linear", 3)), np.ones((SHARD + 3, 2, 2, 1))
+        d, x0 = Diffusion(make("linear", 3)), np.ones((11, 2, 2, 1))
         d.bits_per_dim(Model(), x0, progress=False)
         assert set(went) == {"cuda:1"} and set(shapes) == {x0.shape}
         shapes.clear()
         d.bits_per_dim(lambda x, t: shapes.append(x.shape) or 0 * x, x0, progress=False)
-        assert set(shapes) == {(SHARD, 2, 2, 1), (3, 2, 2, 1)}
+        assert set(shapes) == {(3, 2, 2, 1), (2, 2, 2, 1)}
 
     def test_the_result_cannot_be_changed_and_is_equal_to_itself_only(self):
         bits, other = (BitsPerDim(0.5, np.array([1.0, 0.25])) for _ in range(2))

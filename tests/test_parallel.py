@@ -1,5 +1,6 @@
 """Workers: threads and processes, how many images each takes, and what becomes of them when something goes wrong."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -18,7 +19,6 @@ from threadpoolctl import threadpool_info
 
 from tinyddpm.parallel import (
     PIXELS,
-    SHARD,
     blas_name,
     cpu_count,
     shard_size,
@@ -35,17 +35,19 @@ def blas_threads():
     return {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
 
 
-@given(h=st.integers(1, 600), w=st.integers(1, 600))
-def test_a_shard_is_a_power_of_two_of_few_pixels(h, w):
-    n = shard_size(h, w)
-    assert n in (1, 2, 4, 8, 16, 32) and n <= SHARD
+@given(count=st.integers(1, 300), h=st.integers(1, 600), w=st.integers(1, 600))
+def test_a_shard_is_a_quarter_or_of_few_pixels(count, h, w):
+    n = shard_size(count, h, w)
+    assert 1 <= n <= max(1, math.ceil(count / 4))
     assert n == 1 or n * h * w <= PIXELS
-    assert n == SHARD or 2 * n * h * w > PIXELS
+    if n < math.ceil(count / 4):
+        assert n & (n - 1) == 0 and 2 * n * h * w > PIXELS
 
 
 def test_shards():
-    assert shard_size(28, 28) == shard_size(32, 32) == 16 and shard_size(64, 64) == 4
-    assert shards((40, 28, 28, 1), "cpu") == [slice(0, 16), slice(16, 32), slice(32, 48)]
+    assert shard_size(64, 28, 28) == shard_size(128, 28, 28) == shard_size(64, 32, 32) == 16
+    assert shard_size(64, 64, 64) == 4 and shard_size(8, 32, 32) == 2
+    assert shards((70, 28, 28, 1), "cpu") == [slice(i, i + 16) for i in range(0, 70, 16)]
     assert shards((40, 28, 28, 1), "cuda") == [slice(0, 40)]
 
 

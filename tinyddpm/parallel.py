@@ -30,19 +30,19 @@ import numpy as np
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
-PIXELS, SHARD = 2**14, 32  # at most so many pixels, and images, pass through a network at a time
+PIXELS = 2**14  # pass through a network at a time: enough for the matrix products, few enough for the cache
 
 
-def shard_size(height: int, width: int) -> int:
-    """How many images of this size a worker takes at a time: a power of two, many enough for the matrix products and
-    few enough for the cache."""
-    return min(SHARD, 2 ** int(math.log2(max(1, PIXELS // (height * width)))))
+def shard_size(count: int, height: int, width: int) -> int:
+    """How many of `count` images of this size a worker takes at a time, whatever the number of workers: a quarter of
+    them, but no more than a power of two of at most `PIXELS` pixels."""
+    return min(-(-count // 4), 2 ** int(math.log2(max(1, PIXELS // (height * width)))))
 
 
 def shards(shape: tuple[int, int, int, int], device: str) -> list[slice]:
     """Cut images (N, H, W, C) into what passes through a network at a time; on a GPU that is all of them."""
     N, H, W, _ = shape
-    size = shard_size(H, W) if device == "cpu" else N
+    size = shard_size(N, H, W) if device == "cpu" else N
     return [slice(start, start + size) for start in range(0, N, size)]
 
 

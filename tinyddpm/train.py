@@ -60,8 +60,8 @@ def train(
         model: a Module (x_t, t) -> prediction; if it has dropout, called as model(x_t, t, rng=...).
         images: (M, H, W, C) floats in [-1, 1], of the model's dtype.
         batch: images per step.
-        micro_batch: images a worker takes at a time; None for a quarter of the batch, but no more than pass through the
-            caches, on a CPU (see `parallel.shard_size`), the whole batch on a GPU.
+        micro_batch: images a worker takes at a time; None for what `parallel.shard_size` says on a CPU, the whole batch
+            on a GPU.
         lr: Adam's learning rate, to which it rises over the first `warmup_steps` and from which it falls towards 0 over
             the last `decay_steps`.
         max_norm: longest gradient. ema_decay: of the moving average.
@@ -87,7 +87,7 @@ def train(
         raise ValueError(f"images: expected {model.dtype} (M, H, W, C) with M >= 1, got {images.dtype} {images.shape}")
     warn_if_out_of_range("images", images)
     if micro_batch is None:
-        micro_batch = min(shard_size(*images.shape[1:3]), -(-batch // 4)) if on_cpu else batch
+        micro_batch = shard_size(batch, *images.shape[1:3]) if on_cpu else batch
     parameters = model.parameters()
     starts = range(0, batch, micro_batch)
     groups = np.array_split(starts, min(GROUPS, len(starts)))
