@@ -43,22 +43,23 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
     shape, L, W = x.shape, x.size // (N * C), x.shape[-2] if x.ndim > 2 else 1
 
     def rows(x: Array) -> Array:
-        return x.reshape(N, L // W, W * C)  # of pixels: NumPy is fast where the last axis is long
+        return x.reshape(N, L // W, W * C)  # of W pixels: NumPy is fast where the last axis is long
 
     def each(values: Array) -> Array:
         """One value for each channel, (N, C) or (C,) -> (..., 1, W C), to go with `rows`."""
         return values[..., None, :].repeat(W, axis=-2).reshape(*values.shape[:-1], 1, W * C)
 
-    def group_mean(sums: Array) -> Array:
-        """(N, C), each channel's sum over its L positions -> (N, C), the mean over that channel's group."""
-        mean = sums.reshape(N, groups, -1).mean(axis=2) / L
-        return mean.repeat(C // groups, axis=1)
-
     def sums(x: Array) -> Array:
+        """Sum of each channel over its L positions: (N, C)."""
         return column_sums(x.reshape(N, L, C))
 
     def dots(x: Array, y: Array) -> Array:
+        """`sums` of x y."""
         return np.einsum("nlc,nlc->nc", x, y).reshape(N, W, C).sum(axis=1)
+
+    def group_mean(sums: Array) -> Array:
+        """The mean over the group of each channel: (N, C)."""
+        return (sums.reshape(N, groups, -1).mean(axis=2) / L).repeat(C // groups, axis=1)
 
     def affine(a: Array, b: Array) -> Array:
         y = d * each(a)
@@ -67,34 +68,30 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
 
     d = rows(x) - each(group_mean(sums(x)))
     rstd = 1 / np.sqrt(group_mean(dots(d, d)) + eps)
-    if silu:  # z sigma(z) = h + h tanh(h) with h = z / 2: one function to compute, and no division
-        half = gamma / 2
-        y = affine(rstd * half, beta / 2)
+    half = 0.5 if silu else 1  # z sigma(z) = h + h tanh(h) where h = z / 2: one function to compute, and no division
+    a, b = rstd * (half * gamma), half * beta
+    y = affine(a, b)
+    if silu:
         t = np.tanh(y)
         t += 1
         y *= t
-    else:
-        y = affine(rstd * gamma, beta)
 
     def pull(g):
-        g = rows(g)
-        if silu:  # dL/dh = g dy/dh = g (1 + y + t (1 - y)) with t = tanh(h), computed again: memory is dearer
-            t = affine(rstd * half, beta / 2)
+        if silu:  # dL/dh = g (1 + y + t (1 - y)), in place; t is computed again rather than kept: memory is dearer
+            t = affine(a, b)
             np.tanh(t, out=t)
             dx = 1 - y
             dx *= t
             dx += y
             dx += 1
-            dx *= g
-            scale = half
+            dx *= rows(g)
         else:
-            dx, scale = g.copy(), gamma
-        dbeta, dgamma = sums(dx), rstd * dots(dx, d)  # (N, C), still for each image
+            dx = rows(g).copy()
+        dbeta, dgamma = sums(dx), rstd * dots(dx, d)  # (N, C), still for each image, and of h
         # mean and variance depend on x too: the gradient loses its mean, and its projection on d, over each group
-        dx *= each(rstd * scale)
-        dx -= affine(rstd * rstd * group_mean(dgamma * scale), rstd * group_mean(dbeta * scale))
-        dgamma, dbeta = dgamma.sum(axis=0), dbeta.sum(axis=0)
-        return dx.reshape(shape), *((dgamma / 2, dbeta / 2) if silu else (dgamma, dbeta))
+        dx *= each(a)
+        dx -= affine(rstd * group_mean(dgamma * a), group_mean(dbeta * a))
+        return dx.reshape(shape), half * dgamma.sum(axis=0), half * dbeta.sum(axis=0)
 
     return y.reshape(shape), pull
 
