@@ -300,7 +300,7 @@ class TestBitsPerDim:
         assert set(went) == {"cuda:1"} and set(shapes) == {x0.shape}
         shapes.clear()
         d.bits_per_dim(lambda x, t: shapes.append(x.shape) or 0 * x, x0, progress=False)
-        assert set(shapes) == {(3, 2, 2, 1), (2, 2, 2, 1)}
+        assert set(shapes) == {(4, 2, 2, 1), (3, 2, 2, 1)}
 
     def test_the_result_cannot_be_changed_and_is_equal_to_itself_only(self):
         bits, other = (BitsPerDim(0.5, np.array([1.0, 0.25])) for _ in range(2))

@@ -38,15 +38,15 @@ def blas_threads():
 @given(count=st.integers(1, 300), h=st.integers(1, 600), w=st.integers(1, 600))
 def test_a_shard_is_a_quarter_or_of_few_pixels(count, h, w):
     n = shard_size(count, h, w)
-    assert 1 <= n <= max(1, math.ceil(count / 4))
+    assert 1 <= n <= max(4, math.ceil(count / 4))
     assert n == 1 or n * h * w <= PIXELS
-    if n < math.ceil(count / 4):
+    if n < max(4, math.ceil(count / 4)):
         assert n & (n - 1) == 0 and 2 * n * h * w > PIXELS
 
 
 def test_shards():
     assert shard_size(64, 28, 28) == shard_size(128, 28, 28) == shard_size(64, 32, 32) == 16
-    assert shard_size(64, 64, 64) == 4 and shard_size(8, 32, 32) == 2
+    assert shard_size(64, 64, 64) == 4 and shard_size(8, 32, 32) == shard_size(1, 32, 32) == 4
     assert shards((70, 28, 28, 1), "cpu") == [slice(i, i + 16) for i in range(0, 70, 16)]
     assert shards((40, 28, 28, 1), "cuda") == [slice(0, 40)]
 

@@ -384,7 +384,7 @@ class TestSample:
         assert set(went) == {"cuda:1"} and set(shapes) == {(11, 2, 2, 1)}
         shapes.clear()
         sample(self.d, lambda x, t: shapes.append(x.shape) or 0 * x, (11, 2, 2, 1))
-        assert set(shapes) == {(3, 2, 2, 1), (2, 2, 2, 1)}
+        assert set(shapes) == {(4, 2, 2, 1), (3, 2, 2, 1)}
 
     def test_the_seed_is_0_unless_given(self):
         a, b = sample(self.d, zeros, (1, 2, 2, 1)), sample(self.d, zeros, (1, 2, 2, 1), rng=0)

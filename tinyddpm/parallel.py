@@ -35,8 +35,8 @@ PIXELS = 2**14  # pass through a network at a time: enough for the matrix produc
 
 def shard_size(count: int, height: int, width: int) -> int:
     """How many of `count` images of this size a worker takes at a time, whatever the number of workers: a quarter of
-    them, but no more than a power of two of at most `PIXELS` pixels."""
-    return min(-(-count // 4), 2 ** int(math.log2(max(1, PIXELS // (height * width)))))
+    them and at least 4, but no more than a power of two of at most `PIXELS` pixels."""
+    return min(max(4, -(-count // 4)), 2 ** int(math.log2(max(1, PIXELS // (height * width)))))
 
 
 def shards(shape: tuple[int, int, int, int], device: str) -> list[slice]:

@@ -1,0 +1,506 @@
+"""How long tinyddpm takes on this machine, beside PyTorch: `python examples/benchmark.py`.
+
+PyTorch's model is diffusers' UNet2DModel with our very weights: eager, with channels last, and compiled. Outputs are
+shown to agree; then one run of each is timed in turn, on equally many threads, and medians are printed as Markdown. It
+needs `pip install -e '.[peers]'`, a C++ compiler for torch.compile, and a machine with nothing else to do meanwhile.
+With --profile it tells which of our own ops take the time, and needs nothing.
+"""
+
+import argparse
+import collections
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import inspect
+import itertools
+import math
+import os
+import pathlib
+import platform
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+from unittest import mock
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+import tinyddpm.tensor
+from tinyddpm import Diffusion, UNet, backward, make_schedule, no_grad, train
+from tinyddpm.parallel import blas_name, cpu_count, shards, worker_threads
+from tinyddpm.tensor import as_array
+from tinyddpm.winograd import ConstantFilters
+
+LR, EMA_DECAY, MAX_NORM, T = 1e-3, 0.995, 1.0, 1000
+COMPILE_LIMIT = 180  # seconds
+
+
+class Work(NamedTuple):
+    """One batch through a network: a training step (forward, backward, clip, Adam, EMA), or forward alone."""
+
+    name: str
+    net: dict  # arguments of UNet
+    size: int  # of the square images
+    batch: int
+    training: bool = False
+
+
+MNIST = {"channels": (32, 64, 128), "blocks": 2, "attention": (False, False, True)}
+EXAMPLE = {"channels": (16, 32, 64), "blocks": 1, "attention": (False, False, True)}  # mnist_ddpm.py's defaults
+CIFAR = {"channels": (128, 256, 256, 256), "blocks": 2, "attention": (False, True, False, False)}  # ddpm-cifar10-32
+CIFAR |= {"in_channels": 3, "out_channels": 3, "groups": 32}
+WORKS = [
+    Work("32-64-128, 28x28, training step, batch 64", MNIST, 28, 64, training=True),
+    Work("32-64-128, 28x28, training step, batch 128", MNIST, 28, 128, training=True),
+    Work("32-64-128, 28x28, forward, batch 64", MNIST, 28, 64),
+    Work("32-64-128, 28x28, forward, one image", MNIST, 28, 1),
+    Work("16-32-64, 28x28, training step, batch 32 (mnist_ddpm.py)", EXAMPLE, 28, 32, training=True),
+    Work("128-256-256-256, 32x32x3, forward, batch 8 (ddpm-cifar10-32)", CIFAR, 32, 8),
+]
+QUICK = [WORKS[i] for i in (0, 2, 3, 4)]
+
+
+# --------------------------------------------------------------------------------------------------------------- ours
+
+
+def network(net):
+    """A U-Net in which no weight is zero. New ones are in some layers, and then all networks agree on the output."""
+    unet, rng = UNet(**net), np.random.default_rng(0)
+    for name, p in unet.named_parameters().items():
+        noise = rng.standard_normal(p.shape, dtype=np.float32)
+        p.data = noise / np.sqrt(p.data[..., 0].size, dtype=np.float32) if name.endswith("w") else p.data + 0.1 * noise
+    return unet
+
+
+def inputs(work):
+    """Images (N, H, W, C) in [-1, 1] and timesteps (N,)."""
+    rng, channels = np.random.default_rng(1), work.net.get("in_channels", 1)
+    images = rng.uniform(-1, 1, (work.batch, work.size, work.size, channels)).astype(np.float32)
+    return images, rng.integers(0, T, work.batch)
+
+
+def our_run(work, threads, stack):
+    """A function that does the work once; `stack` ends its threads or processes."""
+    unet, (x, t) = network(work.net), inputs(work)
+    if work.training:
+        settings = {"lr": LR, "max_norm": MAX_NORM, "ema_decay": EMA_DECAY, "workers": threads}
+        steps = train(unet, Diffusion(make_schedule("linear", T)), x, sys.maxsize, work.batch, **settings)
+        stack.callback(steps.close)
+        return lambda: next(steps)
+
+    filters = ConstantFilters()  # a sampler calls the same model again and again
+
+    def predict(shard):
+        with no_grad(), filters.of("this model"):
+            return as_array(unet(x[shard], t[shard]))
+
+    if work.batch == 1:  # a plain call, in which the threads are those of BLAS
+        return lambda: predict(slice(None))
+    run = stack.enter_context(worker_threads(threads))  # and this is how `sample` does it
+    return lambda: np.concatenate(list(run(predict, shards(x.shape, "cpu"))))
+
+
+@contextlib.contextmanager
+def every_op(around):
+    """Within this block, op(...) anywhere in tinyddpm is around(op, ...)."""
+    with contextlib.ExitStack() as stack:
+        for module in [module for name, module in sys.modules.items() if name.startswith("tinyddpm.")]:
+            for name, value in list(vars(module).items()):
+                if inspect.isfunction(value) and hasattr(value, "raw"):  # an op, where it is made or imported
+                    stack.enter_context(mock.patch.object(module, name, functools.partial(around, value)))
+        yield
+
+
+def flops(work):
+    """Floating-point operations of the work: two for each multiplication and addition in convolutions (done directly),
+    linear layers and attention. A backward pass takes twice those of the forward pass."""
+    count = 0
+
+    def counting(op, *xs, **settings):
+        nonlocal count
+        y = op(*xs, **settings)
+        if op.__name__ in ("conv2d", "linear"):
+            count += 2 * y.data.size * math.prod(xs[1].shape[:-1])
+        elif op.__name__ == "attention":  # q k^T, and its softmax times v
+            count += 4 * y.data.size * xs[1].shape[1]
+        return y
+
+    with every_op(counting):
+        our_run(work._replace(batch=1, training=False), 1, None)()
+    return count * work.batch * (3 if work.training else 1)
+
+
+# ------------------------------------------------------------------------------------------------------------ PyTorch
+
+
+def import_peers(threads):
+    """PyTorch and diffusers take seconds and hundreds of megabytes to import: only when they are needed."""
+    global torch, diffusers
+    import diffusers
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+RENAMED = [line.split() for line in r"""
+    ^time(\d)                      time_embedding.linear_\1
+    ^norm_out                      conv_norm_out
+    ^(up|down)(.*)resize           \1\2\1samplers.0.conv
+    ^(up|down)\.                   \1_blocks.
+    ^middle1                       mid_block.resnets.0
+    ^middle2                       mid_block.resnets.1
+    ^middle_attention              mid_block.attentions.0
+    \.res\.                        .resnets.
+    \.attention\.(\d)              .attentions.\1
+    (attentions\.\d)\.norm         \1.group_norm
+    \.attention\.([qkv])           .to_\1
+    \.attention\.out               .to_out.0
+    \.time\.                       .time_emb_proj.
+    \.shortcut                     .conv_shortcut
+    (\bw|gamma)$                   weight
+    (\bb|beta)$                    bias
+""".strip().splitlines()]  # fmt: skip
+
+
+def their_name(name):
+    """What diffusers calls our parameter `name`."""
+    for ours, theirs in RENAMED:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def their_model(unet, size):
+    """diffusers' network with the weights of ours."""
+    c = unet.config
+    down = ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in c["attention"]]
+    model = diffusers.UNet2DModel(
+        sample_size=size, in_channels=c["in_channels"], out_channels=c["out_channels"], norm_eps=1e-6,
+        block_out_channels=c["channels"], layers_per_block=c["blocks"], norm_num_groups=c["groups"],
+        down_block_types=down, up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
+        attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
+    )  # fmt: skip
+    order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # filters (kh, kw, C, O) -> (O, C, kh, kw), linear (C, O) -> (O, C)
+    state = {their_name(name): torch.tensor(w.transpose(order[w.ndim])) for name, w in unet.state_dict().items()}
+    model.load_state_dict({name: w.contiguous() for name, w in state.items()})
+    return model
+
+
+def their_run(work, variant):
+    """A function that does the work once, and what their network makes of the same inputs before it is trained."""
+    model = their_model(network(work.net), work.size)
+    images, t = map(torch.from_numpy, inputs(work))
+    images = images.movedim(3, 1).contiguous()
+    if variant == "channels-last":
+        model, images = (a.to(memory_format=torch.channels_last) for a in (model, images))
+    predict = torch.compile(model, dynamic=False) if variant == "compile" else model
+    if not work.training:
+        run = torch.inference_mode()(lambda: predict(images, t).sample)
+        return run, run().movedim(1, 3).numpy()
+
+    alpha_bar = torch.tensor(make_schedule("linear", T).alpha_bar, dtype=torch.float32)
+    optimizer = torch.optim.Adam(model.parameters(), LR, fused=True)
+    ema = torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema)
+
+    def step():
+        t, eps = torch.randint(T, (work.batch,)), torch.randn_like(images)
+        signal = alpha_bar[t].view(-1, 1, 1, 1)
+        x_t = signal.sqrt() * images + (1 - signal).sqrt() * eps
+        loss = torch.nn.functional.mse_loss(predict(x_t, t).sample, eps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
+        optimizer.step()
+        average.update_parameters(model)
+        return loss.item()
+
+    return step, predict(images, t).sample.detach().movedim(1, 3).numpy()
+
+
+def compiled_run(work):
+    """`their_run` compiled, or a word on why there is none, and no output."""
+
+    def stop(*_):
+        raise TimeoutError
+
+    began, alarm = time.monotonic(), getattr(signal, "alarm", lambda seconds: None)  # on Windows there is no limit
+    try:
+        if hasattr(signal, "SIGALRM"):
+            signal.signal(signal.SIGALRM, stop)
+        alarm(COMPILE_LIMIT)
+        torch._dynamo.reset()
+        run, output = their_run(work, "compile")
+        run()  # only now is the backward pass compiled
+        return run, output
+    except Exception as error:  # no compiler, or any of the many ways in which one can fail
+        took = time.monotonic() - began
+        say(f"torch.compile failed after {took:.0f} s: {str(error).partition(chr(10))[0]}")
+        return f"over {COMPILE_LIMIT} s" if took >= COMPILE_LIMIT else "failed", None
+    finally:
+        alarm(0)
+
+
+# ------------------------------------------------------------------------------------------------------------- measure
+
+
+def interleaved(runs, repeats):
+    """Median seconds of each function, one run of each in turn; short ones are called many times in a run."""
+    calls, times = {}, {name: [] for name in runs}
+    for name, run in runs.items():
+        run()  # the first allocates and chooses kernels
+        began = time.perf_counter()
+        run()
+        calls[name] = math.ceil(0.2 / (time.perf_counter() - began))
+    for _ in range(repeats):
+        for name, run in runs.items():
+            time.sleep(0.1)  # idle threads spin for a while before they sleep: not at the expense of the next
+            began = time.perf_counter()
+            for _ in range(calls[name]):
+                run()
+            times[name].append((time.perf_counter() - began) / calls[name])
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def peak_of_gemm():
+    """FLOP/s of the best product of two float32 matrices, on as many threads as BLAS has been given."""
+    best = 0.0
+    for n in (512, 1024, 2048):
+        a = np.random.default_rng(0).standard_normal((n, n), dtype=np.float32)
+        for _ in range(20):  # the fastest: whatever slows one down is no property of the machine
+            began = time.perf_counter()
+            a @ a
+            best = max(best, 2 * n**3 / (time.perf_counter() - began))
+    return best
+
+
+def memory_in_use(pid):
+    """Bytes of a process and all its children. PSS shares out what they share, so that the sum counts it once."""
+    total, pids = 0, [pid]
+    for pid in pids:  # which grows
+        with contextlib.suppress(OSError, TypeError):  # it may end meanwhile
+            about = pathlib.Path(f"/proc/{pid}")
+            total += 1024 * int(re.search(r"^Pss: +(\d+)", (about / "smaps_rollup").read_text(), re.MULTILINE)[1])
+            pids += " ".join(path.read_text() for path in about.glob("task/*/children")).split()
+    return total
+
+
+def memory(work, side, threads):
+    """Peak memory of a few runs in a process of their own, and how much of that is beyond its imports, as text."""
+    if not all(map(os.path.exists, ("/proc/self/smaps_rollup", "/proc/thread-self/children"))):
+        return "n/a"
+    command = [sys.executable, __file__, "--memory", side, str(WORKS.index(work)), f"--threads={threads}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()  # it has imported what it needs, and waits for a line to go on
+        peak = imports = memory_in_use(process.pid)
+        process.stdin.close()
+        while process.poll() is None:
+            peak = max(peak, memory_in_use(process.pid))
+            time.sleep(0.02)
+    if process.returncode:
+        raise RuntimeError(f"the memory of {work.name} could not be measured")
+    return f"{peak / 2**20:.0f} ({(peak - imports) / 2**20:.0f}) MiB"
+
+
+def run_for_memory(side, work, threads):
+    """What `memory` starts."""
+    if side == "theirs":
+        import_peers(threads)
+    print("ready", flush=True)
+    sys.stdin.read()
+    with contextlib.ExitStack() as stack:
+        run = our_run(work, threads, stack) if side == "ours" else their_run(work, "eager")[0]
+        for _ in range(3):
+            run()
+
+
+# --------------------------------------------------------------------------------------------------------------- tables
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def table(title, heading, rows):
+    """Print a table in Markdown, each row as soon as it is there."""
+    print(f"\n{title}\n")
+    for row in itertools.chain([heading, ["---"] + ["---:"] * (len(heading) - 1)], rows):
+        print("|", " | ".join(row), "|", flush=True)
+
+
+def duration(seconds):
+    return f"{seconds:.3f} s" if seconds >= 0.1 else f"{1e3 * seconds:.2f} ms"
+
+
+def compare(work, variants, threads, repeats, peak, memories):
+    """A row of the main table. Exits if the outputs do not agree."""
+    with contextlib.ExitStack() as stack:
+        expected = our_run(work._replace(training=False), threads, stack)()
+        runs, failed, differ = {"ours": our_run(work, threads, stack)}, {}, 0.0
+        for variant in variants:
+            run, output = compiled_run(work) if variant == "compile" else their_run(work, variant)
+            if output is None:
+                failed[variant] = run
+                continue
+            runs[variant] = run
+            differ = max(differ, float(np.abs(output - expected).max() / np.abs(expected).max()))
+        if not differ < 1e-4:
+            sys.exit(f"benchmark.py: {work.name}: the outputs differ by {differ:.1e} of the largest")
+        seconds = interleaved(runs, repeats)
+    times = [failed.get(name) or duration(seconds[name]) for name in ("ours", *variants)]
+    ours = seconds.pop("ours")
+    speed = flops(work) / ours
+    shares = [f"{min(seconds.values()) / ours:.2f}", f"{speed / 1e9:.3g}", f"{speed / peak:.0%}"]
+    return [work.name, *times, *shares, *memories, f"{differ:.0e}"]
+
+
+def growth(title, works, threads, repeats):
+    """Print the time of each work, and its time per FLOP relative to the first."""
+    with contextlib.ExitStack() as stack:
+        seconds = interleaved({work.name: our_run(work, threads, stack) for work in works}, repeats)
+    rows, first = [], seconds[works[0].name] / flops(works[0])
+    for work in works:
+        s, f = seconds[work.name], flops(work)
+        rows.append([work.name, duration(s), f"{f / 1e9:.1f}", f"{s / f / first:.2f}"])
+    table(title, ["", "time", "GFLOP", "time per FLOP, relative"], rows)
+
+
+def compare_workers(threads, repeats):
+    """Print how much faster training is with several workers than with one."""
+    with contextlib.ExitStack() as stack:
+        seconds = interleaved({n: our_run(WORKS[0], n, stack) for n in (1, threads)}, repeats)
+    rows = [[str(n), f"{WORKS[0].batch / s:.0f}", f"{seconds[1] / s:.2f}"] for n, s in seconds.items()]
+    table(WORKS[0].name, ["workers", "images/s", "relative"], rows)
+
+
+def time_imports():
+    """Print how long it takes to import us, and NumPy, in a new process."""
+    code, rows = "import time; began = time.perf_counter(); import {}; print(time.perf_counter() - began)", []
+    for name in ("numpy", "tinyddpm"):
+        times = [float(subprocess.check_output([sys.executable, "-c", code.format(name)])) for _ in range(5)]
+        rows.append([f"import {name}", duration(statistics.median(times))])
+    table("Import", ["", "time"], rows)
+
+
+def profile(repeats):
+    """Print which ops take how long in a training step's micro-batch, on one thread."""
+    work = WORKS[0]._replace(batch=16)
+    unet, (images, _), diffusion = network(work.net), inputs(work), Diffusion(make_schedule("linear", T))
+    calls, forward, pulls = (collections.Counter() for _ in range(3))
+
+    def timed(times, name, function, *xs, **settings):
+        began = time.perf_counter()
+        result = function(*xs, **settings)
+        times[name] += time.perf_counter() - began
+        calls[name] += times is forward
+        return result
+
+    around = lambda op, *xs, **settings: timed(forward, op.__name__, op, *xs, **settings)
+    pull = functools.partial(lambda pull, node, g: timed(pulls, node.op, pull, node, g), tinyddpm.tensor._pull)
+    with threadpool_limits(1, "blas"), every_op(around), mock.patch.object(tinyddpm.tensor, "_pull", pull):
+        for i in range(-2, repeats):  # two to warm up
+            if i == 0:
+                began = time.perf_counter()
+                for counter in (calls, forward, pulls):
+                    counter.clear()
+            backward(diffusion.loss(unet, images, np.random.default_rng(2 + i)))
+        total = time.perf_counter() - began
+
+    ms = lambda seconds: f"{1e3 * seconds / repeats:.2f}"
+    rows = [
+        [name, str(calls[name] // repeats), ms(forward[name]), ms(pulls[name]), f"{seconds / total:.1%}"]
+        for name, seconds in (forward + pulls).most_common()
+    ]
+    rest = total - (forward + pulls).total()
+    rows.append([f"the rest (engine, noise ...): {ms(rest)} ms", "", "", "", f"{rest / total:.1%}"])
+    title = f"A micro-batch of 16, 32-64-128, 28x28, on one thread: {duration(total / repeats)}"
+    table(title, ["op", "calls", "forward ms", "backward ms", "share"], rows)
+
+
+def cpu_name():
+    with contextlib.suppress(OSError, TypeError):
+        return re.search(r"model name\s*: (.+)", pathlib.Path("/proc/cpuinfo").read_text())[1]
+    return platform.processor() or platform.machine()
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--threads", type=int, default=min(2, cpu_count()), help="on each side: ours, and PyTorch's [%(default)s]")
+    add("--quick", action="store_true", help="about a minute: fewer repeats, no torch.compile, the shorter works")
+    add("--profile", action="store_true", help="only: which of our ops take the time; needs no PyTorch")
+    add("--memory", nargs=2, help=argparse.SUPPRESS)  # how this script calls itself
+    args = parser.parse_args()
+    if args.threads < 1:
+        parser.error(f"--threads must be 1 or greater, got {args.threads}")
+    return args
+
+
+def print_heading(threads, names):
+    versions = "".join(f", {name} {importlib.metadata.version(name)}" for name in names)
+    print(f"{cpu_name()}; {threads} thread(s) on each side; BLAS {blas_name()}")
+    print(f"Python {platform.python_version()}{versions}", flush=True)
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
+        print(
+            f"WARNING: the machine has been busy (load {os.getloadavg()[0]:.1f}); if it still is, all times are wrong."
+        )
+    for name in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE"):
+        if name in os.environ:
+            print(
+                f"WARNING: {name}={os.environ[name]} is set and changes BLAS: the figures are not this machine's own."
+            )
+            print(f"         To do without it: unset {name}")
+
+
+def main():
+    args = parse_arguments()
+    threads, repeats = args.threads, 3 if args.quick else 7
+    threadpool_limits(threads, "blas")
+    if args.memory:
+        return run_for_memory(args.memory[0], WORKS[int(args.memory[1])], threads)
+    missing = [name for name in ("torch", "diffusers") if not args.profile and not importlib.util.find_spec(name)]
+    if missing:
+        sys.exit(f"benchmark.py: to compare with PyTorch it needs {' and '.join(missing)}: pip install -e '.[peers]'")
+
+    if args.profile:
+        print_heading(1, ["numpy"])
+        return profile(repeats)
+    print_heading(threads, ["numpy", "torch", "diffusers"])
+
+    works, variants = WORKS, ["eager", "channels-last", "compile"]
+    if args.quick:
+        works, variants = QUICK, variants[:2]
+    measured = works[:1] if args.quick else [work for work in works if work.batch > 1]
+    memories = {}
+    for work in measured:  # before this process has PyTorch, and shares its libraries with the one that is measured
+        say(f"memory: {work.name}")
+        memories[work.name] = [memory(work, side, threads) for side in ("ours", "theirs")]
+    import_peers(threads)
+    peak = peak_of_gemm()
+    columns = "fastest / ours|GFLOP/s|of peak|memory|PyTorch's|outputs differ".split("|")
+    rows = (compare(work, variants, threads, repeats, peak, memories.get(work.name, ["", ""])) for work in works)
+    table("tinyddpm and PyTorch", ["", "tinyddpm", *variants, *columns], rows)
+    print("\nGFLOP/s: ours, with convolutions counted as done directly. 3x3 ones take fewer multiplications.")
+    print(f"Peak: that of a float32 matrix product, {peak / 1e9:.0f} GFLOP/s.")
+    print("Memory: at its peak, and in brackets what of it is beyond the imports; PyTorch's is eager.")
+    if threads > 1:
+        compare_workers(threads, repeats)
+    time_imports()
+    if args.quick:
+        print("\nLeft out by --quick: torch.compile, batch 128, ddpm-cifar10-32, most of the memory, growth.")
+        return
+    batches = [Work(f"batch {n}", MNIST, 28, n) for n in (8, 16, 32, 64, 128)]
+    growth("Forward, 32-64-128, 28x28", batches, threads, repeats)
+    sizes = [Work(f"{n}x{n}", EXAMPLE, n, 64) for n in (16, 32, 64, 128)]
+    growth("Forward, 16-32-64, batch 64", sizes, threads, repeats)
+    plain = {"blocks": 1, "attention": (False, False)}
+    channels = [Work(f"{n}-{n}", {"channels": (n, n), **plain}, 16, 64) for n in (32, 64, 128, 256)]
+    growth("Forward, 16x16, batch 64", channels, threads, repeats)
+
+
+if __name__ == "__main__":
+    main()
