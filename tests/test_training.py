@@ -253,8 +253,8 @@ class TestTrain:
 
     def test_micro_batches_are_chosen_from_the_batch_and_the_size_of_the_images(self):
         """A quarter of the batch, unless that is more than a shard; the random numbers show where they begin."""
-        for batch, (height, width), expected in ((8, (4, 4), 4), (20, (4, 4), 5), (200, (32, 32), 16), (9, (100, 100), 1)):
-            images = np.zeros((3, height, width, 1), np.float32)
+        for batch, size, expected in ((8, 4, 4), (20, 4, 5), (200, 32, 16), (9, 100, 1)):
+            images = np.zeros((3, size, size, 1), np.float32)
             model = lambda: Probe(np.float32)
             by_default, chosen = (
                 next(train(model(), DIFFUSION, images, steps=1, batch=batch, workers=1, **more)).loss

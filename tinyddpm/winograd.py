@@ -58,7 +58,7 @@ class Band(NamedTuple):
 
     outputs: slice
     inputs: slice
-    D: Array  # (6 tiles, inputs): row p tiles + i takes the inputs to the value of tile i at point p
+    D: Array  # (6 tiles, inputs): row p * tiles + i takes the inputs to the value of tile i at point p
     A: Array  # (outputs, 6 tiles)
     D_T: Array  # and their transposes
     A_T: Array
