@@ -59,7 +59,7 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
 
     def group_mean(sums: Array) -> Array:
         """The mean over the group of each channel: (N, C)."""
-        return (sums.reshape(N, groups, -1).mean(axis=2) / L).repeat(C // groups, axis=1)
+        return (sums.reshape(N, groups, -1).sum(axis=2) * (groups / (L * C))).repeat(C // groups, axis=1)
 
     def affine(a: Array, b: Array) -> Array:
         y = d * each(a)
