@@ -93,10 +93,10 @@ def our_run(work, threads, stack):
         stack.callback(steps.close)
         return lambda: next(steps)
 
-    filters = ConstantFilters()  # a sampler calls the same model again and again
+    filters = ConstantFilters(unet)  # a sampler calls the same model again and again
 
     def predict(shard):
-        with no_grad(), filters.of("this model"):
+        with no_grad(), filters.in_force():
             return as_array(unet(x[shard], t[shard]))
 
     if work.batch == 1:  # a plain call, in which the threads are those of BLAS

@@ -134,6 +134,35 @@ class TestProcesses:
         assert "in fails_here" in str(raised.value.__cause__)
         assert not multiprocessing.active_children()
 
+    def test_an_exception_that_cannot_be_pickled_tells_what_it_was(self):
+        class Odd(Exception):
+            def __init__(self, a, b):
+                super().__init__(f"{a} and {b}")
+
+        def fails(i):
+            raise Odd("this", "that")
+
+        with pytest.raises(RuntimeError, match="Odd: this and that"), worker_processes(fails, 2) as run:
+            list(run(range(2)))
+
+    def test_no_more_than_there_is_work_for(self):
+        with worker_processes(lambda i: multiprocessing.current_process().name, 5, most=2) as run:
+            assert len(set(run(range(20)))) <= 2
+        with worker_processes(lambda i: os.getpid(), 5, most=1) as run:
+            assert list(run(range(2))) == [os.getpid()] * 2
+
+    def test_in_a_process_that_may_have_none_they_are_threads(self):
+        def trains(queue):
+            with worker_processes(lambda i: os.getpid(), 2) as run:
+                queue.put((os.getpid(), *run(range(2))))
+
+        context = multiprocessing.get_context("fork")
+        queue = context.Queue()
+        daemon = context.Process(target=trains, args=(queue,), daemon=True)
+        daemon.start()
+        assert len(set(queue.get(timeout=30))) == 1
+        daemon.join()
+
     def test_a_worker_that_dies_is_an_error_and_no_waiting(self):
         with (
             pytest.raises(BrokenProcessPool),
@@ -156,7 +185,7 @@ class TestProcesses:
             from tinyddpm.parallel import worker_processes
 
             def work(i):
-                print(os.getpid(), flush=True)
+                os.write(1, f"{os.getpid()}\\n".encode())  # at once, not in pieces as print does
                 time.sleep(60)
 
             with worker_processes(work, 2) as run:

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "optim": {"backend", "tensor"},
     "data": {"backend"},
     "image": set(),
-    "train": {"backend", "tensor", "winograd", "nn", "diffusion", "optim", "parallel", "data"},
+    "train": {"backend", "tensor", "nn", "diffusion", "optim", "parallel", "data"},
     "checkpoint": NETWORK | {"schedule", "diffusion"},
 }
 # other packages, and the only files that may import them

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from tinyddpm import Diffusion, UNet, conv, make_schedule, winograd
 from tinyddpm.conv import conv2d
+from tinyddpm.nn import Module
 from tinyddpm.tensor import Parameter, backward
 from tinyddpm.winograd import A_T, B_T, BAND, POINTS, ConstantFilters, G, bands, conv3x3
 
@@ -209,36 +210,45 @@ class TestConstantFilters:
         monkeypatch.setattr(winograd, "filters", lambda w: seen.append(w) or real(w))
         return seen
 
-    def test_a_filter_is_transformed_once_for_a_version(self, transformed):
+    @staticmethod
+    def model(*filters):
+        """Something with these parameters."""
+        model = Module()
+        model.filters = [Parameter(w) for w in filters]
+        return model
+
+    def test_a_filter_is_transformed_once(self, transformed):
         (x, w, b, g), _ = drawn((2, 8, 8, 8, 8))
-        plain, kept = all_of(x, w, b, g), ConstantFilters()
+        plain, kept = all_of(x, w, b, g), ConstantFilters(self.model(w))
         assert len(transformed) == 2  # forward, and with its channels exchanged backward
-        for version, new in ((1, 2), (1, 0), (2, 2), (2, 0)):
+        for new in (2, 0, 0):
             transformed.clear()
-            with kept.of(version):
+            with kept.in_force():
                 for a, e in zip(all_of(x, w, b, g), plain, strict=True):
                     np.testing.assert_array_equal(a, e)
             assert len(transformed) == new
         transformed.clear()
-        conv3x3(x, w, b)  # outside of a block nothing is kept
+        conv3x3(x, w, b)  # outside of a block what is kept is not used
         assert len(transformed) == 1
 
-    def test_a_new_version_sees_the_filter_as_it_is_then(self):
+    def test_what_is_no_parameter_of_the_model_is_not_kept(self):
+        """A model may compute filters, even in one place in memory again and again."""
         (x, w, b, g), _ = drawn((2, 8, 8, 8, 8))
-        w, kept = w.copy(), ConstantFilters()
-        for version in range(3):
-            w += 1
-            with kept.of(version):
-                np.testing.assert_array_equal(conv3x3(x, w, b)[0], conv3x3(x, w.copy(), b)[0])
+        scratch = w.copy()
+        for kept in (ConstantFilters(self.model(w)), ConstantFilters(lambda x, t: x)):
+            with kept.in_force():
+                for _ in range(3):
+                    scratch += 1
+                    np.testing.assert_array_equal(conv3x3(x, scratch, b)[0], conv3x3(x, scratch.copy(), b)[0])
 
     def test_threads_share_what_is_kept_and_blocks_nest(self, transformed):
         (x, w, b, g), _ = drawn((2, 8, 8, 8, 8))
-        kept, other = ConstantFilters(), ConstantFilters()
+        kept, other = ConstantFilters(self.model(w)), ConstantFilters(self.model(w))
 
         def work():
-            with kept.of("a model"):
+            with kept.in_force():
                 conv3x3(x, w, b)
-                with other.of("another"):
+                with other.in_force():
                     conv3x3(x, w, b)
                 conv3x3(x, w, b)
 
@@ -249,23 +259,24 @@ class TestConstantFilters:
             thread.join()
         assert len(transformed) == 2
 
-    def test_training_and_sampling_keep_them(self, transformed, monkeypatch):
-        """One thread, so that all is in this process: each filter once per step, or per chain."""
-        from tinyddpm import sample, train
+    def test_sampling_keeps_them(self, transformed):
+        from tinyddpm import sample
 
-        images = np.random.default_rng(0).uniform(-1, 1, (8, 16, 16, 1)).astype(np.float32)
         unet, diffusion = (
             UNet(channels=(8, 8), blocks=1, attention=(False, False)),
             Diffusion(make_schedule("cosine", 5)),
         )
-        per_pass = (
+        of_a_model = (
             sum(p.shape[:2] == (3, 3) and min(p.shape[2:]) >= 8 for p in unet.parameters()) - 1
-        )  # one has stride 2
-        training = train(unet, diffusion, images, steps=2, batch=8, micro_batch=2, workers=1)
-        for _ in range(2):
+        )  # one: stride 2
+        levels = np.zeros((8, 16, 16, 1), np.float32) - 1
+        for run in (
+            lambda: sample(diffusion, unet, (8, 16, 16, 1), workers=2),
+            lambda: diffusion.bits_per_dim(unet, levels, workers=2, progress=False),
+        ):
             transformed.clear()
-            next(training)
-            assert len(transformed) == 2 * per_pass
+            run()
+            assert len(transformed) == of_a_model
         transformed.clear()
-        sample(diffusion, unet, (8, 16, 16, 1), workers=2)
-        assert len(transformed) == per_pass
+        sample(diffusion, lambda x, t: unet(x, t), (8, 16, 16, 1), workers=2)
+        assert len(transformed) == 5 * 2 * of_a_model  # each time

@@ -3,7 +3,7 @@
 A convolution is one matrix product. `columns` lays the kh x kw x C pixels that each output sees side by side in a row
 (im2col; Chellapilla et al. 2006), the filters are the columns of the other matrix. Its two gradients are convolutions
 too: the one with respect to the filters is `columns` transposed times the gradient, the one with respect to the image
-is a convolution of the gradient with the filters turned by 180 degrees (Dumoulin & Visin 2016).
+is, with stride 1, a convolution of the gradient with the filters turned by 180 degrees (Dumoulin & Visin 2016).
 
 That is the plain way, for any filter. Most of a U-Net's are 3x3 with stride 1 and padding 1; in float32 on a CPU
 winograd.py takes those, if there are 8 channels or more and enough pixels.
@@ -90,10 +90,10 @@ def correlate_grad_x(g: Array, w: Array, stride: int, pad: Padding, shape: tuple
 
 
 def _takes_winograd(x: Array, w: Array, stride: int, pad: Padding) -> bool:
-    """Whether winograd.py can convolve x with w, and is faster: with few channels or few pixels it is not."""
+    """Whether winograd.py can convolve x with w, and is faster: not with few channels, or few pixels for them."""
     same = w.shape[:2] == (3, 3) and stride == 1 and pad == ((1, 1), (1, 1))
     fits = same and isinstance(x, np.ndarray) and x.dtype == np.float32
-    return fits and min(w.shape[2:]) >= 8 and x.size >= 128 * x.shape[3]
+    return fits and min(w.shape[2:]) >= 8 and x.size >= x.shape[3] * max(128, *w.shape[2:])
 
 
 def columns(x: Array, kh: int, kw: int, stride: int, pad: Padding) -> tuple[Array, tuple[int, int, int]]:

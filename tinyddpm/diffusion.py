@@ -456,18 +456,18 @@ class Diffusion:
             )
         dtype, device = getattr(model, "dtype", x0.dtype), getattr(model, "device", "cpu")
         streams = np.random.default_rng(rng).spawn(len(x0))
-        x0 = x0.astype(dtype, copy=False)
+        x0, filters = x0.astype(dtype, copy=False), ConstantFilters(model)
 
         def terms_at(t: int, shard: slice) -> np.ndarray:
             x = x0[shard]
             eps = np.stack([stream.standard_normal(x.shape[1:], dtype) for stream in streams[shard]])
             x, eps, ts = to_device(x, device), to_device(eps, device), np.full(len(x), t)
-            with no_grad(), filters.of("this model"):
+            with no_grad(), filters.in_force():
                 x_t = self.q_sample(x, ts, eps)
                 prediction, spread = map(as_array, self._run(model, x_t, ts))
                 return to_numpy(self.vlb_terms(x, x_t, ts, prediction, spread, clip).data)
 
-        terms, filters = np.zeros(self.T), ConstantFilters()
+        terms = np.zeros(self.T)
         with worker_threads(workers) as run, tqdm(total=self.T, desc="bits/dim", disable=not progress) as bar:
             for t in reversed(range(self.T)):
                 of_images = run(functools.partial(terms_at, t), shards(x0.shape, device))

@@ -40,7 +40,7 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
         raise ValueError(
             f"gamma, beta: expected shape ({C},) for x of shape {x.shape}, got {gamma.shape}, {beta.shape}"
         )
-    shape, L, W = x.shape, x.size // (N * C), x.shape[-2] if x.ndim > 2 else 1
+    shape, L, W = x.shape, x.size // (N * C), x.shape[-2] if x.ndim > 3 else 1
 
     def rows(x: Array) -> Array:
         return x.reshape(N, L // W, W * C)  # of W pixels: NumPy is fast where the last axis is long
@@ -75,14 +75,15 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
         t = np.tanh(y)
         t += 1
         y *= t
+    kept = y if silu else None
 
     def pull(g):
-        if silu:  # dL/dh = g (1 + y + t (1 - y)), in place; t is computed again rather than kept: memory is dearer
+        if silu:  # dL/dh = g (1 + t + y (1 - t)), in place; t is computed again rather than kept: memory is dearer
             t = affine(a, b)
             np.tanh(t, out=t)
-            dx = 1 - y
-            dx *= t
-            dx += y
+            dx = 1 - t
+            dx *= kept
+            dx += t
             dx += 1
             dx *= rows(g)
         else:

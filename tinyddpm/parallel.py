@@ -23,8 +23,10 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 from threadpoolctl import ThreadpoolController, threadpool_limits
@@ -70,17 +72,19 @@ def worker_threads(count: int | None = None) -> Iterator[Callable]:
 
 
 @contextlib.contextmanager
-def worker_processes(function: Callable, count: int | None = None) -> Iterator[Callable]:
-    """Within this block, have `count` processes (None: one per CPU) that are copies of this one as it is now; yields
-    `run(items, *same)`, which has them compute function(item, *same) for each item.
+def worker_processes(function: Callable, count: int | None = None, most: int | None = None) -> Iterator[Callable]:
+    """Within this block, have `count` processes (None: one per CPU), but no more than `most`, that are copies of this
+    one as it is when `run` is first called; yields `run(items, *same)`, which has them compute function(item, *same)
+    for each item.
 
     What goes to a process and what it returns is pickled; all else that the function changes stays with the process,
     except for arrays from `shared_array`. Results come in the order of the items; an exception in a worker is raised
-    where its result is taken. A single worker, and all on Windows and macOS, where copying a process is impossible or
-    unsafe, are threads. Raises ValueError unless `count` is an integer >= 1.
+    where its result is taken. A single worker, those of a process that may not have any (multiprocessing's daemons),
+    and all on Windows and macOS, where copying a process is impossible or unsafe, are threads.
+    Raises ValueError unless `count` is an integer >= 1.
     """
-    count = _worker_count(count)
-    if count == 1 or sys.platform != "linux":
+    count = min(_worker_count(count), most or math.inf)
+    if count == 1 or sys.platform != "linux" or multiprocessing.current_process().daemon:
         with worker_threads(count) as run:
             yield lambda items, *same: run(lambda item: function(item, *same), items)
         return
@@ -108,7 +112,14 @@ def _become_worker(function: Callable) -> None:
 
 
 def _work(same: tuple, item):
-    return _function(item, *same)
+    try:
+        return _function(item, *same)
+    except Exception as error:
+        try:
+            ForkingPickler.loads(ForkingPickler.dumps(error))
+        except Exception:  # it cannot travel; what it says can
+            raise RuntimeError("".join(traceback.format_exception(error))) from None
+        raise
 
 
 def _end_with_parent() -> None:

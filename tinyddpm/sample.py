@@ -191,12 +191,12 @@ def sample(
     def noise() -> Array:
         return to_device(np.stack([stream.standard_normal(shape[1:], dtype=dtype) for stream in streams]), device)
 
-    filters = ConstantFilters()
+    filters = ConstantFilters(model)
     with worker_threads(workers) as run:
 
         def in_shards(x: Array, t: np.ndarray) -> Array:
             def predict(shard: slice) -> Array:
-                with no_grad(), filters.of("this model"):
+                with no_grad(), filters.in_force():
                     return as_array(model(x[shard], ts[t[shard]]))
 
             return array_module(x).concatenate(list(run(predict, shards(x.shape, device))))

@@ -22,9 +22,8 @@ from .nn import Module
 from .optim import EMA, Adam, clip_norm, flat_gradient, flatten, learning_rate
 from .parallel import shard_size, shared_array, worker_processes
 from .tensor import backward
-from .winograd import ConstantFilters
 
-GROUPS = 16  # of micro-batches, at most: each has a gradient in memory, and workers beyond that number go idle
+GROUPS = 16  # of micro-batches, at most, since each has a gradient in memory; there is work for as many workers
 
 
 @dataclasses.dataclass
@@ -65,7 +64,9 @@ def train(
         lr: Adam's learning rate, to which it rises over the first `warmup_steps` and from which it falls towards 0 over
             the last `decay_steps`.
         max_norm: longest gradient. ema_decay: of the moving average.
-        workers: processes; None for one per CPU. They are copies of this one, see `parallel.worker_processes`.
+        workers: processes; None for one per CPU. They are copies of this one, see `parallel.worker_processes`: images,
+            model and diffusion must not change while it trains, but for the parameters, in place; and what a model
+            notes down about itself stays in the copy, unless there is only one worker.
         seed: of batches, timesteps, noise and dropout.
 
     Being a generator, it raises what follows when its first state is asked for: TypeError or ValueError if an argument
@@ -83,9 +84,10 @@ def train(
             raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
     if not isinstance(images, np.ndarray):
         raise TypeError(f"images: expected a NumPy array, got {type(images).__name__}")
-    if images.ndim != 4 or len(images) == 0 or images.dtype != model.dtype:
+    if images.ndim != 4 or images.size == 0 or images.dtype != model.dtype:
         raise ValueError(f"images: expected {model.dtype} (M, H, W, C) with M >= 1, got {images.dtype} {images.shape}")
-    warn_if_out_of_range("images", images)
+    if not on_cpu:  # there `loss` does not look, for it would have to wait for the device
+        warn_if_out_of_range("images", images)
     if micro_batch is None:
         micro_batch = shard_size(batch, *images.shape[1:3]) if on_cpu else batch
     parameters = model.parameters()
@@ -97,7 +99,6 @@ def train(
     gradients = empty((len(groups), model.size), model.dtype)
     optimizer = Adam(theta, lr)
     ema = EMA(model, ema_decay)
-    filters = ConstantFilters()
 
     def differentiate(group: int, step: int, indices: np.ndarray) -> float:
         """Loss of a group of micro-batches; the gradient goes to its row of `gradients`. Both are weighted so that the
@@ -107,9 +108,8 @@ def train(
             chosen = indices[start : start + micro_batch]
             rng = random_stream(seed, "noise", step, start)
             net = functools.partial(model, rng=rng) if getattr(model, "dropout", 0) else model
-            with filters.of(step):
-                loss = diffusion.loss(net, to_device(images[chosen], model.device), rng) * (len(chosen) / batch)
-                gradient = backward(loss)
+            loss = diffusion.loss(net, to_device(images[chosen], model.device), rng) * (len(chosen) / batch)
+            gradient = backward(loss)
             total += loss.item()
             if start == groups[group][0]:
                 flat_gradient(gradient, parameters, out=gradients[group])
@@ -117,22 +117,28 @@ def train(
                 gradients[group] += flat_gradient(gradient, parameters)
         return total
 
-    with worker_processes(differentiate, workers if on_cpu else 1) as run:
-        for step in range(steps):
-            indices = batch_indices(len(images), step, batch, seed)
-            loss = sum(run(range(len(groups)), step, indices))
-            gradient = gradients[0]
-            for other in gradients[1:]:
-                gradient += other
-            norm = float(clip_norm(gradient, max_norm))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise FloatingPointError(
-                    f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; if all images are finite, try a "
-                    f"lower lr than {lr}"
-                )
-            if any(p.data is not view for p, view in zip(parameters, views)):
-                raise RuntimeError(f"step {step + 1}: the model's parameters were moved or replaced while it trains")
-            rate = learning_rate(lr, step, steps, warmup_steps, decay_steps)
-            optimizer.step(gradient, rate)
-            ema.update(theta)
-            yield TrainState(step + 1, loss, norm, rate, ema, optimizer)
+    try:
+        with worker_processes(differentiate, workers, most=len(groups) if on_cpu else 1) as run:
+            for step in range(steps):
+                indices = batch_indices(len(images), step, batch, seed)
+                loss = sum(run(range(len(groups)), step, indices))
+                gradient = gradients[0]
+                for other in gradients[1:]:
+                    gradient += other
+                norm = float(clip_norm(gradient, max_norm))
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    raise FloatingPointError(
+                        f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; if all images are finite, "
+                        f"try a lower lr than {lr}"
+                    )
+                if any(p.data is not view for p, view in zip(parameters, views)):
+                    raise RuntimeError(
+                        f"step {step + 1}: the model's parameters were moved or replaced while it trains"
+                    )
+                rate = learning_rate(lr, step, steps, warmup_steps, decay_steps)
+                optimizer.step(gradient, rate)
+                ema.update(theta)
+                yield TrainState(step + 1, loss, norm, rate, ema, optimizer)
+    finally:
+        if all(p.data is view for p, view in zip(parameters, views)):
+            flatten(parameters)  # out of the memory that processes share

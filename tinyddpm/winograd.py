@@ -21,8 +21,9 @@ at it. So all is matrix products, down and across the images x and y, and the gr
     backward    dm = A^T dy A',     dv = dm u^T,     dx = D^T dv D',     du = v^T dm,     dw = G^T du G
 
 The values at the points are larger than what A^T leaves of them, so float32 results are less exact than direct sums: on
-random images and filters up to 20 times, but within 1e-5 of the largest value. An inf or a nan spreads over the 16x16
-outputs that are computed with it. float64, in which gradients are checked, is left to direct sums.
+random images and filters up to 20 times, but within 1e-5 of the largest value. An inf or a nan spreads over all of the
+16x16 outputs that are computed together with what it reaches. float64, in which gradients are checked, is left to
+direct sums.
 """
 
 from __future__ import annotations
@@ -153,17 +154,18 @@ def _from_points(down: Array, across: Array, m: Array, out: Array) -> Array:
 
 
 class ConstantFilters:
-    """Keeps the transforms of a model's filters, for all threads, for as long as the filters do not change."""
+    """Keeps the transforms of the filters among a model's parameters, for all threads; none may change meanwhile.
 
-    def __init__(self):
-        self._lock, self._version, self._kept = threading.Lock(), None, {}
+    A model without `parameters()` may compute its filters anew each time, so nothing is kept of it.
+    """
+
+    def __init__(self, model: Callable):
+        self._kept = {id(p.data): (p.data, {}) for p in getattr(model, "parameters", list)()}
+        self._lock = threading.Lock()
 
     @contextlib.contextmanager
-    def of(self, version: object) -> Iterator[None]:
-        """Within this block, in this thread, a filter is transformed once for all blocks of the same `version`."""
-        with self._lock:
-            if version != self._version:
-                self._version, self._kept = version, {}
+    def in_force(self) -> Iterator[None]:
+        """Within this block, in this thread, what is kept is used."""
         before, _in_force.filters = _in_force.filters, self
         try:
             yield
@@ -171,12 +173,14 @@ class ConstantFilters:
             _in_force.filters = before
 
     def get(self, transform: Callable, w: Array) -> Array:
-        """transform(w), computed if it is not there yet."""
-        key = transform, id(w)
+        """transform(w), kept from the first time on if w is one of the model's."""
+        if id(w) not in self._kept:
+            return transform(w)
+        _, results = self._kept[id(w)]
         with self._lock:
-            if key not in self._kept:
-                self._kept[key] = transform(w), w  # with w itself, so that no other array gets its id
-            return self._kept[key][0]
+            if transform not in results:
+                results[transform] = transform(w)
+            return results[transform]
 
 
 class _InForce(threading.local):
