@@ -64,6 +64,16 @@ class TestAdam:
             adam.step(g)
         np.testing.assert_allclose(theta, expected, rtol=1e-12)
 
+    def test_a_long_vector_is_updated_to_its_end(self):
+        """It is worked on in parts."""
+        rng = np.random.default_rng(0)
+        theta, gradients = rng.standard_normal(100_000), rng.standard_normal((3, 100_000))
+        expected = reference.adam(theta, gradients, 0.01, 0.8, 0.95, 1e-8, 0.1)
+        adam = Adam(theta, lr=0.01, betas=(0.8, 0.95), weight_decay=0.1)
+        for g in gradients:
+            adam.step(g)
+        np.testing.assert_allclose(theta, expected, rtol=1e-10, atol=1e-12)
+
     def test_its_defaults_are_those_of_the_paper(self):
         theta, gradients = np.zeros(2), np.random.default_rng(0).standard_normal((5, 2)) * [1, 1e-7]
         expected = reference.adam(theta, gradients, 1e-3, 0.9, 0.999, 1e-8, 0)
@@ -170,6 +180,13 @@ class TestEMA:
         theta += 1
         ema.update(theta)
         np.testing.assert_allclose(ema.average, theta, rtol=1e-6)
+
+    def test_a_long_vector_is_followed_to_its_end(self):
+        ema = EMA(Linear(400, 250, np.random.default_rng(0)), decay=0.25)
+        before = ema.average.copy()
+        theta = np.random.default_rng(1).standard_normal(before.size).astype(np.float32)
+        ema.update(theta)
+        np.testing.assert_allclose(ema.average, 0.1 * before + 0.9 * theta, atol=1e-6)
 
     def test_in_the_end_it_follows_as_slowly_as_that_of_ho_et_al(self):
         model = Linear(2, 2, np.random.default_rng(0)).to(dtype="float64")
@@ -314,6 +331,13 @@ class TestTrain:
         x = images[batch_indices(23, 0, 11, 0)]
         loss, gradient = ((x - 0.3) ** 2).mean(), abs((2 * (x - 0.3) * x).mean())
         np.testing.assert_allclose(gradients, [(loss, gradient)] * 4, rtol=1e-12)
+
+        batch = 2 * GROUPS + 5  # more micro-batches than groups: some of these have two, some three
+        settings = dict(steps=1, batch=batch, micro_batch=1, max_norm=1e9)
+        (state,) = train(Recorder(), Fixed(DIFFUSION.schedule), images, **settings)
+        x = images[batch_indices(23, 0, batch, 0)]
+        expected = ((x - 0.3) ** 2).mean(), abs((2 * (x - 0.3) * x).mean())
+        np.testing.assert_allclose((state.loss, state.grad_norm), expected, rtol=1e-12)
 
     def test_two_steps_are_the_algorithm_by_hand(self):
         """Every micro-batch with noise of its own, clipping, warm-up, Adam, and then the average."""

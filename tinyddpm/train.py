@@ -117,6 +117,9 @@ def train(
                 gradients[group] += flat_gradient(gradient, parameters)
         return total
 
+    def moved() -> bool:
+        return any(p.data is not view for p, view in zip(parameters, views))
+
     try:
         with worker_processes(differentiate, workers, most=len(groups) if on_cpu else 1) as run:
             for step in range(steps):
@@ -131,7 +134,7 @@ def train(
                         f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; if all images are finite, "
                         f"try a lower lr than {lr}"
                     )
-                if any(p.data is not view for p, view in zip(parameters, views)):
+                if moved():
                     raise RuntimeError(
                         f"step {step + 1}: the model's parameters were moved or replaced while it trains"
                     )
@@ -140,5 +143,5 @@ def train(
                 ema.update(theta)
                 yield TrainState(step + 1, loss, norm, rate, ema, optimizer)
     finally:
-        if all(p.data is view for p, view in zip(parameters, views)):
+        if not moved():
             flatten(parameters)  # out of the memory that processes share
