@@ -1,5 +1,6 @@
 """The samplers: each against its paper's equations, and on models whose images are known in advance."""
 
+import contextlib
 import math
 import re
 import sys
@@ -372,6 +373,9 @@ class TestSample:
     def test_images_are_made_where_the_model_is_and_there_in_one_batch(self, monkeypatch):
         went, shapes = [], []
         monkeypatch.setattr(sys.modules["tinyddpm.sample"], "to_device", lambda x, device: went.append(device) or x)
+        monkeypatch.setattr(
+            sys.modules["tinyddpm.sample"], "on_device", lambda device: went.append(device) or contextlib.nullcontext()
+        )
 
         class Model:
             device = "cuda:1"

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "backend": set(),
     "tensor": {"backend"},
     "functional": {"backend", "tensor"},
+    "cuda": {"backend"},
     "winograd": {"backend", "functional"},
     "conv": {"backend", "tensor", "functional", "winograd"},
     "fused": {"backend", "tensor", "functional"},
@@ -37,10 +38,11 @@ MAY_IMPORT = {
     "checkpoint": NETWORK | {"schedule", "diffusion"},
 }
 # other packages, and the only files that may import them
-ONLY_IN = {"cupy": {"backend"}, "threading": {"tensor", "winograd", "parallel"}, "concurrent": {"parallel"},
-           "multiprocessing": {"parallel"}, "mmap": {"parallel"}, "ctypes": {"parallel"}, "threadpoolctl": {"parallel"},
-           "mpi4py": {"parallel"}, "PIL": {"image", "data"}, "matplotlib": {"image"}, "safetensors": {"checkpoint"},
-           "torch": set(), "diffusers": set(), "scipy": set(), "numba": set(), "pickle": set()}  # fmt: skip
+ONLY_IN = {"cupy": {"backend", "cuda"}, "cupy_backends": {"cuda"}, "threading": {"tensor", "winograd", "parallel"},
+           "concurrent": {"parallel"}, "multiprocessing": {"parallel"}, "mmap": {"parallel"}, "ctypes": {"parallel"},
+           "threadpoolctl": {"parallel"}, "mpi4py": {"parallel"}, "PIL": {"image", "data"}, "matplotlib": {"image"},
+           "safetensors": {"checkpoint"}, "torch": set(), "diffusers": set(), "scipy": set(), "numba": set(),
+           "pickle": set()}  # fmt: skip
 
 FILES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 

@@ -1,14 +1,19 @@
-"""The array module: NumPy on a CPU, CuPy on an NVIDIA GPU. The only file that imports CuPy.
+"""The array module: NumPy on a CPU, CuPy on an NVIDIA GPU.
 
 NumPy and CuPy share one interface, so the rest of the package never asks what device an array is on. NumPy's ufuncs
 (np.exp, np.sqrt, ...) run CuPy's when they are given a CuPy array; whatever makes new arrays or is no ufunc is taken
-from the array's own module, `xp = array_module(x)`.
+from the array's own module, `xp = array_module(x)`. Where a GPU wants the same done in another way, a function is
+`paired` with one in cuda.py. These two files alone know CuPy.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import importlib
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -42,25 +47,57 @@ def to_numpy(x: Array) -> np.ndarray:
 def to_device(x: Array, device: str) -> Array:
     """Return `x` on `device`: "cpu", "cuda" or "cuda:N". No copy is made if it is there already.
 
-    Raises ValueError for any other name, RuntimeError where CuPy or the GPU is missing.
+    A copy to a GPU does not wait for what the GPU is doing. Raises ValueError for any other name, RuntimeError where
+    CuPy, the driver, the GPU or a library of CUDA is missing.
     """
     if device == "cpu":
         return to_numpy(x)
+    with on_device(device):
+        return sys.modules["cupy"].asarray(x)
+
+
+def on_device(device: str) -> contextlib.AbstractContextManager:
+    """Within this block, in this thread, new arrays of CuPy are made on `device`, and its kernels run there.
+
+    CuPy has a current device, "cuda:0" at first, and its functions want their arrays there. `train`, `sample` and
+    `bits_per_dim` see to that themselves. Of "cpu" nothing comes. Raises as `to_device` does.
+    """
     kind, _, index = device.partition(":")
-    if kind != "cuda" or (device != "cuda" and not index.isdecimal()):
+    if device != "cpu" and (kind != "cuda" or (device != "cuda" and not index.isdecimal())):
         raise ValueError(f"device: {device!r} is unknown; use 'cpu', 'cuda' or 'cuda:N' with N = 0, 1, ...")
+    return contextlib.nullcontext() if device == "cpu" else _gpu(device)
+
+
+@functools.cache
+def _gpu(device: str):
+    """CuPy's `Device`, once it has been seen to work; RuntimeError says what is missing, and how to get it."""
+    index, device = int(device.partition(":")[2] or 0), f"device: {device!r}"
+    choose = "'tinyddpm[cuda12]' or 'tinyddpm[cuda13]', whichever CUDA the driver supports (nvidia-smi shows it)"
     try:
         import cupy
-    except ImportError:
-        raise RuntimeError(
-            f"device: {device!r} needs CuPy, which is not installed; pip install 'tinyddpm[cuda12]' or "
-            "'tinyddpm[cuda13]', whichever CUDA the driver supports (nvidia-smi shows it)"
-        ) from None
+    except ModuleNotFoundError:
+        raise RuntimeError(f"{device} needs CuPy, which is not installed; pip install {choose}") from None
+    except ImportError as error:
+        raise RuntimeError(f"{device} needs CuPy, which is installed but cannot be imported: {error}") from error
     try:
-        with cupy.cuda.Device(int(index or 0)):
-            return cupy.asarray(x)
+        count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
-        raise RuntimeError(f"device: {device!r} cannot be used; CUDA says: {error}") from error
+        raise RuntimeError(
+            f"{device} needs an NVIDIA GPU and a driver for it that is recent enough; CUDA says: {error}. If nvidia-smi"
+            f" shows no GPU, install NVIDIA's driver; if it does, pip install {choose}, not both"
+        ) from error
+    if index >= count:
+        raise RuntimeError(f"{device} is not there; this machine has {', '.join(f'cuda:{i}' for i in range(count))}")
+    try:
+        with cupy.cuda.Device(index) as gpu:
+            one = cupy.ones((1, 1), np.float32) + 1  # compiled here and now by NVRTC
+            one @ one  # by cuBLAS
+    except Exception as error:  # what exactly is raised depends on the library that is missing
+        raise RuntimeError(
+            f"{device} is there, but cannot compute, as a rule because a library of the CUDA toolkit is missing: pip "
+            f"install {choose}. CuPy says: {error}"
+        ) from error
+    return gpu
 
 
 def device_of(x: Array) -> str:
@@ -80,3 +117,18 @@ def erfc(x: Array) -> Array:
     from cupyx.scipy.special import erfc
 
     return erfc(x)
+
+
+def paired(function: Callable) -> Callable:
+    """Give `function` a twin for CuPy arrays: the one of the same name and signature in cuda.py, kernels for the GPU.
+
+    Both compute the same, up to rounding. This is the one place where they are told apart, by the first argument.
+    """
+
+    @functools.wraps(function)
+    def either(x: Array, *args: Any, **settings: Any) -> Any:
+        if isinstance(x, (np.ndarray, np.generic)):
+            return function(x, *args, **settings)
+        return getattr(importlib.import_module(f"{__package__}.cuda"), function.__name__)(x, *args, **settings)
+
+    return either

@@ -6,17 +6,18 @@ too: the one with respect to the filters is `columns` transposed times the gradi
 is, with stride 1, a convolution of the gradient with the filters turned by 180 degrees (Dumoulin & Visin 2016).
 
 That is the plain way, for any filter. Most of a U-Net's are 3x3 with stride 1 and padding 1; in float32 on a CPU
-winograd.py takes those, if there are 8 channels or more and enough pixels.
+winograd.py takes those, if there are 8 channels or more and enough pixels. On a GPU, cuda.py goes the plain way.
 """
 
 from __future__ import annotations
 
 import numbers
+from collections.abc import Callable
 
 import numpy as np
 
 from . import winograd
-from .backend import Array, array_module
+from .backend import Array, array_module, paired
 from .functional import column_sums
 from .tensor import op
 
@@ -24,7 +25,7 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, righ
 
 
 @op
-def conv2d(x, w, b=None, *, stride: int = 1, padding: int | Padding = 0):
+def conv2d(x, w, b=None, *, stride: int = 1, padding: int | Padding = 0, precision: str = "float32"):
     """2-D convolution (cross-correlation, as in every deep-learning library).
 
         y[n, i, j, o] = b[o] + sum_{u, v, c} x[n, i*stride + u - top, j*stride + v - left, c] w[u, v, c, o]
@@ -37,12 +38,19 @@ def conv2d(x, w, b=None, *, stride: int = 1, padding: int | Padding = 0):
         b: (O,) bias, optional.
         stride: step between outputs, in pixels, >= 1.
         padding: rows and columns of zeros around x: an integer, or ((top, bottom), (left, right)).
+        precision: of the products on a GPU; see `functional.product`.
 
     Returns (N, OH, OW, O) with OH = (H + top + bottom - kh) // stride + 1, OW likewise. Raises ValueError where the
     shapes do not fit each other.
     """
     pad = _padding(padding)
     _check(x, w, b, stride, pad)
+    return convolve(x, w, b, stride, pad, precision)
+
+
+@paired
+def convolve(x: Array, w: Array, b: Array | None, stride: int, pad: Padding, precision: str) -> tuple[Array, Callable]:
+    """`conv2d` of arguments that fit: y, and its `pull`."""
     if _takes_winograd(x, w, stride, pad):
         return winograd.conv3x3(x, w, b)
     y = correlate(x, w, stride, pad)
@@ -82,7 +90,7 @@ def correlate_grad_x(g: Array, w: Array, stride: int, pad: Padding, shape: tuple
         return correlate(g, w[::-1, ::-1].swapaxes(2, 3), 1, around)
     _, OH, OW, _ = g.shape
     owed = (g.reshape(-1, O) @ w.reshape(-1, O).T).reshape(N, OH, OW, kh, kw, C)
-    padded = array_module(g).zeros((N, H + top + bottom, W + left + right, C), g.dtype)
+    padded = np.zeros((N, H + top + bottom, W + left + right, C), g.dtype)
     for u in range(kh):
         for v in range(kw):
             padded[:, u : u + stride * OH : stride, v : v + stride * OW : stride] += owed[:, :, :, u, v]
@@ -92,22 +100,20 @@ def correlate_grad_x(g: Array, w: Array, stride: int, pad: Padding, shape: tuple
 def _takes_winograd(x: Array, w: Array, stride: int, pad: Padding) -> bool:
     """Whether winograd.py can convolve x with w, and is faster: not with few channels, or few pixels for them."""
     same = w.shape[:2] == (3, 3) and stride == 1 and pad == ((1, 1), (1, 1))
-    fits = same and isinstance(x, np.ndarray) and x.dtype == np.float32
-    return fits and min(w.shape[2:]) >= 8 and x.size >= x.shape[3] * max(128, *w.shape[2:])
+    return same and x.dtype == np.float32 and min(w.shape[2:]) >= 8 and x.size >= x.shape[3] * max(128, *w.shape[2:])
 
 
 def columns(x: Array, kh: int, kw: int, stride: int, pad: Padding) -> tuple[Array, tuple[int, int, int]]:
     """im2col: (N, H, W, C) -> the matrix (N*OH*OW, kh*kw*C) with a row for each output pixel, and (N, OH, OW)."""
-    xp = array_module(x)
     N, H, W, C = x.shape
     (top, bottom), (left, right) = pad
     if any((top, bottom, left, right)):
-        padded = xp.zeros((N, H + top + bottom, W + left + right, C), x.dtype)
+        padded = np.zeros((N, H + top + bottom, W + left + right, C), x.dtype)
         padded[:, top : top + H, left : left + W] = x
         x = padded
     OH, OW = (x.shape[1] - kh) // stride + 1, (x.shape[2] - kw) // stride + 1
     n, h, w, c = x.strides
-    windows = xp.lib.stride_tricks.as_strided(x, (N, OH, OW, kh, kw, C), (n, h * stride, w * stride, h, w, c))
+    windows = np.lib.stride_tricks.as_strided(x, (N, OH, OW, kh, kw, C), (n, h * stride, w * stride, h, w, c))
     return windows.reshape(N * OH * OW, kh * kw * C), (N, OH, OW)  # the reshape copies, unless kh = kw = 1
 
 

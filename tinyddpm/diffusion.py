@@ -33,7 +33,7 @@ from collections.abc import Callable
 import numpy as np
 from tqdm import tqdm
 
-from .backend import Array, array_module, is_array, like, to_device, to_numpy
+from .backend import Array, array_module, is_array, like, on_device, to_device, to_numpy
 from .functional import mse
 from .likelihood import discretised_gaussian, gaussian_kl
 from .parallel import shards, worker_threads
@@ -120,7 +120,8 @@ class Diffusion:
         return len(self.schedule)
 
     def _at(self, table: np.ndarray, t: np.ndarray, x: Array) -> Array:
-        """table[t] as (N, 1, 1, 1), of the dtype and on the device of the images x. Raises if t does not fit x or T."""
+        """table[t] as (N, 1, 1, 1), of the dtype and on the device of the images x; of several tables (n, T), n of
+        them, which reach the device together. Raises if t does not fit x or T."""
         if not isinstance(t, np.ndarray) or t.dtype.kind not in "iu":
             raise TypeError(f"t: expected a NumPy array of integers, got {getattr(t, 'dtype', type(t).__name__)}")
         if t.shape != x.shape[:1]:
@@ -129,12 +130,12 @@ class Diffusion:
             raise ValueError(f"t: timesteps run from 0 to {self.T - 1}, got {t.min()} ... {t.max()}")
         if x.dtype.kind != "f":
             raise TypeError(f"images: expected floats in [-1, 1], got {x.dtype}")
-        return like(table[t].reshape(-1, *[1] * (x.ndim - 1)), x)
+        return like(table[..., t].reshape(*table.shape[:-1], -1, *[1] * (x.ndim - 1)), x)
 
     def _signal_and_noise(self, t: np.ndarray, x: Array) -> tuple[Array, Array]:
         """sqrt(alpha_bar_t) and sqrt(1 - alpha_bar_t), what x_t has of b x_0 and of noise; each (N, 1, 1, 1)."""
-        s = self.schedule
-        return self._at(np.sqrt(s.alpha_bar), t, x), self._at(np.sqrt(s.one_minus_alpha_bar), t, x)
+        signal, noise = self._at(np.sqrt([self.schedule.alpha_bar, self.schedule.one_minus_alpha_bar]), t, x)
+        return signal, noise
 
     # ------------------------------------------------------------------------------------------- the forward process
 
@@ -249,10 +250,8 @@ class Diffusion:
         """
         _check_shape("x0", x0, x_t)
         s = self.schedule
-        return (
-            self._at(s.input_scale * s.posterior_mean_coef_x0, t, x_t) * x0
-            + self._at(s.posterior_mean_coef_xt, t, x_t) * x_t
-        )
+        of_x0, of_xt = self._at(np.stack([s.input_scale * s.posterior_mean_coef_x0, s.posterior_mean_coef_xt]), t, x_t)
+        return of_x0 * x0 + of_xt * x_t
 
     def log_variance(self, x_t: Array, t: np.ndarray, spread: Array | Tensor | None = None) -> Array | Tensor:
         """ln sigma_t^2 of the reverse step: ln beta_tilde_t ("small"), ln beta_t ("large"), or, for the model's spread,
@@ -269,9 +268,9 @@ class Diffusion:
             raise ValueError(
                 "spread: with variance 'learned_range' it is needed, the second half of the model's output"
             )
-        small, large = self.schedule.posterior_log_variance, np.log(self.schedule.beta)
-        w = 0.5 * (spread + 1)
-        return w * self._at(large, t, x_t) + (1 - w) * self._at(small, t, x_t)
+        w, s = 0.5 * (spread + 1), self.schedule
+        small, large = self._at(np.stack([s.posterior_log_variance, np.log(s.beta)]), t, x_t)
+        return w * large + (1 - w) * small
 
     def _fixed_log_variance(self) -> np.ndarray:
         """ln sigma_t^2, (T,), where it is not learned."""
@@ -462,7 +461,7 @@ class Diffusion:
             x = x0[shard]
             eps = np.stack([stream.standard_normal(x.shape[1:], dtype) for stream in streams[shard]])
             x, eps, ts = to_device(x, device), to_device(eps, device), np.full(len(x), t)
-            with no_grad(), filters.in_force():
+            with on_device(device), no_grad(), filters.in_force():
                 x_t = self.q_sample(x, ts, eps)
                 prediction, spread = map(as_array, self._run(model, x_t, ts))
                 return to_numpy(self.vlb_terms(x, x_t, ts, prediction, spread, clip).data)

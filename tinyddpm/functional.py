@@ -6,11 +6,14 @@ Each is one op on the last axis or on all elements; see tensor.py for how an op 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 
-from .backend import Array, array_module, erfc, like
+from .backend import Array, array_module, erfc, like, paired
 from .tensor import Tensor, as_array, mul, op
+
+PRECISIONS = ("float32", "tf32", "bf16", "fp16")
 
 
 def logistic(x: Array) -> Array:
@@ -21,9 +24,41 @@ def logistic(x: Array) -> Array:
     return 1 / s
 
 
+@paired
 def column_sums(x: Array) -> Array:
     """Sum x (..., L, C) over L -> (..., C). As a product with a row of ones it is many times faster than x.sum."""
-    return array_module(x).ones(x.shape[-2], x.dtype) @ x
+    return np.ones(x.shape[-2], x.dtype) @ x
+
+
+@paired
+def product(a: Array, b: Array, precision: str = "float32", scale: float = 1.0) -> Array:
+    """scale times the matrix product a @ b of float32 or float64 arrays, (..., n, k) and (..., k, m) -> (..., n, m).
+
+    `precision` is what a GPU rounds the numbers of float32 arrays to before it multiplies them, faster: "tf32" (10
+    bits of mantissa), "bf16" (7) or "fp16" (10, and a small range: below 6e-8 all is 0, above 65504 infinite). Sums are
+    float32 always. A CPU rounds nothing.
+    """
+    y = a @ b
+    if scale != 1:
+        y *= scale
+    return y
+
+
+@paired
+def softmax_rows(x: Array, out: Array | None = None) -> Array:
+    """e^x_i / sum_j e^x_j along the last axis, written to `out` if given, which may be x."""
+    y = np.subtract(x, x.max(axis=-1, keepdims=True), out=out)
+    np.exp(y, out=y)
+    y /= y.sum(axis=-1, keepdims=True)
+    return y
+
+
+@paired
+def softmax_rows_grad(y: Array, g: Array, out: Array | None = None) -> Array:
+    """Gradient of `softmax_rows` for x, from its result y and dL/dy = g: y (g - sum_j g_j y_j); `out` may be g."""
+    dx = np.multiply(g, y, out=out)
+    dx -= y * dx.sum(axis=-1, keepdims=True)
+    return dx
 
 
 @op
@@ -36,6 +71,12 @@ def sigmoid(x):
 @op
 def silu(x):
     """SiLU (swish): x sigma(x). Hendrycks & Gimpel 2016; Ramachandran et al. 2017."""
+    return swish(x)
+
+
+@paired
+def swish(x: Array) -> tuple[Array, Callable]:
+    """`silu`: y, and its `pull`."""
     s = logistic(x)
     y = x * s
     return y, lambda g: g * (s + y * (1 - s))
@@ -44,23 +85,30 @@ def silu(x):
 @op
 def softmax(x, *, axis: int = -1):
     """e^x_i / sum_j e^x_j along `axis`."""
-    y = np.exp(x - x.max(axis=axis, keepdims=True))
-    y /= y.sum(axis=axis, keepdims=True)
-    return y, lambda g: y * (g - (g * y).sum(axis=axis, keepdims=True))
+    y = softmax_rows(x.swapaxes(axis, -1))
+    return y.swapaxes(axis, -1), lambda g: softmax_rows_grad(y, g.swapaxes(axis, -1)).swapaxes(axis, -1)
 
 
 @op
 def concat(*xs, axis: int = -1):
     """Join arrays along `axis`; their other axes must agree, or ValueError. The gradient is cut at the joints."""
-    xp = array_module(xs[0])
-    y = xp.concatenate(xs, axis=axis)
+    y, xp = joined(*xs, axis=axis), array_module(xs[0])
     cuts = np.cumsum([x.shape[axis] for x in xs])[:-1].tolist()
     return y, lambda g: tuple(xp.split(g, cuts, axis=axis))
 
 
+@paired
+def joined(*xs: Array, axis: int) -> Array:
+    """`concat` of arrays."""
+    return np.concatenate(xs, axis=axis)
+
+
 @op
-def linear(x, w, b=None):
-    """x w + b over the last axis: x (..., C), w (C, O), b (O,) or None -> (..., O). ValueError if they do not fit."""
+def linear(x, w, b=None, *, precision: str = "float32"):
+    """x w + b over the last axis: x (..., C), w (C, O), b (O,) or None -> (..., O). ValueError if they do not fit.
+
+    precision: of the products, see `product`.
+    """
     if w.ndim != 2:
         raise ValueError(f"w: expected shape (C, O), got {w.shape}")
     if x.ndim == 0 or x.shape[-1] != w.shape[0]:
@@ -68,13 +116,17 @@ def linear(x, w, b=None):
     if b is not None and b.shape != w.shape[1:]:
         raise ValueError(f"b: expected shape {w.shape[1:]} to fit w of shape {w.shape}, got {b.shape}")
     rows = x.reshape(-1, w.shape[0])
-    y = rows @ w
+    y = product(rows, w, precision)
     if b is not None:
         y += b
 
     def pull(g):
         g = g.reshape(-1, w.shape[1])
-        return lambda: (g @ w.T).reshape(x.shape), lambda: rows.T @ g, lambda: column_sums(g)
+        return (
+            lambda: product(g, w.T, precision).reshape(x.shape),
+            lambda: product(rows.T, g, precision),
+            lambda: column_sums(g),
+        )
 
     return y.reshape(*x.shape[:-1], w.shape[1]), pull
 

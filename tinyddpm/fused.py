@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Callable
 
 import numpy as np
 
-from .backend import Array
-from .functional import column_sums
+from .backend import Array, paired
+from .functional import column_sums, product, softmax_rows, softmax_rows_grad
 from .tensor import op
 
 
@@ -33,13 +34,20 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
     """
     if x.ndim < 2 or x.size == 0:
         raise ValueError(f"x: expected (N, ..., C), no axis of them empty, got shape {x.shape}")
-    N, C = x.shape[0], x.shape[-1]
+    C = x.shape[-1]
     if not isinstance(groups, numbers.Integral) or groups < 1 or C % groups:
         raise ValueError(f"groups: {groups} does not divide the {C} channels of x; use a divisor of {C}")
     if gamma.shape != (C,) or beta.shape != (C,):
         raise ValueError(
             f"gamma, beta: expected shape ({C},) for x of shape {x.shape}, got {gamma.shape}, {beta.shape}"
         )
+    return normalise(x, gamma, beta, groups, eps, silu)
+
+
+@paired
+def normalise(x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu: bool) -> tuple[Array, Callable]:
+    """`group_norm` of arguments that fit: y, and its `pull`."""
+    N, C = x.shape[0], x.shape[-1]
     shape, L, W = x.shape, x.size // (N * C), x.shape[-2] if x.ndim > 3 else 1
 
     def rows(x: Array) -> Array:
@@ -98,12 +106,13 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
 
 
 @op
-def attention(q, k, v, *, heads: int = 1):
+def attention(q, k, v, *, heads: int = 1, precision: str = "float32"):
     """Scaled dot-product attention (Vaswani et al. 2017): softmax(q k^T / sqrt(d)) v in each head, d = C / heads.
 
     Args:
         q: (N, L, C) queries. k, v: (N, S, C) keys and values.
         heads: how many; each takes its own C / heads channels.
+        precision: of the products on a GPU; see `functional.product`.
 
     Returns (N, L, C). Raises ValueError where the shapes do not fit each other.
     """
@@ -123,17 +132,17 @@ def attention(q, k, v, *, heads: int = 1):
         return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], C)
 
     q, k, v = split(q), split(k), split(v)
-    p = (q * scale) @ k.swapaxes(2, 3)  # (N, heads, L, S): what each query gives each key
-    p -= p.max(axis=3, keepdims=True)
-    np.exp(p, out=p)
-    p /= p.sum(axis=3, keepdims=True)
+    p = product(q, k.swapaxes(2, 3), precision, scale)  # (N, heads, L, S): what each query gives each key
+    softmax_rows(p, out=p)
 
     def pull(g):
         g = split(g)
-        dp = g @ v.swapaxes(2, 3)
-        ds = dp * p  # through the softmax: p (dp - sum(p dp))
-        ds -= p * ds.sum(axis=3, keepdims=True)
-        ds *= scale
-        return merge(ds @ k), merge(ds.swapaxes(2, 3) @ q), merge(p.swapaxes(2, 3) @ g)
+        ds = product(g, v.swapaxes(2, 3), precision)
+        softmax_rows_grad(p, ds, out=ds)
+        return (
+            merge(product(ds, k, precision, scale)),
+            merge(product(ds.swapaxes(2, 3), q, precision, scale)),
+            merge(product(p.swapaxes(2, 3), g, precision)),
+        )
 
-    return merge(p @ v), pull
+    return merge(product(p, v, precision)), pull

@@ -12,15 +12,20 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .backend import array_module, device_of, to_device, to_numpy
+from .backend import device_of, on_device, to_device, to_numpy
 from .conv import Padding, conv2d
-from .functional import linear
+from .functional import PRECISIONS, linear
 from .fused import attention, group_norm
 from .tensor import Parameter, Tensor
 
 
 class Module:
-    """Something with parameters: `Parameter`s and other `Module`s among its attributes, alone or in lists."""
+    """Something with parameters: `Parameter`s and other `Module`s among its attributes, alone or in lists.
+
+    `precision` is that of its matrix products on a GPU, see `to`.
+    """
+
+    precision = "float32"
 
     def named_parameters(self) -> dict[str, Parameter]:
         """Return {name: parameter} in the order in which they were made; names look like "down.0.res.1.conv1.w".
@@ -28,7 +33,7 @@ class Module:
         A parameter that is used in several places is listed once, under its first name.
         """
         names = {}
-        for name, p in _walk(self, ""):
+        for name, p in _walk(self, Parameter):
             names.setdefault(p, name)
         return {name: p for p, name in names.items()}
 
@@ -44,20 +49,31 @@ class Module:
     @property
     def dtype(self) -> np.dtype:
         """The floating-point type of the parameters."""
-        return next(_walk(self, ""))[1].dtype
+        return next(_walk(self, Parameter))[1].dtype
 
     @property
     def device(self) -> str:
         """The name of the device that holds the parameters."""
-        return device_of(next(_walk(self, ""))[1].data)
+        return device_of(next(_walk(self, Parameter))[1].data)
 
-    def to(self, device: str | None = None, dtype: str | np.dtype | None = None) -> Module:
-        """Move the parameters to `device` ("cpu", "cuda", "cuda:N"), convert them to `dtype`, in place; return self."""
+    def to(
+        self, device: str | None = None, dtype: str | np.dtype | None = None, precision: str | None = None
+    ) -> Module:
+        """Move the parameters to `device` ("cpu", "cuda", "cuda:N"), convert them to `dtype`, in place; return self.
+
+        `precision`, "float32", "tf32", "bf16" or "fp16", is what a GPU rounds the factors of float32 matrix products
+        to, in convolutions, linear layers and attention; a CPU does not. See `functional.product`.
+        """
         if dtype is not None and np.dtype(dtype).kind != "f":
             raise ValueError(f"dtype: expected a floating-point type such as 'float32' or 'float64', got {dtype!r}")
+        if precision is not None and precision not in PRECISIONS:
+            raise ValueError(f"precision: unknown {precision!r}; known: {', '.join(PRECISIONS)}")
         for p in self.parameters():
-            data = p.data if device is None else to_device(p.data, device)
-            p.data = data if dtype is None else data.astype(dtype, copy=False)
+            there = device_of(p.data) if device is None else device
+            with on_device(there):
+                p.data = to_device(p.data, there).astype(dtype or p.dtype, copy=False)
+        for _, module in _walk(self, Module):
+            module.precision = precision or module.precision
         return self
 
     def state_dict(self) -> dict[str, np.ndarray]:
@@ -76,21 +92,21 @@ class Module:
         ]
         if wrong:
             raise ValueError(f"state: it does not fit {type(self).__name__}: {'; '.join(wrong)}")
-        for name, p in own.items():
-            p.data[...] = array_module(p.data).asarray(state[name])
+        with on_device(self.device):
+            for name, p in own.items():
+                p.data[...] = to_device(state[name], self.device)
 
 
-def _walk(value: object, name: str) -> Iterator[tuple[str, Parameter]]:
-    """Yield the parameters within a module, list, tuple or dict, each with the path that leads to it."""
-    if isinstance(value, Parameter):
+def _walk(value: object, kind: type, name: str = "") -> Iterator[tuple[str, Parameter | Module]]:
+    """Yield what is of this kind in a module, list, tuple or dict, itself included, with the path that leads there."""
+    if isinstance(value, kind):
         yield name, value
-        return
     inside = vars(value) if isinstance(value, Module) else value
     items = (
         inside.items() if isinstance(inside, dict) else enumerate(inside) if isinstance(inside, (list, tuple)) else ()
     )
     for key, item in items:
-        yield from _walk(item, f"{name}.{key}" if name else str(key))
+        yield from _walk(item, kind, f"{name}.{key}" if name else str(key))
 
 
 def _uniform(rng: np.random.Generator, shape: tuple[int, ...], fan_in: int, fan_out: int, scale: float) -> Parameter:
@@ -110,7 +126,7 @@ class Linear(Module):
         self.b = _zeros(outputs)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.w, self.b)
+        return linear(x, self.w, self.b, precision=self.precision)
 
 
 class Conv2d(Module):
@@ -132,7 +148,7 @@ class Conv2d(Module):
         self.stride, self.padding = stride, padding
 
     def __call__(self, x: Tensor) -> Tensor:
-        return conv2d(x, self.w, self.b, stride=self.stride, padding=self.padding)
+        return conv2d(x, self.w, self.b, stride=self.stride, padding=self.padding, precision=self.precision)
 
 
 class GroupNorm(Module):
@@ -156,4 +172,5 @@ class Attention(Module):
         self.heads = heads
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.out(attention(self.q(x), self.k(x), self.v(x), heads=self.heads))
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.out(attention(q, k, v, heads=self.heads, precision=self.precision))

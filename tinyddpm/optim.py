@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from .backend import Array, array_module
+from .backend import Array, array_module, paired
 from .tensor import Parameter
 
 
@@ -40,19 +40,26 @@ def flat_gradient(gradients: dict[Parameter, Array], parameters: list[Parameter]
 
 
 def _parts(vector: Array) -> list[slice]:
-    """Cut a vector into parts that stay in the cache from one operation to the next; on a GPU it is left whole."""
-    size = 2**15 if isinstance(vector, np.ndarray) else vector.size
+    """Cut a vector into parts that stay in the cache from one operation to the next."""
+    size = 2**15
     return [slice(start, start + size) for start in range(0, vector.size, size)]
 
 
 def clip_norm(gradient: Array, max_norm: float) -> Array:
-    """Shorten `gradient` in place to Euclidean norm `max_norm`; return its norm before (Pascanu et al. 2013)."""
+    """Shorten `gradient` in place to Euclidean norm `max_norm`; return its norm before, an array without axes (Pascanu
+    et al. 2013). If that is not finite, all of the gradient becomes nan."""
     if not max_norm > 0:
         raise ValueError(f"max_norm: expected a number > 0, got {max_norm}")
-    xp = array_module(gradient)
-    norm = xp.sqrt(gradient @ gradient)
-    gradient *= xp.minimum(1, max_norm / (norm + 1e-12))
-    return norm
+    square = gradient @ gradient
+    gradient *= shortening(square, max_norm)
+    return array_module(gradient).sqrt(square)
+
+
+@paired
+def shortening(square: Array, max_norm: float) -> Array:
+    """What a vector is multiplied with to have norm `max_norm` at most, from its squared norm; nan if not finite."""
+    norm = np.sqrt(square)
+    return np.minimum(1, max_norm / (norm + 1e-12)) + 0 * norm
 
 
 def learning_rate(lr: float, step: int, steps: int, warmup_steps: int, decay_steps: int) -> float:
@@ -88,21 +95,34 @@ class Adam:
         self.n = 0
 
     def step(self, gradient: Array, lr: float | None = None) -> None:
-        """Take one step against `gradient` (P,), with learning rate `lr` if given."""
+        """Take one step against `gradient` (P,), with learning rate `lr` if given.
+
+        Nothing changes if the first number of the gradient is nan: `clip_norm` makes that of a gradient that is not
+        finite, and a GPU, which runs behind, is not asked before each step whether there is one.
+        """
         if gradient.shape != self.theta.shape or gradient.dtype != self.theta.dtype:
             expected, got = (f"{a.dtype} of shape {a.shape}" for a in (self.theta, gradient))
             raise ValueError(f"gradient: expected {expected}, got {got}")
         lr = self.lr if lr is None else lr
-        b1, b2 = self.betas
         self.n += 1
-        for part in _parts(gradient):
-            g, m, v, theta = gradient[part], self.m[part], self.v[part], self.theta[part]
-            m += (1 - b1) * (g - m)
-            v += (1 - b2) * (g * g - v)
-            root_vhat = np.sqrt(v) / math.sqrt(1 - b2**self.n)  # given a CuPy array, NumPy asks CuPy
-            if self.weight_decay:
-                theta *= 1 - lr * self.weight_decay
-            theta -= lr / (1 - b1**self.n) * m / (root_vhat + self.eps)
+        adam_update(self.theta, gradient, self.m, self.v, lr, *self.betas, self.eps, self.weight_decay, self.n)
+
+
+@paired
+def adam_update(
+    theta: Array, gradient: Array, m: Array, v: Array, lr: float, b1: float, b2: float, eps: float, decay: float, n: int
+) -> None:
+    """Step n = 1, 2, ... of `Adam`, in place."""
+    if np.isnan(gradient[0]):
+        return
+    for part in _parts(gradient):
+        g, m_, v_, theta_ = gradient[part], m[part], v[part], theta[part]
+        m_ += (1 - b1) * (g - m_)
+        v_ += (1 - b2) * (g * g - v_)
+        root_vhat = np.sqrt(v_) / math.sqrt(1 - b2**n)
+        if decay:
+            theta_ *= 1 - lr * decay
+        theta_ -= lr / (1 - b1**n) * m_ / (root_vhat + eps)
 
 
 class EMA:
@@ -123,7 +143,13 @@ class EMA:
     def update(self, theta: Array) -> None:
         """Move the average towards `theta` (P,), the flat parameters of the model it was copied from."""
         d = min(self.decay, (1 + self.n) / (10 + self.n))
-        for part in _parts(theta):
-            average = self.average[part]
-            average += (1 - d) * (theta[part] - average)
+        ema_update(self.average, theta, d)
         self.n += 1
+
+
+@paired
+def ema_update(average: Array, theta: Array, d: float) -> None:
+    """average <- d average + (1 - d) theta, in place."""
+    for part in _parts(theta):
+        a = average[part]
+        a += (1 - d) * (theta[part] - a)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .backend import Array, array_module, to_device
+from .backend import Array, array_module, on_device, to_device
 from .diffusion import Diffusion
 from .parallel import shards, worker_threads
 from .schedule import Schedule
@@ -192,11 +192,11 @@ def sample(
         return to_device(np.stack([stream.standard_normal(shape[1:], dtype=dtype) for stream in streams]), device)
 
     filters = ConstantFilters(model)
-    with worker_threads(workers) as run:
+    with on_device(device), worker_threads(workers) as run:
 
         def in_shards(x: Array, t: np.ndarray) -> Array:
             def predict(shard: slice) -> Array:
-                with no_grad(), filters.in_force():
+                with on_device(device), no_grad(), filters.in_force():
                     return as_array(model(x[shard], ts[t[shard]]))
 
             return array_module(x).concatenate(list(run(predict, shards(x.shape, device))))
@@ -204,7 +204,7 @@ def sample(
         for t, x, x0 in SAMPLERS[method](diffusion, in_shards, noise(), noise, clip=clip, **settings):
             if callback:
                 callback(int(ts[t]), x, x0)
-    x = x / diffusion.schedule.input_scale
-    if not array_module(x).isfinite(x).all():
-        raise FloatingPointError("model: it led to images that are not finite; are its weights?")
-    return x
+        x = x / diffusion.schedule.input_scale
+        if not array_module(x).isfinite(x).all():  # only here is a GPU waited for
+            raise FloatingPointError("model: it led to images that are not finite; are its weights?")
+        return x

@@ -184,7 +184,8 @@ def op(function: Callable) -> Callable:
     function without arguments, called only if someone wants it. Where an input was broadcast, its gradient is summed
     down centrally.
 
-    An op reads its inputs and `g` and writes only to arrays that it made itself. The dtype of its inputs is kept:
+    An op reads its inputs and `g` and writes only to arrays that it made itself. A gradient is `g`, or a view of it, or
+    else an array that nobody else holds or writes to: `backward` may hand it out. The dtype of its inputs is kept:
     mixing float32 with float64, or a value of another dtype, raises TypeError. The undecorated function is `op.raw`.
     """
     name = function.__name__
@@ -199,7 +200,7 @@ def op(function: Callable) -> Callable:
             inputs, settings = bound.args, bound.kwargs
         arrays = [as_array(x) for x in inputs]
         dtype = _common_dtype(name, arrays)
-        value, pull = function(*arrays, **settings)
+        value, pull = apply.raw(*arrays, **settings)
         y = Tensor(value)
         if y.dtype != dtype:
             raise TypeError(f"{name}: {dtype} became {y.dtype}; convert the input that is not a float array")
@@ -245,7 +246,7 @@ def backward(loss: Tensor) -> dict[Parameter, Array]:
         raise ValueError("loss: it depends on no Parameter (was it computed under no_grad?)")
     order = _parents_first(root)
     incoming = {root: np.ones_like(loss.data)}  # given a CuPy array, NumPy asks CuPy
-    ours = set()  # those whose incoming sum is an array made here; any other is borrowed from a pull
+    ours = set()  # those whose incoming sum is an array of its own; any other may be one that others have too
     gradients = {}
     while order:
         node = order.pop()
@@ -258,6 +259,8 @@ def backward(loss: Tensor) -> dict[Parameter, Array]:
         for parent, contribution in _pull(node, g):
             if parent not in incoming:
                 incoming[parent] = contribution
+                if isinstance(parent, Parameter) and not array_module(g).may_share_memory(contribution, g):
+                    ours.add(parent)
             elif parent in ours:
                 incoming[parent] += contribution
             else:
@@ -415,7 +418,7 @@ def reduce_mean(x, *, axis=None, keepdims=False):
         raise ValueError(f"x: nothing has no mean, got shape {x.shape}")
     shape, y = x.shape, x.mean(axis=axis, keepdims=keepdims)
     count = x.size // y.size
-    return y, lambda g: _unreduce(g / count, shape, axis, keepdims)
+    return y, lambda g: _unreduce(g, shape, axis, keepdims) / count
 
 
 @op

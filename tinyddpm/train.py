@@ -3,6 +3,9 @@
 Logging, sampling, saving and stopping are up to whoever iterates. A batch is cut into micro-batches of fixed size,
 which workers differentiate side by side; gradients are added up in a fixed order and each micro-batch has a random
 stream of its own, so the result is the same to the bit for any number of workers.
+
+A GPU runs behind: what is asked of it is queued, and the loop goes on to the next step. It stops to wait only when
+somebody wants to see a number, such as the loss.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .backend import array_module, to_device
+from .backend import Array, array_module, on_device, to_device
 from .data import batch_indices, random_stream
 from .diffusion import Diffusion, warn_if_out_of_range
 from .nn import Module
@@ -26,16 +29,28 @@ from .tensor import backward
 GROUPS = 16  # of micro-batches, at most, since each has a gradient in memory; there is work for as many workers
 
 
+LOOK_EVERY = 100  # steps, on a GPU: to see whether all that came out was finite
+
+
 @dataclasses.dataclass
 class TrainState:
     """Where the training stands after `step` steps."""
 
     step: int
-    loss: float  # of this step's batch, before the update
-    grad_norm: float  # before clipping
     lr: float
     ema: EMA  # ema.model is what to sample from
     optimizer: Adam
+    outcome: tuple[Array | float, Array | float]  # loss and grad_norm, perhaps still to be computed
+
+    @property
+    def loss(self) -> float:
+        """Of this step's batch, before the update. On a GPU, to ask is to wait until the step is done."""
+        return float(self.outcome[0])
+
+    @property
+    def grad_norm(self) -> float:
+        """Of the gradient before it was clipped; the same holds."""
+        return float(self.outcome[1])
 
 
 def train(
@@ -70,11 +85,15 @@ def train(
         seed: of batches, timesteps, noise and dropout.
 
     Being a generator, it raises what follows when its first state is asked for: TypeError or ValueError if an argument
-    is of the wrong type or out of range, FloatingPointError as soon as the loss or the gradient is not finite, before
-    the parameters are touched, RuntimeError if the model's parameters are moved or replaced while it trains. Images far
-    outside of [-1, 1] are warned about.
+    is of the wrong type or out of range, FloatingPointError if the loss or the gradient is not finite, RuntimeError if
+    the model's parameters are moved or replaced while it trains. What is not finite never touches the parameters; on a
+    GPU it is noticed within `LOOK_EVERY` steps. Images far outside of [-1, 1] are warned about.
+
+    Products in "fp16" (see `Module.to`) lose gradients below 6e-8, and a mean over many pixels makes them small. So the
+    loss is then multiplied by about the number of pixels before it is differentiated, and the gradient divided
+    (Micikevicius et al. 2018).
     """
-    on_cpu = model.device == "cpu"
+    device, on_cpu = model.device, model.device == "cpu"
     at_least_one = {"steps": steps, "batch": batch, "micro_batch": 1 if micro_batch is None else micro_batch}
     for name, value in (
         at_least_one | {"warmup_steps": warmup_steps, "decay_steps": decay_steps, "seed": seed}
@@ -93,55 +112,76 @@ def train(
     parameters = model.parameters()
     starts = range(0, batch, micro_batch)
     groups = np.array_split(starts, min(GROUPS, len(starts)))
-    empty = shared_array if on_cpu else array_module(parameters[0].data).empty
-    theta = flatten(parameters, out=empty((model.size,), model.dtype))
+    scale = 2.0 ** round(math.log2(batch * images[0].size)) if model.precision == "fp16" else 1.0
+    with on_device(device):
+        empty = shared_array if on_cpu else array_module(parameters[0].data).empty
+        theta = flatten(parameters, out=empty((model.size,), model.dtype))
+        gradients = empty((len(groups), model.size), model.dtype)
+        optimizer = Adam(theta, lr)
+        ema = EMA(model, ema_decay)
     views = [p.data for p in parameters]
-    gradients = empty((len(groups), model.size), model.dtype)
-    optimizer = Adam(theta, lr)
-    ema = EMA(model, ema_decay)
 
-    def differentiate(group: int, step: int, indices: np.ndarray) -> float:
+    def differentiate(group: int, step: int, indices: np.ndarray) -> Array:
         """Loss of a group of micro-batches; the gradient goes to its row of `gradients`. Both are weighted so that the
         groups add up to the batch's mean."""
-        total = 0.0
-        for start in groups[group]:
-            chosen = indices[start : start + micro_batch]
-            rng = random_stream(seed, "noise", step, start)
-            net = functools.partial(model, rng=rng) if getattr(model, "dropout", 0) else model
-            loss = diffusion.loss(net, to_device(images[chosen], model.device), rng) * (len(chosen) / batch)
-            gradient = backward(loss)
-            total += loss.item()
-            if start == groups[group][0]:
-                flat_gradient(gradient, parameters, out=gradients[group])
-            else:
-                gradients[group] += flat_gradient(gradient, parameters)
-        return total
+        with on_device(device):
+            total = 0.0
+            for start in groups[group]:
+                chosen = indices[start : start + micro_batch]
+                rng = random_stream(seed, "noise", step, start)
+                net = functools.partial(model, rng=rng) if getattr(model, "dropout", 0) else model
+                loss = diffusion.loss(net, to_device(images[chosen], device), rng) * (scale * len(chosen) / batch)
+                gradient = backward(loss)
+                total += loss.data.astype(np.float64)
+                if start == groups[group][0]:
+                    flat_gradient(gradient, parameters, out=gradients[group])
+                else:
+                    gradients[group] += flat_gradient(gradient, parameters)
+            return total
+
+    def update(step: int, loss: Array, rate: float) -> tuple[Array, Array]:
+        """Step against the sum of all gradients and move the average; return the loss and the norm of the gradient."""
+        gradient = gradients[0]
+        for other in gradients[1:]:
+            gradient += other
+        if scale != 1:
+            loss = loss / scale
+            gradient *= 1 / scale
+        norm = clip_norm(gradient, max_norm)
+        unseen.append((step + 1, loss, norm))
+        if len(unseen) >= (1 if on_cpu else LOOK_EVERY):
+            look()
+        if moved():
+            raise RuntimeError(f"step {step + 1}: the model's parameters were moved or replaced while it trains")
+        optimizer.step(gradient, rate)
+        ema.update(theta)
+        return loss, norm
+
+    def look() -> None:
+        """Raise if a step that nobody has looked at came out not finite."""
+        for step, loss, norm in [(step, float(loss), float(norm)) for step, loss, norm in unseen]:
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise FloatingPointError(
+                    f"step {step}: the loss is {loss}, the gradient's norm {norm}; if all images are finite, try a "
+                    f"lower lr than {lr}"
+                )
+        unseen.clear()
 
     def moved() -> bool:
         return any(p.data is not view for p, view in zip(parameters, views))
 
+    unseen = []
     try:
         with worker_processes(differentiate, workers, most=len(groups) if on_cpu else 1) as run:
             for step in range(steps):
                 indices = batch_indices(len(images), step, batch, seed)
                 loss = sum(run(range(len(groups)), step, indices))
-                gradient = gradients[0]
-                for other in gradients[1:]:
-                    gradient += other
-                norm = float(clip_norm(gradient, max_norm))
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    raise FloatingPointError(
-                        f"step {step + 1}: the loss is {loss}, the gradient's norm {norm}; if all images are finite, "
-                        f"try a lower lr than {lr}"
-                    )
-                if moved():
-                    raise RuntimeError(
-                        f"step {step + 1}: the model's parameters were moved or replaced while it trains"
-                    )
                 rate = learning_rate(lr, step, steps, warmup_steps, decay_steps)
-                optimizer.step(gradient, rate)
-                ema.update(theta)
-                yield TrainState(step + 1, loss, norm, rate, ema, optimizer)
+                with on_device(device):
+                    outcome = update(step, loss, rate)
+                    if step + 1 == steps:
+                        look()
+                yield TrainState(step + 1, rate, ema, optimizer, outcome)
     finally:
-        if not moved():
+        if on_cpu and not moved():
             flatten(parameters)  # out of the memory that processes share
