@@ -1,0 +1,137 @@
+"""Real CuPy on machines without a GPU.
+
+CuPy's own Python and Cython code runs unchanged: its dispatch, promotion, shape checks, memory pool, kernel
+sources. What is replaced, before `import cupy`, are the functions of CUDA's runtime and driver (see capsules.py and
+devices.py), NVRTC (kernels.py) and cuBLAS (libraries.py and cublas.c). There are two modes:
+
+- The emulator, `install(numbers=True)`, compiles kernels, RawKernels as well, with g++ and runs them: real results.
+- The null device, `install(numbers=False)`, compiles and computes nothing: to see what raises and to count.
+
+`counts` counts launches, copies, synchronisations and memory in both. `sources` collects what would go to NVRTC.
+
+>>> import cuda_on_cpu
+>>> cupy = cuda_on_cpu.install(numbers=True)
+>>> cuda_on_cpu.counts.reset()
+>>> float((cupy.arange(4.0) + 1).sum())
+10.0
+>>> cuda_on_cpu.counts.synchronisations
+Counter({'streamSynchronize': 1})
+
+Limits. One process is one mode for good. Not imitated, with an error that says so: cuRAND, `cupy.random.Generator`,
+cuFFT, cuSOLVER, cuSPARSE, graph capture, dynamic shared memory, complex matrix products, CUB; `cupy.sort` and what
+uses it works. Not seen: races between threads or streams, since one thing is done after another; alignment; reads
+past the end of an array; the rounding of a GPU's exp and fused multiply-add. Small shapes: a GFLOP of matrix
+product takes a fraction of a second, and each new kernel a fifth of a second of compiling, once, as results stay in
+~/.cache/tinyddpm-cuda-on-cpu. It replaces parts of CuPy that are nobody's business, so it asks for exactly the
+version that it has been tried with.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import sys
+from collections import Counter
+from types import ModuleType
+
+from . import building, capsules, devices, kernels, libraries, sorting
+from .counting import counts
+from .kernels import sources
+
+__all__ = ["CUPY_VERSION", "counts", "install", "reason_why_not", "sources"]
+
+CUPY_VERSION = "14.2.0"
+WHEELS = ("cupy-cuda13x", "cupy-cuda12x")
+PROGRAMS = ("gcc", "g++", "nm")
+
+
+def reason_why_not() -> str | None:
+    """Return why `install` can't work in this process, None if it can."""
+    if "cupy" in sys.modules or "cupy_backends" in sys.modules:
+        return "cupy has been imported already"
+    if not sys.platform.startswith("linux"):
+        return "works on Linux only"
+    versions = [version for version in map(installed_version, WHEELS) if version]
+    if not versions or importlib.util.find_spec("cupy_backends") is None:
+        return f"none of {' or '.join(WHEELS)} is installed"
+    if versions != [CUPY_VERSION]:
+        return f"made for CuPy {CUPY_VERSION}, not {' and '.join(versions)}"
+    missing = [program for program in PROGRAMS if shutil.which(program) is None]
+    return f"needs {' and '.join(missing)}" if missing else None
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the version of an installed distribution, None if there is none of that name."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def install(numbers: bool) -> ModuleType:
+    """Return `cupy` on two imitated devices: the emulator (`numbers`) or the null device.
+
+    Raises RuntimeError, with `reason_why_not()`, where that can't work.
+    """
+    reason = reason_why_not()
+    if reason is not None:
+        raise RuntimeError(f"cuda_on_cpu: {reason}")
+    os.environ["CUDA_PATH"] = str(building.toolkit())
+    os.environ["CUPY_ACCELERATORS"] = ""  # CUB's kernels are compiled code for a GPU
+    os.environ["CUPY_CACHE_IN_MEMORY"] = "1"  # CuPy's cache on disk must not keep what is no cubin
+
+    from cupy_backends.cuda.api import driver, runtime
+
+    imitation = devices.Devices(counts, runtime, driver, numbers)
+    capsules.replace([runtime, driver], imitation._handlers())
+    loaded = libraries.install(numbers)
+    counts.library_calls = lambda: sum((library.launching_calls() for library in loaded), Counter())
+
+    import cupy
+
+    replace_compiler(numbers)
+    sorting.replace(numbers)
+    watch_pool(cupy, imitation)
+    counts.reset()
+    return cupy
+
+
+def replace_compiler(numbers: bool) -> None:
+    """Put `kernels` in NVRTC's place."""
+    from cupy.cuda import compiler
+
+    def compile_using_nvrtc(source, options=(), arch=None, filename="", name_expressions=None, *_, **__):
+        expressions = tuple(name_expressions or ())
+        try:
+            image = kernels.compile_source(source, options, expressions, numbers)
+        except RuntimeError as error:
+            raise compiler.CompileException(str(error), source, filename, options, "g++") from None
+        return image, {expression: kernels.lowered_name(index) for index, expression in enumerate(expressions)}
+
+    compiler._compile_using_nvrtc_no_warning = compile_using_nvrtc
+    compiler._get_nvrtc_version = lambda: (compiler._cuda_hip_version // 1000, 0)
+    compiler._preprocess = lambda *_: ""
+
+
+def watch_pool(cupy: ModuleType, imitation: devices.Devices) -> None:
+    """Note the most that CuPy's pool hands out, over both devices."""
+    pool = cupy.get_default_memory_pool()
+
+    def in_use() -> int:
+        current = imitation.getDevice()
+        total = 0
+        for device in range(devices.DEVICES):
+            imitation.setDevice(device)
+            total += pool.used_bytes()
+        imitation.setDevice(current)
+        return total
+
+    @functools.wraps(pool.malloc)
+    def malloc(size):
+        memory = pool.malloc(size)
+        counts.handed_out()
+        return memory
+
+    counts.pool_in_use = in_use
+    cupy.cuda.set_allocator(malloc)
