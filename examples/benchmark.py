@@ -4,12 +4,16 @@ PyTorch's model is diffusers' UNet2DModel with our very weights: eager, with cha
 shown to agree; then one run of each is timed in turn, on equally many threads, and medians are printed as Markdown. It
 needs `pip install -e '.[peers]'`, a C++ compiler for torch.compile, and a machine with nothing else to do meanwhile.
 With --profile it tells which of our own ops take the time, and needs nothing.
+
+With --device cuda both compute on the GPU, in float32 and in TF32. A GPU runs behind what Python asks of it, so every
+run is timed until the GPU is done with it, but no step of one waits for the one before.
 """
 
 import argparse
 import collections
 import contextlib
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import inspect
@@ -31,23 +35,31 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 import tinyddpm.tensor
-from tinyddpm import Diffusion, UNet, backward, make_schedule, no_grad, train
+from tinyddpm import Diffusion, UNet, backward, make_schedule, no_grad, sample, train
+from tinyddpm.backend import on_device, to_device, to_numpy
 from tinyddpm.parallel import blas_name, cpu_count, shards, worker_threads
 from tinyddpm.tensor import as_array
 from tinyddpm.winograd import ConstantFilters
 
 LR, EMA_DECAY, MAX_NORM, T = 1e-3, 0.995, 1.0, 1000
 COMPILE_LIMIT = 180  # seconds
+COPIED, MATRIX = 2**28, 4096  # bytes, and rows, of what a GPU is measured with
 
 
 class Work(NamedTuple):
-    """One batch through a network: a training step (forward, backward, clip, Adam, EMA), or forward alone."""
+    """One batch through a network: a training step (forward, backward, clip, Adam, EMA), or forward alone; or images
+    sampled by DDPM in so many steps."""
 
     name: str
     net: dict  # arguments of UNet
     size: int  # of the square images
     batch: int
     training: bool = False
+    steps: int = 0
+
+    @property
+    def forward(self):
+        return self._replace(training=False, steps=0)
 
 
 MNIST = {"channels": (32, 64, 128), "blocks": 2, "attention": (False, False, True)}
@@ -63,6 +75,16 @@ WORKS = [
     Work("128-256-256-256, 32x32x3, forward, batch 8 (ddpm-cifar10-32)", CIFAR, 32, 8),
 ]
 QUICK = [WORKS[i] for i in (0, 2, 3, 4)]
+GPU_WORKS = [
+    *WORKS[:2],
+    Work("32-64-128, 28x28, training step, batch 512", MNIST, 28, 512, training=True),
+    *WORKS[2:],
+    Work("128-256-256-256, 32x32x3, forward, batch 64", CIFAR, 32, 64),
+    Work("128-256-256-256, 32x32x3, training step, batch 64", CIFAR, 32, 64, training=True),
+    Work("32-64-128, 28x28, sampling 64 images, 10 steps of DDPM", MNIST, 28, 64, steps=10),
+]
+GPU_QUICK = [GPU_WORKS[i] for i in (0, 3, 4, 5, 8, 9)]
+GPU_COMPILED = [GPU_WORKS[i] for i in (0, 7)]  # each takes up to a minute to compile, in each precision
 
 
 # --------------------------------------------------------------------------------------------------------------- ours
@@ -84,22 +106,25 @@ def inputs(work):
     return images, rng.integers(0, T, work.batch)
 
 
-def our_run(work, threads, stack):
+def our_run(work, threads, stack, device="cpu", precision="float32"):
     """A function that does the work once; `stack` ends its threads or processes."""
-    unet, (x, t) = network(work.net), inputs(work)
+    unet, (x, t) = network(work.net).to(device, precision=precision), inputs(work)
+    diffusion = Diffusion(make_schedule("linear", T))
     if work.training:
         settings = {"lr": LR, "max_norm": MAX_NORM, "ema_decay": EMA_DECAY, "workers": threads}
-        steps = train(unet, Diffusion(make_schedule("linear", T)), x, sys.maxsize, work.batch, **settings)
+        steps = train(unet, diffusion, x, sys.maxsize, work.batch, **settings)
         stack.callback(steps.close)
         return lambda: next(steps)
+    if work.steps:
+        return lambda: sample(diffusion, unet, x.shape, steps=work.steps, workers=threads)
 
-    filters = ConstantFilters(unet)  # a sampler calls the same model again and again
+    filters, x = ConstantFilters(unet), to_device(x, device)  # a sampler calls the same model again and again
 
     def predict(shard):
-        with no_grad(), filters.in_force():
+        with on_device(device), no_grad(), filters.in_force():
             return as_array(unet(x[shard], t[shard]))
 
-    if work.batch == 1:  # a plain call, in which the threads are those of BLAS
+    if work.batch == 1 or device != "cpu":  # a plain call, in which the threads are those of BLAS
         return lambda: predict(slice(None))
     run = stack.enter_context(worker_threads(threads))  # and this is how `sample` does it
     return lambda: np.concatenate(list(run(predict, shards(x.shape, "cpu"))))
@@ -131,7 +156,7 @@ def flops(work):
         return y
 
     with every_op(counting):
-        our_run(work._replace(batch=1, training=False), 1, None)()
+        our_run(work.forward._replace(batch=1), 1, None)()
     return count * work.batch * (3 if work.training else 1)
 
 
@@ -190,25 +215,27 @@ def their_model(unet, size):
     return model
 
 
-def their_run(work, variant):
+def their_run(work, variant, device="cpu"):
     """A function that does the work once, and what their network makes of the same inputs before it is trained."""
-    model = their_model(network(work.net), work.size)
-    images, t = map(torch.from_numpy, inputs(work))
+    model = their_model(network(work.net), work.size).to(device)
+    images, t = (torch.from_numpy(a).to(device) for a in inputs(work))
     images = images.movedim(3, 1).contiguous()
     if variant == "channels-last":
         model, images = (a.to(memory_format=torch.channels_last) for a in (model, images))
     predict = torch.compile(model, dynamic=False) if variant == "compile" else model
     if not work.training:
         run = torch.inference_mode()(lambda: predict(images, t).sample)
-        return run, run().movedim(1, 3).numpy()
+        output = run().movedim(1, 3).cpu().numpy()
+        return (their_sampler(predict, images, work.steps) if work.steps else run), output
 
-    alpha_bar = torch.tensor(make_schedule("linear", T).alpha_bar, dtype=torch.float32)
+    alpha_bar = torch.tensor(make_schedule("linear", T).alpha_bar, dtype=torch.float32, device=device)
     optimizer = torch.optim.Adam(model.parameters(), LR, fused=True)
     ema = torch.optim.swa_utils.get_ema_multi_avg_fn(EMA_DECAY)
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=ema)
+    pair = list(average.module.parameters()), list(model.parameters())
 
     def step():
-        t, eps = torch.randint(T, (work.batch,)), torch.randn_like(images)
+        t, eps = torch.randint(T, (work.batch,), device=device), torch.randn_like(images)
         signal = alpha_bar[t].view(-1, 1, 1, 1)
         x_t = signal.sqrt() * images + (1 - signal).sqrt() * eps
         loss = torch.nn.functional.mse_loss(predict(x_t, t).sample, eps)
@@ -216,13 +243,33 @@ def their_run(work, variant):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
+        if device != "cpu":
+            ema(*pair, None)  # the same, without a count that it would copy to the GPU each time, and wait
+            return loss
         average.update_parameters(model)
         return loss.item()
 
-    return step, predict(images, t).sample.detach().movedim(1, 3).numpy()
+    return step, predict(images, t).sample.detach().movedim(1, 3).cpu().numpy()
 
 
-def compiled_run(work):
+def their_sampler(predict, images, steps):
+    """What our `sample` does, with diffusers' scheduler. It looks at the timesteps, so they are not on the GPU; those
+    that the network gets are there from the beginning."""
+    scheduler = diffusers.DDPMScheduler(T, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    there = scheduler.timesteps.to(images.device)
+
+    @torch.inference_mode()
+    def run():
+        x = torch.randn_like(images)
+        for i, t in enumerate(scheduler.timesteps.tolist()):
+            x = scheduler.step(predict(x, there[i]).sample, t, x).prev_sample
+        return x
+
+    return run
+
+
+def compiled_run(work, device):
     """`their_run` compiled, or a word on why there is none, and no output."""
 
     def stop(*_):
@@ -234,7 +281,7 @@ def compiled_run(work):
             signal.signal(signal.SIGALRM, stop)
         alarm(COMPILE_LIMIT)
         torch._dynamo.reset()
-        run, output = their_run(work, "compile")
+        run, output = their_run(work, "compile", device)
         run()  # only now is the backward pass compiled
         return run, output
     except Exception as error:  # no compiler, or any of the many ways in which one can fail
@@ -248,21 +295,31 @@ def compiled_run(work):
 # ------------------------------------------------------------------------------------------------------------- measure
 
 
-def interleaved(runs, repeats):
+def wait_for(device):
+    """Until a GPU has done all that it was asked for, by us or by PyTorch."""
+    if device != "cpu":
+        on_device(device).synchronize()
+
+
+def interleaved(runs, repeats, device="cpu"):
     """Median seconds of each function, one run of each in turn; short ones are called many times in a run."""
+
+    def timed(run, calls):
+        began = time.perf_counter()
+        for _ in range(calls):
+            run()
+        wait_for(device)
+        return (time.perf_counter() - began) / calls
+
     calls, times = {}, {name: [] for name in runs}
     for name, run in runs.items():
-        run()  # the first allocates and chooses kernels
-        began = time.perf_counter()
-        run()
-        calls[name] = math.ceil(0.2 / (time.perf_counter() - began))
+        timed(run, 1)  # the first allocates and chooses kernels
+        calls[name] = math.ceil(0.2 / timed(run, 1))
     for _ in range(repeats):
         for name, run in runs.items():
-            time.sleep(0.1)  # idle threads spin for a while before they sleep: not at the expense of the next
-            began = time.perf_counter()
-            for _ in range(calls[name]):
-                run()
-            times[name].append((time.perf_counter() - began) / calls[name])
+            if device == "cpu":
+                time.sleep(0.1)  # idle threads spin for a while before they sleep: not at the expense of the next
+            times[name].append(timed(run, calls[name]))
     return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
@@ -336,23 +393,30 @@ def duration(seconds):
     return f"{seconds:.3f} s" if seconds >= 0.1 else f"{1e3 * seconds:.2f} ms"
 
 
-def compare(work, variants, threads, repeats, peak, memories):
-    """A row of the main table. Exits if the outputs do not agree."""
+def contest(work, variants, threads, repeats, device="cpu", precisions=("float32",)):
+    """Seconds of ours in each precision and of PyTorch's variants, as text those that failed, and by how much theirs
+    differ in output from ours in the first precision. Exits if they do not agree."""
     with contextlib.ExitStack() as stack:
-        expected = our_run(work._replace(training=False), threads, stack)()
-        runs, failed, differ = {"ours": our_run(work, threads, stack)}, {}, 0.0
+        expected = to_numpy(our_run(work.forward, threads, stack, device, precisions[0])())
+        runs = {precision: our_run(work, threads, stack, device, precision) for precision in precisions}
+        failed, differ = {}, 0.0
         for variant in variants:
-            run, output = compiled_run(work) if variant == "compile" else their_run(work, variant)
+            run, output = compiled_run(work, device) if variant == "compile" else their_run(work, variant, device)
             if output is None:
                 failed[variant] = run
                 continue
             runs[variant] = run
             differ = max(differ, float(np.abs(output - expected).max() / np.abs(expected).max()))
-        if not differ < 1e-4:
+        if not differ < {"float32": 1e-4, "tf32": 1e-2}[precisions[0]]:
             sys.exit(f"benchmark.py: {work.name}: the outputs differ by {differ:.1e} of the largest")
-        seconds = interleaved(runs, repeats)
-    times = [failed.get(name) or duration(seconds[name]) for name in ("ours", *variants)]
-    ours = seconds.pop("ours")
+        return interleaved(runs, repeats, device), failed, differ
+
+
+def compare(work, variants, threads, repeats, peak, memories):
+    """A row of the main table."""
+    seconds, failed, differ = contest(work, variants, threads, repeats)
+    times = [failed.get(name) or duration(seconds[name]) for name in ("float32", *variants)]
+    ours = seconds.pop("float32")
     speed = flops(work) / ours
     shares = [f"{min(seconds.values()) / ours:.2f}", f"{speed / 1e9:.3g}", f"{speed / peak:.0%}"]
     return [work.name, *times, *shares, *memories, f"{differ:.0e}"]
@@ -421,6 +485,185 @@ def profile(repeats):
     table(title, ["op", "calls", "forward ms", "backward ms", "share"], rows)
 
 
+# ------------------------------------------------------------------------------------------------------------ on a GPU
+
+
+def import_gpu(device):
+    """CuPy, and what of ours needs it. Raises RuntimeError if there is no such GPU."""
+    global cupy, cuda
+    on_device(device)
+    import cupy
+
+    from tinyddpm import cuda
+
+
+def why_no_peers(threads, device):
+    """Import PyTorch, or return why it cannot be compared with on this device."""
+    try:
+        import_peers(threads)
+        torch.ones(1, device=device).add(1).cpu()
+    except Exception as error:  # it is not installed, or without CUDA, or knows no GPU as new or as old as this one
+        return str(error).partition("\n")[0]
+    torch.backends.cudnn.benchmark = True  # it tries its kernels at the first call, and takes the fastest
+    return None
+
+
+def release(device):
+    """Give back what memory is free but kept: neither side shall be short of what the other does not use."""
+    gc.collect()
+    if device != "cpu":
+        cupy.get_default_memory_pool().free_all_blocks()
+        if "torch" in globals():
+            torch.cuda.empty_cache()
+
+
+def print_gpu_heading(device, names):
+    """What the GPU is, and what it can do: copies, and products by way of our own `product`."""
+    about = cupy.cuda.runtime.getDeviceProperties(cupy.cuda.Device().id)
+    numbers = cupy.cuda.runtime.runtimeGetVersion(), cupy.cuda.runtime.driverGetVersion()
+    runtime, driver = (f"{number // 1000}.{number % 1000 // 10}" for number in numbers)
+    name, capability = about["name"].decode(), f"compute capability {about['major']}.{about['minor']}"
+    print(f"{name}, {about['totalGlobalMem'] / 2**30:.0f} GiB, {capability}; {cpu_name()}")
+    print(f"CUDA {runtime}, driver for {driver}, CuPy {cupy.__version__}, {versions(names)}")
+
+    source, copy = cupy.zeros(COPIED, np.uint8), cupy.empty(COPIED, np.uint8)
+    runs = {"copy": lambda: cupy.copyto(copy, source)}
+    a = cupy.asarray(np.random.default_rng(0).standard_normal((MATRIX, MATRIX), dtype=np.float32))
+    for precision in ("float32", "tf32", "bf16"):
+        factor = cuda.rounded(a, precision)
+        runs[precision] = functools.partial(cuda.product, factor, factor, precision)
+    seconds = interleaved(runs, 3, device)
+    bandwidth = 2 * COPIED / seconds.pop("copy")
+    rates = ", ".join(f"{2 * MATRIX**3 / s / 1e12:.1f} in {precision}" for precision, s in seconds.items())
+    print(f"Measured: {bandwidth / 1e9:.0f} GB/s, read and written, in copies of {COPIED >> 20} MiB;", end=" ")
+    print(f"TFLOP/s in products of {MATRIX}x{MATRIX}: {rates}", flush=True)
+
+
+def gpu_memory(work, device, peers):
+    """Memory of the GPU in a training step that is not the first, which tries convolutions that need more; as text."""
+    release(device)
+    with contextlib.ExitStack() as stack:
+        run = our_run(work, 1, stack, device)
+        run()
+        release(device)
+        run()
+        text = f"ours {cupy.get_default_memory_pool().total_bytes() / 2**20:.0f} MiB, all that its pool took"
+    if peers:
+        run, _ = their_run(work, "eager", device)
+        run()
+        release(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        used, took = (f(device) for f in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved))
+        text += f"; PyTorch's {took / 2**20:.0f} MiB likewise, of which at most {used / 2**20:.0f} MiB in use"
+    return text
+
+
+def compare_on_gpu(work, device, variants, threads, repeats, precisions):
+    """A row of the table of a GPU."""
+    tried = [variant for variant in variants if variant != "compile" or work in GPU_COMPILED]
+    try:
+        seconds, failed, differ = contest(work, tried, threads, repeats, device, precisions)
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":  # CuPy's and PyTorch's are called the same
+            raise
+        return [work.name, "out of memory"]
+    finally:
+        release(device)
+    cells = failed | {name: duration(s) for name, s in seconds.items()}
+    row = [work.name, *(cells.get(name, "") for name in (*precisions, *variants))]
+    if tried:
+        ours, theirs = seconds[precisions[0]], min(seconds[name] for name in tried if name in seconds)
+        row += [f"{theirs / ours:.2f}", f"{seconds['eager'] / ours:.2f}", f"{differ:.0e}"]
+    return row
+
+
+def main_on_gpu(device, threads, quick):
+    why_not = why_no_peers(threads, device)
+    variants = [] if why_not else ["eager", "channels-last"] if quick else ["eager", "channels-last", "compile"]
+    print_gpu_heading(device, ["numpy", "torch", "diffusers"] if variants else ["numpy"])
+    if why_not:
+        print(f"Our times alone, since PyTorch cannot be compared with on {device}: {why_not}")
+    works, repeats = (GPU_QUICK, 3) if quick else (GPU_WORKS, 5)
+    print(f"\nMemory in {works[0].name}, float32: {gpu_memory(works[0], device, variants)}", flush=True)
+    for precisions in (["float32"], ["tf32", "bf16"]):
+        if variants:
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = precisions[0] == "tf32"
+        heading = ["", "tinyddpm", *(f"tinyddpm, {other}" for other in precisions[1:]), *variants]
+        heading += ["fastest / ours", "eager / ours", "outputs differ"] if variants else []
+        rows = (compare_on_gpu(work, device, variants, threads, repeats, precisions) for work in works)
+        table(f"On the GPU, {precisions[0]}", heading, rows)
+    print("\nOurs draws batches, timesteps and noise in NumPy and copies them to the GPU, in each step of training and")
+    print("sampling; PyTorch's images are there already, and its noise is drawn there. Its cudnn.benchmark is on.")
+    if quick:
+        print("Left out by --quick: torch.compile, batches 128 and 512, ddpm-cifar10-32 forward.")
+
+
+def profile_on_gpu(work, device, precision, repeats):
+    """Print how long the GPU takes for each op of a training step, and how long Python takes to ask for it.
+
+    A GPU that waits for the next kernel would be timed waiting. So it is first made busy with products until the step
+    has been asked for. Events before and after each op note the time when the GPU comes to them.
+    """
+    marks, (whole, calls, forward, pulls, python) = [], (collections.Counter() for _ in range(5))
+
+    def marked(times, name, function, *xs, **settings):
+        start, end, began = cupy.cuda.Event(), cupy.cuda.Event(), time.perf_counter()
+        start.record()
+        result = function(*xs, **settings)
+        end.record()
+        marks.append((times, name, time.perf_counter() - began, start, end))
+        return result
+
+    def step(products=0):
+        """Do one, while the GPU is busy; return where to count, op, seconds of Python and of the GPU, itself last."""
+        marks.clear()
+        for _ in range(products):
+            product()
+        marked(whole, "step", run)
+        wait_for(device)
+        return [(*mark, cupy.cuda.get_elapsed_time(start, end) / 1e3) for *mark, start, end in marks]
+
+    around = lambda op, *xs, **settings: marked(forward, op.__name__, op, *xs, **settings)
+    pull = functools.partial(lambda pull, node, g: marked(pulls, node.op, pull, node, g), tinyddpm.tensor._pull)
+    others = "train.to_device train.flat_gradient train.clip_norm optim.adam_update optim.ema_update diffusion.like"
+    with contextlib.ExitStack() as stack:
+        a = cupy.ones((MATRIX, MATRIX), np.float32)
+        product, run = lambda: cuda.product(a, a), our_run(work, 1, stack, device, precision)
+        seconds = interleaved({"step": run, "product": product}, 3, device)
+        asked = statistics.median(step()[-1][2] for _ in range(repeats))
+        enough = math.ceil(3 * asked / seconds["product"])
+        computed = statistics.median(step(enough)[-1][3] for _ in range(repeats))
+        stack.enter_context(every_op(around))
+        stack.enter_context(mock.patch.object(tinyddpm.tensor, "_pull", pull))
+        for module, name in (other.split(".") for other in others.split()):  # what takes time and is no op
+            module = sys.modules[f"tinyddpm.{module}"]
+            patched = functools.partial(around, getattr(module, name))
+            stack.enter_context(mock.patch.object(module, name, patched))
+        for _ in range(repeats):
+            for _, name, took, _ in step():
+                python[name] += took
+            for times, name, _, took in step(enough):
+                times[name] += took
+                calls[name] += times is forward
+
+    ms = lambda seconds: f"{1e3 * seconds / repeats:.2f}"
+    total, ops = whole["step"], forward + pulls
+    ops["the rest"] = total - ops.total()
+    python["the rest"] = python["step"] - sum(python[name] for name in ops)
+    rows = [
+        [name, str(calls[name] // repeats), ms(forward[name]), ms(pulls[name]), f"{s / total:.1%}", ms(python[name])]
+        for name, s in ops.most_common()
+    ]
+    title = f"{work.name}, {precision}: {duration(seconds['step'])}"
+    table(title, ["op", "calls", "forward ms", "backward ms", "share", "Python ms"], rows)
+    verdict = "the GPU waits for Python" if asked > computed else "Python waits for the GPU"
+    print(f"\nPython takes {duration(asked)} to ask for a step, the GPU {duration(computed)} to compute it: {verdict}.")
+
+
+# --------------------------------------------------------------------------------------------------------------- main
+
+
 def cpu_name():
     with contextlib.suppress(OSError, TypeError):
         return re.search(r"model name\s*: (.+)", pathlib.Path("/proc/cpuinfo").read_text())[1]
@@ -431,6 +674,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--threads", type=int, default=min(2, cpu_count()), help="on each side: ours, and PyTorch's [%(default)s]")
+    add("--device", default="cpu", help="on each side: cpu, cuda or cuda:N, an NVIDIA GPU [%(default)s]")
     add("--quick", action="store_true", help="about a minute: fewer repeats, no torch.compile, the shorter works")
     add("--profile", action="store_true", help="only: which of our ops take the time; needs no PyTorch")
     add("--memory", nargs=2, help=argparse.SUPPRESS)  # how this script calls itself
@@ -440,10 +684,13 @@ def parse_arguments():
     return args
 
 
+def versions(names):
+    return ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+
+
 def print_heading(threads, names):
-    versions = "".join(f", {name} {importlib.metadata.version(name)}" for name in names)
     print(f"{cpu_name()}; {threads} thread(s) on each side; BLAS {blas_name()}")
-    print(f"Python {platform.python_version()}{versions}", flush=True)
+    print(f"Python {platform.python_version()}, {versions(names)}", flush=True)
     if hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.5:
         print(
             f"WARNING: the machine has been busy (load {os.getloadavg()[0]:.1f}); if it still is, all times are wrong."
@@ -462,6 +709,16 @@ def main():
     threadpool_limits(threads, "blas")
     if args.memory:
         return run_for_memory(args.memory[0], WORKS[int(args.memory[1])], threads)
+    if args.device != "cpu":
+        try:
+            import_gpu(args.device)
+        except (RuntimeError, ValueError) as error:
+            sys.exit(f"benchmark.py: {error}")
+        with on_device(args.device):
+            if not args.profile:
+                return main_on_gpu(args.device, threads, args.quick)
+            print_gpu_heading(args.device, ["numpy"])
+            return [profile_on_gpu(WORKS[0], args.device, precision, repeats) for precision in ("float32", "tf32")]
     missing = [name for name in ("torch", "diffusers") if not args.profile and not importlib.util.find_spec(name)]
     if missing:
         sys.exit(f"benchmark.py: to compare with PyTorch it needs {' and '.join(missing)}: pip install -e '.[peers]'")

@@ -1,8 +1,95 @@
-"""Settings of hypothesis: the same examples in every run, and no deadline, since machines differ."""
+"""Settings of hypothesis, and what `--cuda` does.
 
+`pytest --cuda real` sends the arrays of every op to a GPU and back, whatever the test; `--cuda emulated`, to real CuPy
+on a GPU imitated on the CPU (see cuda_on_cpu). So the tests of ops, layers and networks hold for CuPy as they stand.
+
+Tests marked `gpu` are about a GPU itself, and use it as users do: `pytest -m gpu` on a machine that has one, `pytest -m
+gpu --cuda emulated` on any. With `--cuda null` the imitated GPU computes nothing and counts: test_cuda_counts.py.
+"""
+
+import functools
+
+import numpy as np
+import pytest
 from hypothesis import Phase, settings
 
+# the same examples in every run, and no deadline, since machines differ
 settings.register_profile("tinyddpm", deadline=None, derandomize=True, max_examples=30, print_blob=True)
 settings.load_profile("tinyddpm")
 # for mutation testing, which asks whether a test fails and not for its smallest example
 settings.register_profile("no_shrinking", settings.get_profile("tinyddpm"), phases=(Phase.explicit, Phase.generate))
+
+
+def pytest_addoption(parser):
+    choices = {"choices": ["real", "emulated", "null"], "help": "run ops on this kind of GPU"}
+    parser.addoption("--cuda", **choices)
+
+
+def pytest_configure(config):
+    kind = config.getoption("--cuda")
+    if kind in ("emulated", "null"):
+        import cuda_on_cpu
+
+        if reason := cuda_on_cpu.reason_why_not():
+            pytest.exit(f"--cuda {kind}: {reason}", returncode=4)
+        cuda_on_cpu.install(numbers=kind == "emulated")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("gpu") and (reason := why_no_gpu(config.getoption("--cuda"))):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@functools.cache
+def why_no_gpu(kind):
+    """Why tests marked `gpu` cannot run, or None."""
+    if kind is None:
+        from tinyddpm.backend import on_device
+
+        try:
+            on_device("cuda")
+        except RuntimeError as error:
+            return f"{error}; with --cuda emulated it runs on a CPU"
+    return None
+
+
+def pytest_runtest_setup(item):
+    """Have every op of the package compute on CuPy arrays, though it gets NumPy's and returns them."""
+    if item.config.getoption("--cuda") in ("real", "emulated"):
+        from tinyddpm import conv, functional, fused, tensor
+
+        for module in (tensor, functional, conv, fused):
+            for f in vars(module).values():
+                if hasattr(f, "raw"):
+                    f.on_cpu, f.on_cuda = (
+                        getattr(f, "on_cpu", f.raw),
+                        getattr(f, "on_cuda", None) or through_cupy(f.raw),
+                    )
+                    f.raw = f.on_cpu if item.get_closest_marker("gpu") else f.on_cuda
+
+
+def through_cupy(raw):
+    import cupy
+
+    to_cupy = lambda x: cupy.asarray(x) if isinstance(x, (np.ndarray, np.generic)) else x
+    to_numpy = lambda x: x.get() if isinstance(x, cupy.ndarray) else x
+
+    @functools.wraps(raw)
+    def on_cuda(*inputs, **settings):
+        sent = [to_cupy(x) for x in inputs]
+        y, pull = raw(*sent, **settings)
+        assert isinstance(y, cupy.ndarray)
+
+        def pull_through(g):
+            sent_g = to_cupy(g)
+            gradients = pull(sent_g)
+            several = isinstance(gradients, tuple)
+            gradients = [grad() if callable(grad) else grad for grad in (gradients if several else [gradients])]
+            for before, after in zip((*inputs, g), (*sent, sent_g)):  # CuPy has no read-only arrays
+                np.testing.assert_array_equal(to_numpy(after), before)
+            return tuple(map(to_numpy, gradients)) if several else to_numpy(gradients[0])
+
+        return to_numpy(y), pull_through
+
+    return on_cuda

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import cuda_on_cpu
 import numpy as np
 import pytest
 
@@ -22,6 +23,14 @@ def benchmark():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def peers(benchmark):
+    for name in ("torch", "diffusers"):
+        pytest.importorskip(name)
+    benchmark.import_peers(1)
+    return benchmark
 
 
 def run(*arguments, code=None, **environment):
@@ -118,13 +127,206 @@ def test_memory_counts_what_a_child_uses(benchmark):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("variant", ["eager", "channels-last"])
 @pytest.mark.filterwarnings("ignore")
-def test_pytorch_computes_the_same(benchmark, variant, training):
-    for name in ("torch", "diffusers"):
-        pytest.importorskip(name)
-    benchmark.import_peers(1)
+def test_pytorch_computes_the_same(benchmark, peers, variant, training):
     work = benchmark.Work("", TINY, 8, 3, training)
     run, output = benchmark.their_run(work, variant)
     with contextlib.ExitStack() as stack:
         expected = benchmark.our_run(work._replace(training=False), 1, stack)()
     np.testing.assert_allclose(output, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert np.isfinite(np.asarray(run())).all()
+
+
+@pytest.mark.parametrize("device, says", [("cuda", "needs CuPy"), ("cuda:1", "needs CuPy"), ("gpu", "is unknown")])
+@pytest.mark.parametrize("more", [[], ["--profile"]])
+def test_a_gpu_that_is_not_there(device, says, more):
+    code = "import sys, runpy; sys.modules['cupy'] = None; sys.argv[0] = 'benchmark.py';"
+    result = run("--device", device, *more, code=f"{code} runpy.run_path({str(SCRIPT)!r}, run_name='__main__')")
+    assert result.returncode == 1 and result.stdout == "" and "Traceback" not in result.stderr
+    assert result.stderr.startswith(f"benchmark.py: device: '{device}' {says}")
+
+
+IN_THE_EMULATOR = """
+import contextlib, sys
+import cuda_on_cpu
+cuda_on_cpu.install(numbers=True)
+import numpy as np
+sys.modules["torch"] = None
+import benchmark
+from benchmark import Work
+
+counts, net = cuda_on_cpu.counts, {"channels": (8, 8), "blocks": 1, "attention": (False, True)}
+works = [Work("training", net, 8, 2, training=True), Work("forward", net, 8, 2), Work("sampling", net, 8, 2, steps=2)]
+benchmark.WORKS[0], benchmark.GPU_QUICK, benchmark.COPIED, benchmark.MATRIX = works[0], works, 2**20, 64
+
+
+with contextlib.ExitStack() as stack:
+    benchmark.import_gpu("cuda:1")
+    for work in [] if "--profile" in sys.argv else works:
+        with benchmark.on_device("cuda:1"):
+            calls, run = [], benchmark.our_run(work, 1, stack, "cuda:1")
+            run()
+            counts.reset()
+            benchmark.interleaved({"": lambda: calls.append(run())}, 3, "cuda:1")
+        assert len(calls) >= 5, calls
+        waits = dict(counts.synchronisations)
+        assert waits.pop("deviceSynchronize") == 5, waits  # two to see how long it takes, and three runs
+        # what comes out of `sample` has been looked at, once for each call; no step of training waits
+        assert waits == ({"streamSynchronize": len(calls)} if work.steps else {}), (work.name, waits)
+    for precision, tolerance in (("float32", 1e-5), ("bf16", 0.1)):
+        ours = [
+            benchmark.to_numpy(benchmark.our_run(works[1], 1, stack, *where)())
+            for where in (("cpu",), ("cuda", precision))
+        ]
+        assert np.abs(ours[0] - ours[1]).max() < tolerance * np.abs(ours[0]).max(), precision
+sys.argv = ["benchmark.py", "--quick", "--device", sys.argv[1], *sys.argv[2:]]
+benchmark.main()
+"""
+
+
+@pytest.mark.skipif(cuda_on_cpu.reason_why_not() is not None, reason=str(cuda_on_cpu.reason_why_not()))
+class TestOnAnEmulatedGPU:
+    """In a process of its own, which has CuPy for good."""
+
+    path = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1] / "tests"), os.environ.get("PYTHONPATH", "")])
+
+    def test_our_times_alone(self):
+        device = "cuda:1"
+        result = run(device, code=IN_THE_EMULATOR, PYTHONPATH=self.path)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith("CUDA on CPU, 80 GiB, compute capability 9.0; ")
+        for text in ("CuPy 14.2.0", "GB/s", "TFLOP/s", "in tf32", f"cannot be compared with on {device}: ", "MiB, all"):
+            assert text in result.stdout
+        assert "WARNING" not in result.stdout and "BLAS" not in result.stdout
+        rows = [row.split(" | ") for row in result.stdout.splitlines() if row.startswith("| ")]
+        assert [len(row) for row in rows] == [2] * 5 + [3] * 5
+        for name in ("training", "forward", "sampling"):
+            assert sum(row[0] == f"| {name}" for row in rows) == 2
+
+    def test_profile(self):
+        result = run("cuda", "--profile", code=IN_THE_EMULATOR, PYTHONPATH=self.path)
+        assert result.returncode == 0, result.stderr
+        rows = [row.strip("| ").split(" | ") for row in result.stdout.splitlines() if "%" in row]
+        names = [row[0] for row in rows]
+        assert {"conv2d", "group_norm", "attention", "linear", "to_device", "clip_norm", "adam_update"} <= set(names)
+        calls = {row[0]: row[1] for row in rows}
+        assert calls["adam_update"] == calls["to_device"] == "1" and int(calls["conv2d"]) > 10
+        assert len(rows) == 2 * len(calls)  # in two precisions
+        for precision in ("float32", "tf32"):
+            part = result.stdout.partition(f"training, {precision}: ")[2]
+            assert "Python takes" in part and "the GPU waits for Python" in part  # which an emulated one is right to
+
+
+@pytest.mark.filterwarnings("ignore")
+class TestPyTorchAsOnAGPU:
+    """On a CPU, under another name or with those of CUDA's functions that are called made up."""
+
+    def test_no_step_looks_at_its_loss(self, peers):
+        step, _ = peers.their_run(peers.Work("", TINY, 8, 3, training=True), "eager", "cpu:0")
+        losses = [step() for _ in range(3)]
+        assert all(peers.torch.is_tensor(loss) and loss.isfinite() for loss in losses)
+
+    def test_the_average_moves(self, peers, monkeypatch):
+        averages, swa_utils = [], peers.torch.optim.swa_utils
+        make = swa_utils.AveragedModel
+        monkeypatch.setattr(swa_utils, "AveragedModel", lambda *x, **y: averages.append(make(*x, **y)) or averages[-1])
+        step, _ = peers.their_run(peers.Work("", TINY, 8, 3, training=True), "eager", "cpu:0")
+        step()
+        before = peers.their_model(peers.network(TINY), 8).parameters()
+        moved = max(float((a - b).detach().abs().max()) for a, b in zip(averages[0].module.parameters(), before))
+        assert moved == pytest.approx((1 - peers.EMA_DECAY) * peers.LR, rel=0.1)  # Adam's first step is lr, up or down
+
+    @pytest.mark.parametrize("variant", ["eager", "channels-last"])
+    def test_sampling_takes_the_same_steps(self, peers, monkeypatch, variant):
+        seen = {"ours": [], "theirs": []}
+        call, forward = unet.UNet.__call__, peers.diffusers.UNet2DModel.forward
+
+        def ours(self, x, t, rng=None):
+            seen["ours"].append(int(t[0]))
+            return call(self, x, t, rng)
+
+        def theirs(self, x, t):
+            seen["theirs"] += t.reshape(-1)[:1].tolist()
+            return forward(self, x, t)
+
+        work = peers.Work("", TINY, 8, 3, steps=4)
+        with contextlib.ExitStack() as stack:
+            our_run, (their_run, output) = peers.our_run(work, 1, stack), peers.their_run(work, variant)
+            monkeypatch.setattr(unet.UNet, "__call__", ours)
+            monkeypatch.setattr(peers.diffusers.UNet2DModel, "forward", theirs)
+            images, theirs = our_run(), their_run().movedim(1, 3).numpy()
+        assert seen["ours"] == seen["theirs"] == [999, 749, 499, 249]
+        for x in (images, theirs):
+            assert x.shape == output.shape and np.abs(x).max() <= 1
+
+    @pytest.mark.parametrize("quick", [True, False])
+    def test_tables(self, peers, monkeypatch, capsys, quick):
+        torch, flags, works = peers.torch, [], [peers.Work("a", TINY, 8, 2, training=True), peers.Work("b", TINY, 8, 2)]
+
+        def interleaved(runs, repeats, device):
+            flags.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+            assert all(run() is not None for run in runs.values())
+            return {name: 2.0 if name in ("float32", "tf32") else 4.0 if name == "eager" else 3.0 for name in runs}
+
+        for owner, name, value in (
+            *((peers, name, works) for name in ("GPU_WORKS", "GPU_QUICK")),
+            (peers, "GPU_COMPILED", works[1:]),
+            (peers, "interleaved", interleaved),
+            (peers, "compiled_run", lambda work, device: ("failed", None)),
+            (peers, "print_gpu_heading", lambda device, names: print(names)),
+            (peers, "gpu_memory", lambda *_: "none"),
+        ):
+            monkeypatch.setattr(owner, name, value)
+        settings = (torch.backends.cuda.matmul, "allow_tf32"), (torch.backends.cudnn, "allow_tf32")
+        before = [getattr(*setting) for setting in settings]
+        try:
+            peers.main_on_gpu("cpu", 1, quick)
+        finally:
+            for setting, value in zip(settings, before):
+                setattr(*setting, value)
+            torch.backends.cudnn.benchmark = False
+        printed = capsys.readouterr().out
+        assert "['numpy', 'torch', 'diffusers']" in printed
+        assert flags == [(False, False)] * 2 + [(True, True)] * 2
+        rows = [row.strip("|").split(" | ") for row in printed.splitlines() if row.startswith("| ")]
+        for name, i in (("a", 2), ("b", 3)):
+            for row, also in ((rows[i], []), (rows[i + 4], ["3.000 s"])):
+                compiled = [] if quick else ["" if name == "a" else "failed"]
+                assert [cell.strip() for cell in row[:-1]] == [
+                    name, "2.000 s", *also, "4.000 s", "3.000 s", *compiled, "1.50", "2.00"
+                ]  # fmt: skip
+                assert float(row[-1]) < 1e-5
+
+    def test_without_cuda_our_times_are_alone(self, peers, monkeypatch):
+        assert peers.why_no_peers(1, "cpu") is None
+        if not peers.torch.cuda.is_available():
+            assert "CUDA" in peers.why_no_peers(1, "cuda")
+
+    def test_memory(self, peers, monkeypatch):
+        class Pool:
+            get_default_memory_pool = lambda self: self
+            total_bytes = lambda self: 2**20
+
+        calls = []
+        for name, value in (("reset_peak_memory_stats", None), ("max_memory_allocated", 2**21)):
+            monkeypatch.setattr(
+                peers.torch.cuda, name, lambda device, value=value, name=name: calls.append(name) or value
+            )
+        monkeypatch.setattr(peers.torch.cuda, "max_memory_reserved", lambda device: 3 * 2**20)
+        monkeypatch.setattr(peers, "cupy", Pool(), raising=False)
+        text = peers.gpu_memory(peers.Work("", TINY, 8, 2, training=True), "cpu", ["eager"])
+        assert text == "ours 1 MiB, all that its pool took; PyTorch's 3 MiB likewise, of which at most 2 MiB in use"
+        assert calls == ["reset_peak_memory_stats", "max_memory_allocated"]
+
+    def test_out_of_memory_is_said_and_other_errors_are_raised(self, peers, monkeypatch):
+        work = peers.Work("big", TINY, 8, 2)
+        for error in (peers.torch.OutOfMemoryError("no"), ValueError("no")):
+
+            def contest(*_, error=error):
+                raise error
+
+            monkeypatch.setattr(peers, "contest", contest)
+            if isinstance(error, ValueError):
+                with pytest.raises(ValueError, match="no"):
+                    peers.compare_on_gpu(work, "cpu", ["eager"], 1, 1, ["float32"])
+            else:
+                assert peers.compare_on_gpu(work, "cpu", ["eager"], 1, 1, ["float32"]) == ["big", "out of memory"]

@@ -230,7 +230,7 @@ def test_reductions_over_any_axes(shape, data, keepdims, seed):
     for f, plain in ((reduce_sum, np.sum), (reduce_mean, np.mean)):
         check_op(f, x, axis=axis, keepdims=keepdims)
         y = f(Tensor(x), axis=axis, keepdims=keepdims)
-        np.testing.assert_array_equal(y.data, plain(x, axis=axis, keepdims=keepdims), strict=True)
+        np.testing.assert_allclose(y.data, plain(x, axis=axis, keepdims=keepdims), rtol=1e-14, atol=1e-15, strict=True)
         assert f(Tensor(x)).shape == ()
 
 
@@ -395,7 +395,7 @@ class TestBadInput:
     def test_axes(self):
         with pytest.raises(ValueError, match="axis 5 is out of bounds"):
             concat(Tensor(normal((2, 3))), normal((2, 3)), axis=5)
-        with pytest.raises(ValueError, match="must match"):
+        with pytest.raises(ValueError, match="must match|must have same shape"):  # NumPy's words, and CuPy's
             concat(Tensor(normal((2, 3))), normal((3, 3)))
 
     def test_dropout_takes_arrays(self):

@@ -129,6 +129,11 @@ def paired(function: Callable) -> Callable:
     def either(x: Array, *args: Any, **settings: Any) -> Any:
         if isinstance(x, (np.ndarray, np.generic)):
             return function(x, *args, **settings)
-        return getattr(importlib.import_module(f"{__package__}.cuda"), function.__name__)(x, *args, **settings)
+        return _twin(function.__name__)(x, *args, **settings)
 
     return either
+
+
+@functools.cache
+def _twin(name: str) -> Callable:
+    return getattr(importlib.import_module(f"{__package__}.cuda"), name)

@@ -21,6 +21,7 @@ import pathlib
 from collections.abc import Callable
 
 import cupy
+import cupy.cublas
 import numpy as np
 from cupy_backends.cuda.libs import cublas
 
@@ -47,7 +48,7 @@ def kernel(file: str, name: str, dtype: np.dtype) -> Callable:
 
 # ----------------------------------------------------------------------------------------------------- matrix products
 
-TYPES = {"float32": 0, "float64": 1, "float16": 2, "uint16": 14}  # cuBLAS's names for them; bf16 comes as uint16
+TYPES = {"f": 0, "d": 1, "e": 2, "H": 14}  # cuBLAS's names for NumPy's dtype.char; bf16 comes as uint16
 COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77
 
 to_bf16 = cupy.ElementwiseKernel(  # which NumPy does not have: the upper half of a float32
@@ -61,7 +62,7 @@ to_bf16 = cupy.ElementwiseKernel(  # which NumPy does not have: the upper half o
 
 def rounded(x: Array, precision: str) -> Array:
     """x as a factor in a product of this precision; what is rounded already, or float64, stays as it is."""
-    if x.dtype != np.float32 or precision not in ("bf16", "fp16"):
+    if precision not in ("bf16", "fp16") or x.dtype.char != "f":
         return x
     return to_bf16(x) if precision == "bf16" else x.astype(np.float16)
 
@@ -79,13 +80,13 @@ def product(
     if a.size == 0 or b.size == 0:
         return a @ b
     (n, k), m = a.shape[-2:], b.shape[-1]
-    real = "float64" if a.dtype == np.float64 else "float32"
+    real = "d" if a.dtype.char == "d" else "f"
     y = cupy.empty((*a.shape[:-1], m), real) if out is None else out
     (a, a_turned), (b, b_turned) = _stored(a, precision), _stored(b, precision)
-    compute = COMPUTE_64F if real == "float64" else COMPUTE_32F_FAST_TF32 if precision == "tf32" else COMPUTE_32F
+    compute = COMPUTE_64F if real == "d" else COMPUTE_32F_FAST_TF32 if precision == "tf32" else COMPUTE_32F
     alpha, beta = _number(scale, real), _number(float(accumulate), real)
     # cuBLAS reads matrices column by column, so that it takes each of ours for its transpose: y^T = b^T a^T
-    A, B = ((x.data.ptr, TYPES[x.dtype.name], max(x.strides[1] // x.itemsize, x.shape[2])) for x in (a, b))
+    A, B = ((x.data.ptr, TYPES[x.dtype.char], max(x.strides[1] // x.itemsize, x.shape[2])) for x in (a, b))
     Y = y.data.ptr, TYPES[real], m
     task = cupy.cuda.device.get_cublas_handle(), int(b_turned), int(a_turned), m, n, k, alpha.ctypes.data
     if len(a) == 1:
@@ -278,6 +279,11 @@ def joined(*xs: Array, axis: int) -> Array:
 def swish(x: Array) -> tuple[Array, Callable]:
     """One kernel, and one back."""
     return _swish(x), lambda g: _swish_grad(x, g)
+
+
+def squared_norm(vector: Array) -> Array:
+    """cuBLAS's dot. CuPy's own leaves all of it to a single block of threads."""
+    return cupy.cublas.dot(vector, vector)
 
 
 def shortening(square: Array, max_norm: float) -> Array:

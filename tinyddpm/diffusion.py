@@ -466,10 +466,11 @@ class Diffusion:
                 prediction, spread = map(as_array, self._run(model, x_t, ts))
                 return to_numpy(self.vlb_terms(x, x_t, ts, prediction, spread, clip).data)
 
-        terms = np.zeros(self.T)
-        with worker_threads(workers) as run, tqdm(total=self.T, desc="bits/dim", disable=not progress) as bar:
+        terms, cut = np.zeros(self.T), shards(x0.shape, device)
+        bar = tqdm(total=self.T, desc="bits/dim", disable=not progress)
+        with worker_threads(workers, most=len(cut)) as run, bar:
             for t in reversed(range(self.T)):
-                of_images = run(functools.partial(terms_at, t), shards(x0.shape, device))
+                of_images = run(functools.partial(terms_at, t), cut)
                 terms[t] = np.concatenate(list(of_images)).mean(dtype=np.float64)
                 bar.update()
         return BitsPerDim(self.prior_terms(x0).data.mean(dtype=np.float64).item(), terms)

@@ -50,9 +50,15 @@ def clip_norm(gradient: Array, max_norm: float) -> Array:
     et al. 2013). If that is not finite, all of the gradient becomes nan."""
     if not max_norm > 0:
         raise ValueError(f"max_norm: expected a number > 0, got {max_norm}")
-    square = gradient @ gradient
+    square = squared_norm(gradient)
     gradient *= shortening(square, max_norm)
     return array_module(gradient).sqrt(square)
+
+
+@paired
+def squared_norm(vector: Array) -> Array:
+    """The sum of the squares of a vector, without axes."""
+    return vector @ vector
 
 
 @paired

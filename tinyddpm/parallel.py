@@ -54,19 +54,21 @@ def cpu_count() -> int:
 
 
 @contextlib.contextmanager
-def worker_threads(count: int | None = None) -> Iterator[Callable]:
-    """Within this block, have `count` threads (None: one per CPU); yields `run(function, items)`, `map` on them.
+def worker_threads(count: int | None = None, most: int | None = None) -> Iterator[Callable]:
+    """Within this block, have `count` threads (None: one per CPU), but no more than `most`; yields `run(function,
+    items)`, `map` on them.
 
     Results come in the order of the items, as they are asked for; an exception in a worker is raised where its result
-    is taken. Raises ValueError unless `count` is an integer >= 1.
+    is taken. One thread is this one: a new one would be new to a GPU's libraries too, which takes them a while.
+    Raises ValueError unless `count` is an integer >= 1.
     """
-    count = _worker_count(count)
+    count = min(_worker_count(count), most or math.inf)
     blas = ThreadpoolController()
-    with ThreadPoolExecutor(count) as pool:
+    with contextlib.nullcontext() if count == 1 else ThreadPoolExecutor(count) as pool:
 
         def run(function: Callable, items: Iterable) -> Iterator:
             with blas.limit(limits=1, user_api="blas"):  # a setting of the whole process, so only while we need it
-                yield from pool.map(function, items)
+                yield from (pool.map if pool else map)(function, items)
 
         yield run
 

@@ -192,7 +192,7 @@ def sample(
         return to_device(np.stack([stream.standard_normal(shape[1:], dtype=dtype) for stream in streams]), device)
 
     filters = ConstantFilters(model)
-    with on_device(device), worker_threads(workers) as run:
+    with on_device(device), worker_threads(workers, most=len(shards(shape, device))) as run:
 
         def in_shards(x: Array, t: np.ndarray) -> Array:
             def predict(shard: slice) -> Array:

@@ -175,9 +175,9 @@ def train(
         with worker_processes(differentiate, workers, most=len(groups) if on_cpu else 1) as run:
             for step in range(steps):
                 indices = batch_indices(len(images), step, batch, seed)
-                loss = sum(run(range(len(groups)), step, indices))
                 rate = learning_rate(lr, step, steps, warmup_steps, decay_steps)
                 with on_device(device):
+                    loss = sum(run(range(len(groups)), step, indices))
                     outcome = update(step, loss, rate)
                     if step + 1 == steps:
                         look()

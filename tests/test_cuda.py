@@ -1,0 +1,467 @@
+"""The package on a GPU, as its users run it: all that lives there agrees with its twin on the CPU.
+
+`pytest -m gpu` on a machine with a GPU; `pytest -m gpu --cuda emulated` on real CuPy, on a CPU, which is slow: networks
+and images are small.
+"""
+
+import inspect
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import SEEDS
+
+from tinyddpm import Diffusion, UNet, backward, load_model, make_schedule, sample, save_model, train
+from tinyddpm.backend import array_module, device_of, is_array, like, on_device, to_device, to_numpy
+from tinyddpm.conv import convolve
+from tinyddpm.functional import (
+    PRECISIONS,
+    column_sums,
+    joined,
+    product,
+    softmax_rows,
+    softmax_rows_grad,
+    swish,
+)
+from tinyddpm.fused import attention, normalise
+from tinyddpm.nn import Linear
+from tinyddpm.optim import EMA, Adam, clip_norm, flat_gradient, flatten
+from tinyddpm.tensor import Parameter
+
+pytestmark = pytest.mark.gpu
+
+FLOATS = st.sampled_from(["float32", "float64"])
+SMALL = {"channels": (4, 8), "blocks": 1, "attention": (False, True), "groups": 2}
+
+
+def to_cuda(x):
+    return to_device(x, "cuda") if isinstance(x, np.ndarray) else x
+
+
+def close(on_cuda, on_cpu, dtype="float32", more=1):
+    """Equal but for rounding, relative to the largest number; of the same type, and the one really on the GPU."""
+    assert device_of(on_cuda) == "cuda:0" and isinstance(on_cpu, (np.ndarray, np.generic))
+    assert on_cuda.shape == on_cpu.shape and on_cuda.dtype == on_cpu.dtype == np.dtype(dtype)
+    scale = np.abs(on_cpu).max(initial=1e-30)
+    tolerance = more * (1e-5 if dtype == "float32" else 1e-12)
+    np.testing.assert_allclose(to_numpy(on_cuda), on_cpu, rtol=0, atol=tolerance * scale)
+
+
+def close_op(f, *inputs, dtype, **settings):
+    """The value of a paired function that returns (y, pull), and what it pulls back."""
+    inputs = [x.astype(dtype) if isinstance(x, np.ndarray) else x for x in inputs]
+    (y, pull), (y_cuda, pull_cuda) = f(*inputs, **settings), f(*map(to_cuda, inputs), **settings)
+    close(y_cuda, y, dtype)
+    g = np.random.default_rng(0).standard_normal(y.shape).astype(dtype)
+    pulled, pulled_cuda = pull(g), pull_cuda(to_cuda(g))
+    pulled, pulled_cuda = (p if isinstance(p, tuple) else (p,) for p in (pulled, pulled_cuda))
+    for a, b in zip(pulled_cuda, pulled, strict=True):
+        a, b = (x() if callable(x) else x for x in (a, b))
+        close(a, b, dtype, more=10)
+
+
+def awake(unet):
+    """The network with no weight left at zero."""
+    r = np.random.default_rng(0)
+    for p in unet.parameters():
+        p.data = (p.data + 0.1 * r.standard_normal(p.shape)).astype(p.dtype)
+    return unet
+
+
+def digits(n, size=8):
+    return (np.random.default_rng(0).integers(0, 256, (n, size, size, 1)) / 127.5 - 1).astype(np.float32)
+
+
+# ------------------------------------------------------------------------------------------- each function and its twin
+
+
+@given(dtype=FLOATS, seed=SEEDS, n=st.integers(1, 3), H=st.integers(1, 9), W=st.integers(1, 9), C=st.integers(1, 9),
+       O=st.integers(1, 9), kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)), stride=st.integers(1, 3),
+       pads=st.tuples(*[st.integers(0, 3)] * 4), bias=st.booleans(),
+       at_a_time=st.sampled_from([1, 200, 2**25]))  # fmt: skip
+def test_convolve(dtype, seed, n, H, W, C, O, kernel, stride, pads, bias, at_a_time):
+    from tinyddpm import cuda
+
+    (kh, kw), (top, bottom, left, right) = kernel, pads
+    H, W = max(H, kh - top - bottom), max(W, kw - left - right)
+    r = np.random.default_rng(seed)
+    x, w, b = r.standard_normal((n, H, W, C)), r.standard_normal((kh, kw, C, O)), r.standard_normal(O)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cuda, "COLUMNS", at_a_time)  # a batch in parts
+        pad = (top, bottom), (left, right)
+        close_op(convolve, x, w, b if bias else None, stride, pad, "float32", dtype=dtype)
+
+
+@given(dtype=FLOATS, seed=SEEDS, n=st.integers(1, 3), L=st.integers(1, 9), W=st.none() | st.integers(1, 5),
+       silu=st.booleans(), groups=st.integers(1, 4),
+       D=st.integers(1, 5) | st.sampled_from([255, 256, 257, 300]))  # fmt: skip
+def test_normalise(dtype, seed, n, L, W, groups, D, silu):
+    r = np.random.default_rng(seed)
+    x = 1 + 2 * r.standard_normal((n, L, groups * D) if W is None else (n, L, W, groups * D))
+    gamma, beta = r.standard_normal((2, groups * D))
+    close_op(normalise, x, gamma, beta, groups, 1e-3, silu, dtype=dtype)
+
+
+@given(dtype=FLOATS, seed=SEEDS, rows=st.integers(1, 20), size=st.integers(1, 70), in_place=st.booleans())
+def test_softmax_rows(dtype, seed, rows, size, in_place):
+    r = np.random.default_rng(seed)
+    x, g = (3 * r.standard_normal((2, 3, rows, size))).astype(dtype)
+    sent, sent_g = to_cuda(x), to_cuda(g)
+    y = softmax_rows(sent, out=sent if in_place else None)
+    assert (y is sent) == in_place
+    close(y, softmax_rows(x), dtype)
+    dx = softmax_rows_grad(y, sent_g, out=sent_g if in_place else None)
+    close(dx, softmax_rows_grad(softmax_rows(x), g), dtype, more=10)
+
+
+def laid_out(x, how):
+    """The same numbers, otherwise in memory: transposed, every second one of more, part of more, or repeated."""
+    xp = array_module(x)
+    if how == "transposed":
+        return x.swapaxes(-1, -2).copy().swapaxes(-1, -2)
+    if how == "strided":
+        return x.repeat(2, axis=-1)[..., ::2]
+    if how == "cut":
+        return xp.concatenate([x, x], axis=-1)[..., : x.shape[-1]]
+    return x
+
+
+@given(dtype=FLOATS, seed=SEEDS, lead=st.sampled_from([(), (1,), (3,), (2, 3)]), n=st.integers(1, 5),
+       k=st.integers(1, 5), m=st.integers(1, 5),
+       ways=st.tuples(*[st.sampled_from(["plain", "transposed", "strided", "cut"])] * 2),
+       scale=st.sampled_from([1.0, 0.25]))  # fmt: skip
+def test_product(dtype, seed, lead, n, k, m, ways, scale):
+    r = np.random.default_rng(seed)
+    a, b = r.standard_normal((*lead, n, k)).astype(dtype), r.standard_normal((*lead, k, m)).astype(dtype)
+    sent = [laid_out(to_cuda(x), way) for x, way in zip((a, b), ways)]
+    close(product(*sent, scale=scale), product(a, b, scale=scale), dtype)
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (3, 7, 5), (2, 3, 1, 4), (1, 1)])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_column_sums(shape, dtype):
+    x = np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    close(column_sums(to_cuda(x)), column_sums(x), dtype)
+
+
+def test_joined():
+    r = np.random.default_rng(0)
+    for shapes, axis in [
+        ([(2, 3, 4), (2, 3, 1)], -1), ([(2, 3), (2, 5)], 1), ([(2, 3), (4, 3)], 0), ([(2, 1), (2, 2), (2, 3)], -1)
+    ]:  # fmt: skip
+        xs = [r.standard_normal(shape) for shape in shapes]
+        close(joined(*map(to_cuda, xs), axis=axis), joined(*xs, axis=axis), "float64")
+    a, b = r.standard_normal((2, 3, 4, 6))
+    close(
+        joined(to_cuda(a)[..., ::2], to_cuda(b), axis=-1),
+        joined(a[..., ::2], b, axis=-1),
+        "float64",
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_swish(dtype):
+    close_op(swish, np.array([-1e4, -90.0, -3.0, -0.1, 0.0, 2.0, 90.0]), dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adam_clipping_and_average(dtype, weight_decay):
+    r = np.random.default_rng(0)
+    theta = r.standard_normal(40_000).astype(dtype)
+    results = []
+    for device in ("cpu", "cuda"):
+        p = Parameter(to_device(theta.copy(), device))
+        flat = flatten([p])
+        adam, ema = (
+            Adam(flat, 1e-2, weight_decay=weight_decay),
+            EMA(Linear(1, 1, r), 0.9),
+        )
+        ema.average = flat.copy()
+        norms = []
+        for seed in range(3):
+            gradient = to_device(np.random.default_rng(seed).standard_normal(40_000).astype(dtype), device)
+            norms.append(float(clip_norm(gradient, [1e-2, 1e9, 1.0][seed])))
+            adam.step(gradient)
+            ema.update(flat)
+        results.append((flat, adam.m, adam.v, ema.average, norms))
+    for on_cpu, on_cuda in zip(*[r[:4] for r in results]):
+        close(on_cuda, on_cpu, dtype)
+    np.testing.assert_allclose(results[1][4], results[0][4], rtol=1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    gradient = np.ones(70_000, np.float32)
+    gradient[-1] = bad
+    for device in ("cpu", "cuda"):
+        theta, sent = to_device(np.ones(70_000, np.float32), device), to_device(gradient.copy(), device)
+        adam = Adam(theta)
+        with np.errstate(invalid="ignore"):
+            clip_norm(sent, 1.0)
+        assert np.isnan(to_numpy(sent)).all()
+        adam.step(sent)
+        assert (to_numpy(theta) == 1).all() and not to_numpy(adam.m).any() and not to_numpy(adam.v).any()
+
+
+def test_every_twin_is_tested_here_and_takes_the_same_arguments():
+    from tinyddpm import conv, cuda, functional, fused, optim
+
+    paired = {
+        name: f
+        for module in (functional, conv, fused, optim)
+        for name, f in vars(module).items()
+        if hasattr(f, "__wrapped__") and not hasattr(f, "raw") and f.__module__ == module.__name__
+    }
+    assert len(paired) == 12
+    for name, f in paired.items():
+        ours, twins = (list(inspect.signature(g).parameters.items()) for g in (f, getattr(cuda, name)))
+        assert [(n, p.default) for n, p in twins[: len(ours)]] == [(n, p.default) for n, p in ours], name
+
+
+# ------------------------------------------------------------------------------------------------------------ precision
+
+
+def rounded(x, bits):
+    """float32 numbers with a mantissa of so many bits, to the nearest, halfway to even."""
+    fraction, exponent = np.frexp(x.astype(np.float64))
+    return np.ldexp(np.rint(np.ldexp(fraction, bits + 1)), exponent - bits - 1).astype(np.float32)
+
+
+BITS = {"float32": 23, "tf32": 10, "bf16": 7, "fp16": 10}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_factors_are_rounded_and_sums_are_not(precision):
+    r = np.random.default_rng(0)
+    a, b = r.standard_normal((5, 300)).astype(np.float32), r.standard_normal((300, 4)).astype(np.float32)
+    expected = rounded(a, BITS[precision]).astype(np.float64) @ rounded(b, BITS[precision]).astype(np.float64)
+    for x, y in ((a, b), (a.T.copy().T, b.T.copy().T)):
+        close(product(to_cuda(x), to_cuda(y), precision), expected.astype(np.float32))
+    coarse = product(a, b, precision)
+    assert (np.abs(coarse - expected).max() > 1e-3) == (precision != "float32"), "a CPU rounds nothing"
+    wide = product(to_cuda(a.astype("float64")), to_cuda(b.astype("float64")), precision)
+    close(wide, a.astype("float64") @ b.astype("float64"), "float64")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_convolution_and_attention_in_any_precision(precision):
+    r = np.random.default_rng(0)
+    x, w, g = (r.standard_normal(s).astype(np.float32) for s in ((2, 5, 6, 3), (3, 3, 3, 4), (2, 5, 6, 4)))
+    bits, pad = BITS[precision], ((1, 1), (1, 1))
+    low = lambda a: rounded(a, bits)
+    y, pull = convolve(low(x), low(w), None, 1, pad, "float32")
+    dx, dw, _ = (gradient() for gradient in pull(low(g)))
+    y_cuda, pull = convolve(*map(to_cuda, (x, w)), None, 1, pad, precision)
+    dx_cuda, dw_cuda, db_cuda = (gradient() for gradient in pull(to_cuda(g)))
+    for got, expected in ((y_cuda, y), (dx_cuda, dx), (dw_cuda, dw), (db_cuda, g.sum(axis=(0, 1, 2)))):
+        close(got, expected)
+    q, k, v = r.standard_normal((3, 2, 4, 6)).astype(np.float32)
+    exact, _ = attention.raw(q, k, v, heads=2)
+    ours, pull = attention.raw(*map(to_cuda, (q, k, v)), heads=2, precision=precision)
+    ours, gradients = to_numpy(ours), pull(to_cuda(g[:, :4, 0, :][..., [0, 1, 2, 3, 0, 1]].copy()))
+    error = np.abs(ours - to_numpy(exact)).max()
+    assert error < 1e-5 if precision == "float32" else 1e-6 < error < 2.0 ** (2 - bits)
+    assert all(array_module(gradient).isfinite(gradient).all() for gradient in gradients)
+
+
+def test_bf16_of_what_is_not_finite_and_of_ties():
+    from tinyddpm.cuda import rounded as on_cuda
+
+    x = np.array(
+        [np.inf, -np.inf, 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8), 3.4e38, 1.1 * 2.0**-133], np.float32
+    )
+    bits = to_numpy(on_cuda(to_cuda(x), "bf16")).astype(np.uint32) << 16
+    expected = np.array([np.inf, -np.inf, 0.0, -0.0, 1, 1 + 2**-6, -1, np.inf, 2.0**-133], np.float32)
+    np.testing.assert_array_equal(bits.view(np.float32), expected)
+    nan = to_numpy(on_cuda(to_cuda(np.array([np.nan, -np.nan], np.float32)), "bf16")).astype(np.uint32) << 16
+    assert np.isnan(nan.view(np.float32)).all()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_training_in_any_precision(precision):
+    """Gradients of the loss as in float32, but for the bits of a product, also where they are too small for fp16."""
+    unet = awake(UNet(**SMALL)).to("cuda", precision=precision)
+    assert unet.precision == unet.conv_in.precision == unet.middle_attention.attention.q.precision == precision
+    diffusion = Diffusion(make_schedule("cosine", 6))
+    images = digits(64)
+    exact = next(train(awake(UNet(**SMALL)), diffusion, images, steps=1, batch=64, micro_batch=64, lr=1e-30))
+    state = next(train(unet, diffusion, images, steps=1, batch=64, lr=1e-30))
+    tolerance = 1e-5 if precision == "float32" else 8 * 2.0 ** -BITS[precision]
+    np.testing.assert_allclose([state.loss, state.grad_norm], [exact.loss, exact.grad_norm], rtol=tolerance)
+    close(state.optimizer.m, exact.optimizer.m, more=tolerance / 1e-5)
+    assert state.ema.model.precision == precision
+
+
+# --------------------------------------------------------------------------------------------------- whole computations
+
+PROCESSES = [("eps", "small", "simple"), ("v", "large", "min_snr"), ("eps", "small", "weighted_eps"),
+             ("x0", "large", "weighted_mu"), ("v", "learned_range", "hybrid"), ("x0", "learned_range", "vlb"),
+             ("v", "small", "vlb")]  # fmt: skip
+
+
+def process(objective, variance, loss_type, **more):
+    diffusion = Diffusion(make_schedule("cosine", 6, input_scale=0.7), objective, variance, loss_type)
+    config = {**SMALL, "out_channels": 2 if variance == "learned_range" else 1, **more}
+    return diffusion, awake(UNet(**config)), awake(UNet(**config)).to("cuda")
+
+
+def close_gradients(unet, loss, twin, loss_cuda, dtype="float32"):
+    """All together: some are zero but for rounding, such as that of the keys' bias, to which softmax is blind."""
+    flat, flat_cuda = (flat_gradient(backward(l), u.parameters()) for l, u in ((loss, unet), (loss_cuda, twin)))
+    close(flat_cuda, flat, dtype)
+
+
+@pytest.mark.parametrize("kinds", PROCESSES)
+def test_losses_gradients_and_likelihood(kinds):
+    diffusion, unet, twin = process(*kinds)
+    x0 = digits(4)
+    loss, loss_cuda = (diffusion.loss(u, x, np.random.default_rng(1)) for u, x in ((unet, x0), (twin, to_cuda(x0))))
+    close(loss_cuda.data, loss.data)
+    close_gradients(unet, loss, twin, loss_cuda)
+    if kinds[0] == "eps":
+        bits, bits_cuda = (diffusion.bits_per_dim(u, x0, progress=False) for u in (unet, twin))
+        np.testing.assert_allclose(bits_cuda.terms, bits.terms, rtol=1e-4)
+        np.testing.assert_allclose(bits_cuda.prior, bits.prior, rtol=1e-4)
+
+
+def test_float64():
+    diffusion, unet, twin = process("v", "large", "simple")
+    unet.to(dtype="float64"), twin.to(dtype="float64")
+    x0 = digits(3).astype(np.float64)
+    loss, loss_cuda = (diffusion.loss(u, x, np.random.default_rng(1)) for u, x in ((unet, x0), (twin, to_cuda(x0))))
+    close(loss_cuda.data, loss.data, "float64")
+    close_gradients(unet, loss, twin, loss_cuda, "float64")
+
+
+@pytest.mark.parametrize("micro_batch", [None, 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_training(micro_batch, dropout):
+    """Three steps, 12 images, on the CPU as one micro-batch too: the same noise, losses, norms, weights and average."""
+    diffusion, unet, twin = process("eps", "small", "simple", heads=2, dropout=dropout)
+    results = []
+    for u in (unet, twin):
+        settings = {"lr": 1e-3, "warmup_steps": 0, "ema_decay": 0.5, "workers": 1}
+        states = list(train(u, diffusion, digits(12), 3, batch=8, micro_batch=micro_batch or 8, **settings))
+        numbers = [(s.loss, s.grad_norm) for s in states]
+        results.append((numbers, u.state_dict(), states[-1].ema.model))
+    np.testing.assert_allclose(results[1][0], results[0][0], rtol=1e-5)
+    assert twin.device == results[1][2].device == "cuda:0"
+    for name, value in results[0][1].items():
+        if name.endswith(".k.b"):
+            continue  # its gradient is zero but for rounding, of which Adam makes steps as long as any
+        np.testing.assert_allclose(results[1][1][name], value, atol=2e-5)
+        np.testing.assert_allclose(results[1][2].state_dict()[name], results[0][2].state_dict()[name], atol=2e-5)
+
+
+def test_training_that_blows_up_says_so_in_time_and_leaves_the_weights(monkeypatch):
+    monkeypatch.setattr(sys.modules["tinyddpm.train"], "LOOK_EVERY", 4)
+    diffusion, _, unet = process("eps", "small", "simple")
+    images = digits(8)
+    steps = train(unet, diffusion, images, 100, batch=8, lr=1e-3, warmup_steps=0)
+    next(steps)
+    before = unet.state_dict()
+    images[:] = np.nan
+    with pytest.raises(FloatingPointError, match="step 2: the loss is nan"), warnings.catch_warnings():
+        for state in steps:
+            assert state.step < 4
+    after = unet.state_dict()
+    assert all((after[name] == value).all() for name, value in before.items())
+
+
+@pytest.mark.parametrize(("method", "more"), [
+    ("ddpm", {}), ("ddpm", {"steps": 4, "clip": False}), ("ddpm", {"clip": "dynamic"}),
+    ("ddim", {"eta": 0.5, "steps": 3}), ("dpm++", {"steps": 4}),
+])  # fmt: skip
+@pytest.mark.parametrize("kinds", [PROCESSES[0], PROCESSES[4]])
+def test_the_same_seed_gives_the_same_images(method, more, kinds):
+    diffusion, unet, twin = process(*kinds)
+    seen, seen_cuda = [], []
+    images = sample(diffusion, unet, (3, 8, 8, 1), method, rng=5, callback=lambda t, x, x0: seen.append(x), **more)
+    watch = lambda t, x, x0: seen_cuda.append((t, x, x0))
+    images_cuda = sample(diffusion, twin, (3, 8, 8, 1), method, rng=5, callback=watch, **more)
+    close(images_cuda, images, more=10)
+    assert len(seen) == len(seen_cuda) and {device_of(a) for _, *arrays in seen_cuda for a in arrays} == {"cuda:0"}
+
+
+def test_checkpoints_cross_devices(tmp_path):
+    diffusion, unet, twin = process("eps", "small", "simple")
+    save_model(tmp_path / "a", unet, diffusion)
+    save_model(tmp_path / "b", twin, diffusion)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    loaded, _ = load_model(tmp_path / "b")
+    assert loaded.device == "cpu"
+    loaded.to("cuda")
+    x, t = to_cuda(digits(2)), np.array([0, 3])
+    assert (to_numpy(loaded(x, t).data) == to_numpy(twin(x, t).data)).all()
+    state = unet.state_dict()
+    twin.load_state_dict({name: 2 * value for name, value in state.items()})
+    assert twin.device == "cuda:0" and all((v == 2 * state[name]).all() for name, v in twin.state_dict().items())
+    back = twin.to("cpu")
+    assert back is twin and twin.device == "cpu" and isinstance(twin.conv_in.w.data, np.ndarray)
+
+
+# -------------------------------------------------------------------------------------------------------------- devices
+
+
+def test_arrays_move():
+    x = np.arange(6, dtype=np.float32).reshape(2, 3)
+    y = to_device(x, "cuda")
+    assert is_array(y) and device_of(y) == "cuda:0" and (to_numpy(y) == x).all() and array_module(y).__name__ == "cupy"
+    assert to_device(y, "cuda:0") is y and to_device(y, "cpu") is not y
+    assert device_of(like(x, y)) == "cuda:0" and like(x.astype("float64"), y).dtype == np.float32
+    assert (to_numpy(to_device(x.T, "cuda")) == x.T).all()
+
+
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(RuntimeError, match=r"device: 'cuda:99' is not there; this machine has cuda:0"):
+        to_device(np.ones(1), "cuda:99")
+
+
+def second_gpu():
+    import cupy
+
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("needs a second GPU")
+    return "cuda:1"
+
+
+def test_all_of_it_on_the_second_gpu(tmp_path):
+    device = second_gpu()
+    diffusion, unet, _ = process("eps", "small", "simple")
+    twin = awake(UNet(**{**SMALL})).to(device)
+    images, images_cuda = (sample(diffusion, u, (2, 8, 8, 1), steps=2) for u in (unet, twin))
+    assert device_of(images_cuda) == device
+    np.testing.assert_allclose(to_numpy(images_cuda), images, atol=1e-4)
+    states = [list(train(u, diffusion, digits(4), 2, batch=4, workers=1))[-1] for u in (unet, twin)]
+    np.testing.assert_allclose(states[1].loss, states[0].loss, rtol=1e-5)
+    assert states[1].ema.model.device == device and device_of(states[1].optimizer.m) == device
+    bits = [diffusion.bits_per_dim(u, digits(2), progress=False).total for u in (unet, twin)]
+    np.testing.assert_allclose(bits[1], bits[0], rtol=1e-4)
+    save_model(tmp_path / "a", twin, diffusion)
+    assert twin.to(dtype="float64").device == device and twin.to("cuda:0").device == "cuda:0"
+    with on_device(device):  # what one calls oneself wants its device to be the current one
+        x = to_device(digits(2), device)
+        assert device_of(diffusion.loss(awake(UNet(**SMALL)).to(device), x, np.random.default_rng(0)).data) == device
+
+
+# ------------------------------------------------------------------------------------------------ on a machine with one
+
+
+@pytest.fixture
+def real(request):
+    if request.config.getoption("--cuda") not in (None, "real"):
+        pytest.skip("for a real GPU")
+
+
+TESTS_OF_ARRAYS = ["tests/test_ops.py", "tests/test_tensor.py", "tests/test_layers.py", "tests/test_unet.py"]
+
+
+def test_the_tests_of_ops_and_networks_pass(real):
+    command = [sys.executable, "-m", "pytest", "-q", "--cuda", "real", "-k", "not 50000", *TESTS_OF_ARRAYS]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]

@@ -1,0 +1,135 @@
+"""What a training step and a sampler's step ask of a GPU: kernels, copies, waiting, memory. Counted, on a GPU that
+computes nothing: `pytest -m gpu --cuda null`.
+
+The ceilings are a little above what was counted when they were set.
+"""
+
+import contextlib
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from tinyddpm import Diffusion, UNet, make_schedule, sample, train
+from tinyddpm.tensor import Node
+
+pytestmark = pytest.mark.gpu
+
+MNIST = {"channels": (32, 64, 128), "blocks": 2}  # UNet's defaults
+EXAMPLE = {"channels": (16, 32, 64), "blocks": 1}
+CIFAR = {"channels": (128, 256, 256, 256), "attention": (False, True, False, False), "in_channels": 3,
+         "out_channels": 3, "groups": 32}  # fmt: skip
+MB = 2**20
+
+
+@pytest.fixture
+def counts(request):
+    if request.config.getoption("--cuda") != "null":
+        pytest.skip("counts with --cuda null")
+    import cuda_on_cpu
+
+    return cuda_on_cpu.counts
+
+
+@pytest.fixture
+def nodes(monkeypatch):
+    """The ops of the graph, by name."""
+    found, original = Counter(), Node.__init__
+
+    def count(node, op, *args):
+        found[op] += 1
+        original(node, op, *args)
+
+    monkeypatch.setattr(Node, "__init__", count)
+    return found
+
+
+def begin_training(config, batch, size, precision="float32", **settings):
+    unet = UNet(**config).to("cuda", precision=precision)
+    images = np.zeros((batch, size, size, config.get("in_channels", 1)), np.float32)
+    return unet, train(unet, Diffusion(make_schedule("linear", 1000)), images, 10, batch, **settings)
+
+
+def nobody_waits(counts):
+    assert not counts.synchronisations
+    assert set(counts.copies) == {"host to device"}
+
+
+@pytest.mark.parametrize(("config", "batch", "size", "launches", "memory"), [
+    (MNIST, 64, 28, 900, 620 * MB),
+    (EXAMPLE, 32, 28, 612, 125 * MB),
+    (CIFAR, 8, 32, 1090, 1070 * MB),
+])  # fmt: skip
+def test_a_training_step(counts, nodes, config, batch, size, launches, memory):
+    unet, steps = begin_training(config, batch, size)
+    next(steps)
+    for _ in range(2):
+        nodes.clear()
+        counts.reset()
+        state = next(steps)
+        nobody_waits(counts)
+        assert counts.launches.total() <= min(launches, 4 * nodes.total())
+        assert counts.copies["host to device"] <= 7 and counts.memset == 0
+        assert counts.copied_bytes["host to device"] < 2.5 * state_bytes(batch, size, config) + 32 * 1024
+        assert counts.peak_in_use <= memory
+    assert isinstance(state.loss, float)
+    assert counts.synchronisations.total() == 1, "to look at the loss is to wait for it"
+
+
+def state_bytes(batch, size, config):
+    return 4 * batch * size * size * config.get("in_channels", 1)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp16"])
+def test_a_training_step_in_other_precisions(counts, precision):
+    _, steps = begin_training(EXAMPLE, 32, 28, precision)
+    next(steps)
+    counts.reset()
+    next(steps)
+    nobody_waits(counts)
+    assert counts.launches.total() <= (612 if precision == "tf32" else 1000)
+
+
+def test_now_and_then_training_looks_whether_all_is_finite(counts, monkeypatch):
+    monkeypatch.setattr(sys.modules["tinyddpm.train"], "LOOK_EVERY", 3)
+    waited = []
+    _, steps = begin_training(EXAMPLE, 4, 8)
+    for _ in range(7):
+        counts.reset()
+        next(steps)
+        waited.append(counts.synchronisations.total() > 0)
+    assert waited == [False, False, True, False, False, True, False]
+
+
+@pytest.mark.parametrize(("method", "settings"), [
+    ("ddpm", {}), ("ddim", {"eta": 1.0}), ("dpm++", {}), ("ddpm", {"clip": "dynamic"}), ("ddpm", {"clip": False}),
+])  # fmt: skip
+def test_a_sampler_s_step(counts, method, settings):
+    unet, seen = UNet(**MNIST).to("cuda"), []
+
+    def callback(t, x, x0):
+        seen.append((counts.launches.total(), counts.copies.total(), counts.peak_in_use))
+        nobody_waits(counts)
+
+    counts.reset()
+    with contextlib.suppress(FloatingPointError):  # nothing was computed, so it may be anything
+        sample(
+            Diffusion(make_schedule("linear", 1000)), unet, (64, 28, 28, 1), method, 5, callback=callback, **settings
+        )
+    launches, copies, _ = np.diff(seen, axis=0).T
+    assert len(seen) == 5 and (launches <= 325).all() and (copies <= 6).all()
+    assert seen[-1][2] < 230 * MB
+    assert counts.synchronisations.total() == 1, "at the end, to see whether the images are finite"
+
+
+def test_counts_can_fail(counts):
+    """They see what they are there for."""
+    from tinyddpm.backend import to_device, to_numpy
+
+    counts.reset()
+    x = to_device(np.ones(5, np.float32), "cuda")
+    assert counts.copies == {"host to device": 1} and not counts.launches and not counts.synchronisations
+    to_numpy(x + 1)
+    assert counts.launches.total() == 1 and counts.synchronisations.total() == 1
+    assert counts.copies == {"host to device": 1, "device to host": 1}
