@@ -4,7 +4,6 @@ Read from top to bottom, this is the tutorial. What is not in here is in the pac
 """
 
 import argparse
-import math
 import pathlib
 import signal
 import sys
@@ -35,6 +34,7 @@ def parse_arguments():
     add("--samples", type=int, default=64, help="digits in the final grid [%(default)s]")
     add("--sample-every", type=int, default=1000, help="training steps between sample grids [%(default)s]")
     add("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
+    add("--precision", default="float32", help="of products on a GPU: float32, tf32, bf16 or fp16 [%(default)s]")
     add("--workers", type=int, default=cpu_count(), help="how many work side by side [one per CPU: %(default)s]")
     add("--seed", type=int, default=0, help="the same seed and steps give the same digits [%(default)s]")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/mnist"), help="folder for the results [%(default)s]")
@@ -69,8 +69,7 @@ def main():
 
     # The network that predicts the noise in an image, with attention at the lowest resolution.
     attention = [False] * (len(args.channels) - 1) + [True]
-    unet = UNet(channels=args.channels, blocks=args.blocks, attention=attention, rng=args.seed).to(args.device)
-
+    unet = UNet(1, 1, args.channels, args.blocks, attention, rng=args.seed).to(args.device, precision=args.precision)
     print(f"device   {args.device}, {args.workers} workers, BLAS {blas_name()}")
     print(f"network  U-Net {'-'.join(map(str, args.channels))}, {unet.size:,} parameters")
     print(f"data     {len(images):,} digits of {images.shape[1]} x {images.shape[2]} pixels, T = {args.timesteps}")
@@ -92,10 +91,10 @@ def main():
 
     signal.signal(signal.SIGINT, stop_politely)
 
-    steps, seconds = args.steps or sys.maxsize, 60 * (args.minutes or math.inf)
+    steps, seconds = args.steps or sys.maxsize, 60 * (args.minutes or float("inf"))
     settings = {"lr": args.lr, "decay_steps": (args.steps or 0) // 2, "workers": args.workers, "seed": args.seed}
     training = train(unet, diffusion, images, steps, args.batch, **settings)
-    losses, began, busy = [], time.monotonic(), 0.0  # `busy`: seconds of training, without those of drawing
+    states, began, busy = [], time.monotonic(), 0.0  # `busy`: seconds of training, without those of drawing
 
     def draw(n, callback=None):  # from the averaged weights, always starting from the same noise
         settings = {"rng": args.seed, "workers": args.workers, "callback": callback}
@@ -104,11 +103,12 @@ def main():
     with tqdm(unit="step", desc="training", dynamic_ncols=True) as bar:
         resumed = began
         for state in training:
-            losses.append(state.loss)
+            states.append(state)
             busy, gone = busy + time.monotonic() - resumed, time.monotonic() - began
             bar.total = int(min(steps, max(state.step, state.step * seconds / gone)))
-            speed = state.step * args.batch / busy
-            bar.set_postfix_str(f"loss {np.mean(losses[-100:]):.4f}, {speed:.0f} images/s", refresh=False)
+            if args.device == "cpu" or state.step % 50 == 0:  # who looks at a loss waits for it, and a GPU runs behind
+                loss, speed = np.mean([s.loss for s in states[-100:]]), state.step * args.batch / busy
+                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
             bar.update()
             if interrupted or gone > seconds:
                 break
@@ -123,7 +123,7 @@ def main():
     save_model(args.out / "model.safetensors", state.ema.model, diffusion)
     print(f"trained  {state.step:,} steps in {(time.monotonic() - began) / 60:.1f} minutes")
     try:
-        save_loss_curve(args.out / "loss.png", losses)
+        save_loss_curve(args.out / "loss.png", [s.loss for s in states])
     except ImportError:
         print("no loss curve: that needs matplotlib, pip install 'tinyddpm[plots]'")
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,12 +1,16 @@
 """The array module without a GPU: what passes through, and what asking for CUDA says where there is none."""
 
+import contextlib
 import importlib.util
+import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 
-from tinyddpm.backend import array_module, device_of, is_array, like, to_device, to_numpy
+from tinyddpm import backend
+from tinyddpm.backend import array_module, device_of, is_array, like, on_device, to_device, to_numpy
 
 
 def test_numpy_arrays_pass_through():
@@ -37,14 +41,103 @@ def test_cuda_without_cupy_says_how_to_get_it(device, monkeypatch):
         to_device(np.ones(3), device)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed")
-def test_cuda_without_a_driver_says_what_cuda_says():
-    import cupy
+class FakeCuPy:
+    """As much of CuPy as is asked whether a GPU works."""
 
-    try:
-        cupy.cuda.runtime.getDeviceCount()
-    except cupy.cuda.runtime.CUDARuntimeError:
-        with pytest.raises(RuntimeError, match="device: 'cuda' cannot be used; CUDA says"):
-            to_device(np.ones(3), "cuda")
-    else:
-        pytest.skip("there is a GPU")
+    float32, error = np.float32, None
+
+    class CUDARuntimeError(RuntimeError):
+        pass
+
+    def __init__(self, gpus=1, no_driver=False, no_library=None):
+        self.gpus, self.no_driver, self.no_library = gpus, no_driver, no_library
+        self.cuda = self.runtime = self
+        self.asked = 0
+
+    def getDeviceCount(self):
+        self.asked += 1
+        if self.no_driver:
+            raise self.CUDARuntimeError("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+        return self.gpus
+
+    def Device(self, index):
+        return contextlib.nullcontext(index)
+
+    def ones(self, shape, dtype):
+        if self.no_library:
+            raise self.no_library
+        return np.ones(shape, dtype)
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Have `import cupy` find this."""
+    backend._gpu.cache_clear()
+    yield lambda cupy: monkeypatch.setitem(sys.modules, "cupy", cupy)
+    backend._gpu.cache_clear()
+
+
+def test_a_gpu_that_works_is_asked_once(install):
+    install(cupy := FakeCuPy(gpus=3))
+    for _ in range(2):
+        with on_device("cuda:2") as gpu:
+            assert gpu == 2
+    assert cupy.asked == 1
+    with on_device("cpu"):
+        pass
+    assert cupy.asked == 1
+
+
+def test_cuda_without_a_driver_says_what_cuda_says(install):
+    install(FakeCuPy(no_driver=True))
+    with pytest.raises(
+        RuntimeError, match="device: 'cuda:1' needs an NVIDIA GPU and a driver.*CUDA says: cudaErrorInsu"
+    ):
+        on_device("cuda:1")
+
+
+def test_a_number_too_high_says_what_is_there(install):
+    install(FakeCuPy(gpus=2))
+    with pytest.raises(RuntimeError, match="device: 'cuda:2' is not there; this machine has cuda:0, cuda:1$"):
+        on_device("cuda:2")
+
+
+@pytest.mark.parametrize("error", [ImportError("libcublas.so.13"), RuntimeError("CuPy failed to load libnvrtc.so.12")])
+def test_cuda_without_its_libraries_says_which(install, error):
+    install(FakeCuPy(no_library=error))
+    with pytest.raises(RuntimeError, match=f"library of the CUDA toolkit is missing: pip install.*cuda12.*{error}"):
+        on_device("cuda")
+
+
+def test_cupy_that_cannot_be_imported_says_why(tmp_path, monkeypatch):
+    (tmp_path / "cupy.py").write_text("raise ImportError('numpy is too old')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    backend._gpu.cache_clear()
+    with pytest.raises(RuntimeError, match="is installed but cannot be imported: numpy is too old"):
+        on_device("cuda")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="CuPy is not installed")
+def test_with_the_real_cupy():
+    """In a process of its own, where nothing is imitated: where there is no GPU, the message says so."""
+    code = "from tinyddpm.backend import to_device; import numpy; print(to_device(numpy.ones(1), 'cuda'))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "[1.]\n" or "RuntimeError: device: 'cuda' needs an NVIDIA GPU and a driver" in result.stderr
+
+
+def test_functions_are_paired_by_the_first_argument(monkeypatch):
+    """NumPy's arrays and scalars go to the function itself, all else to the one of that name in cuda.py."""
+    twins = types.ModuleType("tinyddpm.cuda")
+    twins.double = lambda x, times=2: ("twin", times)
+    monkeypatch.setitem(sys.modules, "tinyddpm.cuda", twins)
+
+    @backend.paired
+    def double(x, times=2):
+        """Times two."""
+        return times * x
+
+    assert double(np.ones(())) == 2 and double(np.float32(1), times=3) == 3
+    assert double("an array of CuPy", times=4) == ("twin", 4)
+    assert double.__doc__ == "Times two." and double.__wrapped__
+    backend._twin.cache_clear()

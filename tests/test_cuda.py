@@ -5,6 +5,8 @@ and images are small.
 """
 
 import inspect
+import pathlib
+import shutil
 import subprocess
 import sys
 import warnings
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS
 
-from tinyddpm import Diffusion, UNet, backward, load_model, make_schedule, sample, save_model, train
+from tinyddpm import Diffusion, UNet, backward, load_digits, load_model, make_schedule, sample, save_model, train
 from tinyddpm.backend import array_module, device_of, is_array, like, on_device, to_device, to_numpy
 from tinyddpm.conv import convolve
 from tinyddpm.functional import (
@@ -33,6 +35,7 @@ from tinyddpm.optim import EMA, Adam, clip_norm, flat_gradient, flatten
 from tinyddpm.tensor import Parameter
 
 pytestmark = pytest.mark.gpu
+ROOT = pathlib.Path(__file__).parent.parent
 
 FLOATS = st.sampled_from(["float32", "float64"])
 SMALL = {"channels": (4, 8), "blocks": 1, "attention": (False, True), "groups": 2}
@@ -310,10 +313,10 @@ def process(objective, variance, loss_type, **more):
     return diffusion, awake(UNet(**config)), awake(UNet(**config)).to("cuda")
 
 
-def close_gradients(unet, loss, twin, loss_cuda, dtype="float32"):
+def close_gradients(unet, loss, twin, loss_cuda, dtype="float32", more=1):
     """All together: some are zero but for rounding, such as that of the keys' bias, to which softmax is blind."""
     flat, flat_cuda = (flat_gradient(backward(l), u.parameters()) for l, u in ((loss, unet), (loss_cuda, twin)))
-    close(flat_cuda, flat, dtype)
+    close(flat_cuda, flat, dtype, more)
 
 
 @pytest.mark.parametrize("kinds", PROCESSES)
@@ -458,10 +461,44 @@ def real(request):
         pytest.skip("for a real GPU")
 
 
-TESTS_OF_ARRAYS = ["tests/test_ops.py", "tests/test_tensor.py", "tests/test_layers.py", "tests/test_unet.py"]
+def run_tests(*arguments, under=()):
+    """pytest in a process of its own."""
+    command = [*under, sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-2000:]
+    assert " passed" in result.stdout
 
 
-def test_the_tests_of_ops_and_networks_pass(real):
-    command = [sys.executable, "-m", "pytest", "-q", "--cuda", "real", "-k", "not 50000", *TESTS_OF_ARRAYS]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+@pytest.mark.parametrize("name", ["ops", "tensor", "layers", "unet", "peers_torch"])
+def test_the_tests_of_ops_and_networks_pass_on_it(real, name):
+    if name.startswith("peers"):
+        pytest.importorskip("torch")
+    run_tests("--cuda", "real", "-k", "not 50000", f"tests/test_{name}.py")
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "initcheck", "synccheck"])
+def test_no_kernel_reads_or_writes_where_it_should_not(real, tool):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs NVIDIA's compute-sanitizer")
+    under = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
+    run_tests("-m", "gpu", "tests/test_cuda.py", "-k", "convolve or normalise or softmax_rows or joined", under=under)
+
+
+@pytest.mark.parametrize("config", [{}, {"heads": 4, "attention": (False, True, True)}])
+def test_a_whole_step_of_the_default_network(real, config):
+    unet, twin = awake(UNet(**config)), awake(UNet(**config)).to("cuda")
+    diffusion, x0 = Diffusion(make_schedule("linear", 1000)), digits(64, 28)
+    loss, loss_cuda = (diffusion.loss(u, x, np.random.default_rng(1)) for u, x in ((unet, x0), (twin, to_cuda(x0))))
+    close(loss_cuda.data, loss.data)
+    close_gradients(unet, loss, twin, loss_cuda, more=10)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_it_learns_digits(real, precision):
+    images, _ = load_digits()
+    unet = UNet(channels=(16, 32, 64), blocks=1).to("cuda", precision=precision)
+    settings = {"lr": 4e-3, "seed": 1}
+    states = list(train(unet, Diffusion(make_schedule("cosine", 300)), images, 200, batch=64, **settings))
+    losses = [state.loss for state in states]
+    assert np.mean(losses[:5]) > 0.5 and np.mean(losses[-50:]) < 0.15

@@ -88,8 +88,9 @@ def _gpu(device: str):
         ) from error
     if index >= count:
         raise RuntimeError(f"{device} is not there; this machine has {', '.join(f'cuda:{i}' for i in range(count))}")
+    gpu = cupy.cuda.Device(index)
     try:
-        with cupy.cuda.Device(index) as gpu:
+        with gpu:
             one = cupy.ones((1, 1), np.float32) + 1  # compiled here and now by NVRTC
             one @ one  # by cuBLAS
     except Exception as error:  # what exactly is raised depends on the library that is missing
