@@ -6,6 +6,7 @@ and images are small.
 
 import inspect
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,7 @@ from tinyddpm.tensor import Parameter
 
 pytestmark = pytest.mark.gpu
 ROOT = pathlib.Path(__file__).parent.parent
+README = ROOT / "README.md"
 
 FLOATS = st.sampled_from(["float32", "float64"])
 SMALL = {"channels": (4, 8), "blocks": 1, "attention": (False, True), "groups": 2}
@@ -450,6 +452,19 @@ def test_all_of_it_on_the_second_gpu(tmp_path):
     with on_device(device):  # what one calls oneself wants its device to be the current one
         x = to_device(digits(2), device)
         assert device_of(diffusion.loss(awake(UNet(**SMALL)).to(device), x, np.random.default_rng(0)).data) == device
+
+
+def test_what_readme_shows(capsys):
+    (snippet,) = [s for s in re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL) if '"cuda"' in s]
+    smaller = {"UNet()": f"UNet(**{SMALL})", '"linear", 1000': '"cosine", 3', "% 100": "% 2",
+               "steps=1000, batch=128": "steps=2, batch=4", "(64, 28, 28, 1)": "(2, 28, 28, 1)"}  # fmt: skip
+    for shown, instead in smaller.items():
+        assert shown in snippet
+        snippet = snippet.replace(shown, instead)
+    names = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    assert isinstance(names["digits"], np.ndarray) and names["digits"].shape == (2, 28, 28, 1)
+    assert float(capsys.readouterr().out) == names["state"].loss
 
 
 # ------------------------------------------------------------------------------------------------ on a machine with one
