@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import re
 import subprocess
 import sys
 import types
@@ -28,9 +29,17 @@ def test_what_is_no_array(bad):
         array_module(bad)
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CUDA", "", "cpu:0"])
+@pytest.mark.parametrize(
+    "device", ["gpu", "cuda:", "cuda:-1", "cuda:x", "CUDA", "", "cpu:0", "cuda:1\n", "cuda:\u0663"]
+)
 def test_unknown_devices(device):
-    with pytest.raises(ValueError, match=f"device: '{device}' is unknown; use 'cpu', 'cuda' or 'cuda:N'"):
+    with pytest.raises(ValueError, match=re.escape(f"device: {device!r} is unknown; use 'cpu', 'cuda' or 'cuda:N'")):
+        to_device(np.ones(3), device)
+
+
+@pytest.mark.parametrize("device", [None, 0, b"cuda"])
+def test_devices_are_named(device):
+    with pytest.raises(ValueError, match="is unknown; use 'cpu'"):
         to_device(np.ones(3), device)
 
 
@@ -64,9 +73,16 @@ class FakeCuPy:
         return contextlib.nullcontext(index)
 
     def ones(self, shape, dtype):
+        if isinstance(self.no_library, RuntimeError):
+            raise self.no_library
+        return self
+
+    def __add__(self, other):
+        return self
+
+    def __matmul__(self, other):
         if self.no_library:
             raise self.no_library
-        return np.ones(shape, dtype)
 
 
 @pytest.fixture

@@ -20,17 +20,20 @@ from strategies import SEEDS
 
 from tinyddpm import Diffusion, UNet, backward, load_digits, load_model, make_schedule, sample, save_model, train
 from tinyddpm.backend import array_module, device_of, is_array, like, on_device, to_device, to_numpy
-from tinyddpm.conv import convolve
+from tinyddpm.conv import conv2d, convolve
 from tinyddpm.functional import (
     PRECISIONS,
     column_sums,
     joined,
+    linear,
     product,
+    softmax,
     softmax_rows,
     softmax_rows_grad,
     swish,
 )
-from tinyddpm.fused import attention, normalise
+from tinyddpm.fused import attention, group_norm, normalise
+from tinyddpm.image import grid
 from tinyddpm.nn import Linear
 from tinyddpm.optim import EMA, Adam, clip_norm, flat_gradient, flatten
 from tinyddpm.tensor import Parameter
@@ -56,17 +59,46 @@ def close(on_cuda, on_cpu, dtype="float32", more=1):
     np.testing.assert_allclose(to_numpy(on_cuda), on_cpu, rtol=0, atol=tolerance * scale)
 
 
-def close_op(f, *inputs, dtype, **settings):
+WAYS = st.sampled_from(["plain", "transposed", "strided", "cut", "repeated"])
+
+
+def laid_out(x, how):
+    """The same numbers, otherwise in memory; of "repeated", the first of each leading axis again and again."""
+    if not is_array(x) or x.ndim == 0:
+        return x
+    if how == "transposed" and x.ndim > 1:
+        return x.swapaxes(-1, -2).copy().swapaxes(-1, -2)
+    if how == "strided":
+        return x.repeat(2, axis=-1)[..., ::2]
+    if how == "cut":
+        return array_module(x).concatenate([x, x], axis=-1)[..., : x.shape[-1]]
+    if how == "repeated" and x.ndim > 1:
+        return array_module(x).broadcast_to(x[(slice(0, 1),) * (x.ndim - 1)], x.shape)
+    return x
+
+
+def close_op(f, *inputs, dtype, way="plain", **settings):
     """The value of a paired function that returns (y, pull), and what it pulls back."""
     inputs = [x.astype(dtype) if isinstance(x, np.ndarray) else x for x in inputs]
-    (y, pull), (y_cuda, pull_cuda) = f(*inputs, **settings), f(*map(to_cuda, inputs), **settings)
+    sent = [laid_out(to_cuda(x), way) for x in inputs]
+    inputs = [laid_out(x, way) for x in inputs]
+    (y, pull), (y_cuda, pull_cuda) = f(*inputs, **settings), f(*sent, **settings)
     close(y_cuda, y, dtype)
     g = np.random.default_rng(0).standard_normal(y.shape).astype(dtype)
-    pulled, pulled_cuda = pull(g), pull_cuda(to_cuda(g))
+    pulled, pulled_cuda = pull(laid_out(g, way)), pull_cuda(laid_out(to_cuda(g), way))
     pulled, pulled_cuda = (p if isinstance(p, tuple) else (p,) for p in (pulled, pulled_cuda))
     for a, b in zip(pulled_cuda, pulled, strict=True):
         a, b = (x() if callable(x) else x for x in (a, b))
         close(a, b, dtype, more=10)
+
+
+def rounded(x, bits):
+    """Numbers with a mantissa of so many bits, to the nearest, halfway to even."""
+    fraction, exponent = np.frexp(x.astype(np.float64))
+    return np.ldexp(np.rint(np.ldexp(fraction, bits + 1)), exponent - bits - 1).astype(x.dtype)
+
+
+BITS = {"float32": 23, "tf32": 10, "bf16": 7, "fp16": 10}
 
 
 def awake(unet):
@@ -86,9 +118,9 @@ def digits(n, size=8):
 
 @given(dtype=FLOATS, seed=SEEDS, n=st.integers(1, 3), H=st.integers(1, 9), W=st.integers(1, 9), C=st.integers(1, 9),
        O=st.integers(1, 9), kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)), stride=st.integers(1, 3),
-       pads=st.tuples(*[st.integers(0, 3)] * 4), bias=st.booleans(),
+       pads=st.tuples(*[st.integers(0, 3)] * 4), bias=st.booleans(), way=WAYS,
        at_a_time=st.sampled_from([1, 200, 2**25]))  # fmt: skip
-def test_convolve(dtype, seed, n, H, W, C, O, kernel, stride, pads, bias, at_a_time):
+def test_convolve(dtype, seed, n, H, W, C, O, kernel, stride, pads, bias, way, at_a_time):
     from tinyddpm import cuda
 
     (kh, kw), (top, bottom, left, right) = kernel, pads
@@ -98,24 +130,26 @@ def test_convolve(dtype, seed, n, H, W, C, O, kernel, stride, pads, bias, at_a_t
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cuda, "COLUMNS", at_a_time)  # a batch in parts
         pad = (top, bottom), (left, right)
-        close_op(convolve, x, w, b if bias else None, stride, pad, "float32", dtype=dtype)
+        close_op(convolve, x, w, b if bias else None, stride, pad, "float32", dtype=dtype, way=way)
 
 
 @given(dtype=FLOATS, seed=SEEDS, n=st.integers(1, 3), L=st.integers(1, 9), W=st.none() | st.integers(1, 5),
-       silu=st.booleans(), groups=st.integers(1, 4),
+       silu=st.booleans(), way=WAYS, groups=st.integers(1, 4),
        D=st.integers(1, 5) | st.sampled_from([255, 256, 257, 300]))  # fmt: skip
-def test_normalise(dtype, seed, n, L, W, groups, D, silu):
+def test_normalise(dtype, seed, n, L, W, groups, D, silu, way):
     r = np.random.default_rng(seed)
     x = 1 + 2 * r.standard_normal((n, L, groups * D) if W is None else (n, L, W, groups * D))
     gamma, beta = r.standard_normal((2, groups * D))
-    close_op(normalise, x, gamma, beta, groups, 1e-3, silu, dtype=dtype)
+    close_op(normalise, x, gamma, beta, groups, 1e-3, silu, dtype=dtype, way=way)
 
 
-@given(dtype=FLOATS, seed=SEEDS, rows=st.integers(1, 20), size=st.integers(1, 70), in_place=st.booleans())
-def test_softmax_rows(dtype, seed, rows, size, in_place):
+@given(dtype=FLOATS, seed=SEEDS, rows=st.integers(1, 20), size=st.integers(1, 70), in_place=st.booleans(), way=WAYS)
+def test_softmax_rows(dtype, seed, rows, size, in_place, way):
     r = np.random.default_rng(seed)
     x, g = (3 * r.standard_normal((2, 3, rows, size))).astype(dtype)
     sent, sent_g = to_cuda(x), to_cuda(g)
+    if not in_place:
+        x, g, sent, sent_g = (laid_out(a, way) for a in (x, g, sent, sent_g))
     y = softmax_rows(sent, out=sent if in_place else None)
     assert (y is sent) == in_place
     close(y, softmax_rows(x), dtype)
@@ -123,27 +157,51 @@ def test_softmax_rows(dtype, seed, rows, size, in_place):
     close(dx, softmax_rows_grad(softmax_rows(x), g), dtype, more=10)
 
 
-def laid_out(x, how):
-    """The same numbers, otherwise in memory: transposed, every second one of more, part of more, or repeated."""
-    xp = array_module(x)
-    if how == "transposed":
-        return x.swapaxes(-1, -2).copy().swapaxes(-1, -2)
-    if how == "strided":
-        return x.repeat(2, axis=-1)[..., ::2]
-    if how == "cut":
-        return xp.concatenate([x, x], axis=-1)[..., : x.shape[-1]]
-    return x
-
-
 @given(dtype=FLOATS, seed=SEEDS, lead=st.sampled_from([(), (1,), (3,), (2, 3)]), n=st.integers(1, 5),
        k=st.integers(1, 5), m=st.integers(1, 5),
-       ways=st.tuples(*[st.sampled_from(["plain", "transposed", "strided", "cut"])] * 2),
+       ways=st.tuples(WAYS, WAYS), precision=st.sampled_from(PRECISIONS),
        scale=st.sampled_from([1.0, 0.25]))  # fmt: skip
-def test_product(dtype, seed, lead, n, k, m, ways, scale):
+def test_product(dtype, seed, lead, n, k, m, ways, precision, scale):
     r = np.random.default_rng(seed)
     a, b = r.standard_normal((*lead, n, k)).astype(dtype), r.standard_normal((*lead, k, m)).astype(dtype)
     sent = [laid_out(to_cuda(x), way) for x, way in zip((a, b), ways)]
-    close(product(*sent, scale=scale), product(a, b, scale=scale), dtype)
+    bits = BITS[precision] if dtype == "float32" else 52
+    a, b = (rounded(laid_out(x, way), bits) for x, way in zip((a, b), ways))
+    close(product(*sent, precision, scale), product(a, b, scale=scale), dtype)
+
+
+@pytest.mark.parametrize(("a", "b"), [
+    ((2, 3, 4), (4, 5)), ((1, 3, 4), (2, 4, 5)), ((2, 1, 3, 4), (6, 4, 5)), ((0, 4), (4, 5)), ((3, 0), (0, 5)),
+])  # fmt: skip
+def test_products_broadcast_as_numpy_s_do(a, b):
+    r = np.random.default_rng(0)
+    a, b = r.standard_normal(a), r.standard_normal(b)
+    close(product(to_cuda(a), to_cuda(b)), product(a, b), "float64")
+
+
+def test_factors_that_do_not_fit():
+    one = to_cuda(np.ones((3, 4)))
+    for shape in ((5, 6), (2, 5, 6)):
+        with pytest.raises(ValueError):
+            product(one, to_cuda(np.ones(shape)))
+    with pytest.raises(ValueError):
+        product(to_cuda(np.ones((2, 3, 4))), to_cuda(np.ones((3, 4, 5))))
+    with pytest.raises(ValueError, match="precision: unknown 'half'; known: float32, tf32, bf16, fp16"):
+        product(one, one.T, "half")
+
+
+def test_a_gpu_computes_in_float32_and_float64():
+    half = to_cuda(np.ones((1, 4, 4, 2), np.float16))
+    w, b = (to_cuda(np.ones(shape, np.float16)) for shape in ((3, 3, 2, 2), (2,)))
+    for compute in (
+        lambda: conv2d(half, w, b),
+        lambda: group_norm(half, b, b, groups=1),
+        lambda: softmax(half),
+        lambda: linear(half, w[0, 0], b),
+        lambda: clip_norm(b, 1.0),
+    ):
+        with pytest.raises(TypeError, match="a GPU computes in float32 or float64, got float16; see precision"):
+            compute()
 
 
 @pytest.mark.parametrize("shape", [(7, 5), (3, 7, 5), (2, 3, 1, 4), (1, 1)])
@@ -199,6 +257,13 @@ def test_adam_clipping_and_average(dtype, weight_decay):
     np.testing.assert_allclose(results[1][4], results[0][4], rtol=1e-5)
 
 
+def test_the_norm_of_part_of_an_array():
+    x = np.arange(12, dtype=np.float32)
+    sent = to_cuda(x)
+    np.testing.assert_allclose(float(clip_norm(sent[::3], 1.0)), np.sqrt(0 + 9 + 36 + 81))
+    np.testing.assert_allclose(to_numpy(sent)[[9, 1]], [9 / np.sqrt(126), 1], rtol=1e-6)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     gradient = np.ones(70_000, np.float32)
@@ -213,7 +278,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
         assert (to_numpy(theta) == 1).all() and not to_numpy(adam.m).any() and not to_numpy(adam.v).any()
 
 
-def test_every_twin_is_tested_here_and_takes_the_same_arguments():
+def test_every_twin_takes_the_same_arguments():
     from tinyddpm import conv, cuda, functional, fused, optim
 
     paired = {
@@ -222,22 +287,14 @@ def test_every_twin_is_tested_here_and_takes_the_same_arguments():
         for name, f in vars(module).items()
         if hasattr(f, "__wrapped__") and not hasattr(f, "raw") and f.__module__ == module.__name__
     }
-    assert len(paired) == 12
+    assert len(paired) == 13
+    paired.pop("erfc")  # CuPy's, which `normal_cdf` is tested with
     for name, f in paired.items():
         ours, twins = (list(inspect.signature(g).parameters.items()) for g in (f, getattr(cuda, name)))
         assert [(n, p.default) for n, p in twins[: len(ours)]] == [(n, p.default) for n, p in ours], name
 
 
 # ------------------------------------------------------------------------------------------------------------ precision
-
-
-def rounded(x, bits):
-    """float32 numbers with a mantissa of so many bits, to the nearest, halfway to even."""
-    fraction, exponent = np.frexp(x.astype(np.float64))
-    return np.ldexp(np.rint(np.ldexp(fraction, bits + 1)), exponent - bits - 1).astype(np.float32)
-
-
-BITS = {"float32": 23, "tf32": 10, "bf16": 7, "fp16": 10}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -300,6 +357,21 @@ def test_training_in_any_precision(precision):
     np.testing.assert_allclose([state.loss, state.grad_norm], [exact.loss, exact.grad_norm], rtol=tolerance)
     close(state.optimizer.m, exact.optimizer.m, more=tolerance / 1e-5)
     assert state.ema.model.precision == precision
+
+
+class Faint(Diffusion):
+    """Its loss is so small that in fp16 all gradients would be 0."""
+
+    def loss(self, model, x0, rng):
+        return super().loss(model, x0, rng) * 1e-6
+
+
+def test_fp16_keeps_small_gradients():
+    images, settings = digits(32), {"steps": 1, "batch": 32, "micro_batch": 32, "lr": 1e-30, "max_norm": 1e9}
+    diffusion = Faint(make_schedule("cosine", 6))
+    exact = next(train(awake(UNet(**SMALL)), diffusion, images, **settings))
+    state = next(train(awake(UNet(**SMALL)).to("cuda", precision="fp16"), diffusion, images, **settings))
+    np.testing.assert_allclose([state.loss, state.grad_norm], [exact.loss, exact.grad_norm], rtol=0.05)
 
 
 # --------------------------------------------------------------------------------------------------- whole computations
@@ -376,6 +448,36 @@ def test_training_that_blows_up_says_so_in_time_and_leaves_the_weights(monkeypat
             assert state.step < 4
     after = unet.state_dict()
     assert all((after[name] == value).all() for name, value in before.items())
+
+
+def test_the_last_step_is_looked_at():
+    diffusion, _, unet = process("eps", "small", "simple")
+    bad = np.full((4, 8, 8, 1), np.nan, np.float32)
+    with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
+        list(train(unet, diffusion, bad, 3, batch=4))
+
+
+def test_images_far_out_of_range_are_warned_about():
+    diffusion, _, unet = process("eps", "small", "simple")
+    with pytest.warns(UserWarning, match="images are expected in"):
+        next(train(unet, diffusion, 5 + digits(4), 1, batch=4))
+
+
+def test_what_is_on_another_device_is_named():
+    diffusion, unet, twin = process("eps", "small", "simple")
+    x, t = digits(2), np.array([1, 2])
+    for net, images in ((unet, to_cuda(x)), (twin, x)):
+        with pytest.raises(ValueError, match="conv2d: inputs must be on one device, got cpu, cuda:0; move arrays by"):
+            net(images, t)
+    with pytest.raises(TypeError, match="images: expected a NumPy array, got <class 'cupy.ndarray'>"):
+        next(train(twin, diffusion, to_cuda(x), 1))
+    with pytest.raises(TypeError, match="t: expected a NumPy array of integers"):
+        twin(to_cuda(x), to_cuda(t))
+
+
+def test_pictures_of_what_was_sampled():
+    images = digits(3)
+    assert grid(to_cuda(images)).tobytes() == grid(images).tobytes()
 
 
 @pytest.mark.parametrize(("method", "more"), [

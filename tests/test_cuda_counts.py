@@ -79,7 +79,8 @@ def test_a_training_step(counts, nodes, config, batch, size, launches, memory):
         step = f"starts {counts.launches.total()} kernels and matrix products for {nodes.total()} operations"
         assert step in " ".join(README.read_text().split())
     assert isinstance(state.loss, float)
-    assert counts.synchronisations.total() == 1, "to look at the loss is to wait for it"
+    assert counts.synchronisations.total() == 2, "to look is to wait for the loss, and to fetch the norm as well"
+    assert state.loss == state.look()[0] and counts.synchronisations.total() == 2, "but once"
 
 
 def state_bytes(batch, size, config):

@@ -225,3 +225,19 @@ def test_where_a_process_cannot_be_copied_they_are_threads(monkeypatch):
 
     with worker_processes(work, 2) as run:
         assert list(run(range(4), 1)) == [(i + 1, os.getpid()) for i in range(4)]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_worker_that_runs_out_of_something_does_not_end_the_work(count):
+    """StopIteration, which would end a plain `map` in silence."""
+    with worker_threads(count) as run, pytest.raises(RuntimeError, match="StopIteration"):
+        list(run(lambda i: next(iter(())) if i else i, range(3)))
+
+
+def test_one_worker_is_this_thread():
+    with worker_threads(1) as run:
+        assert set(run(lambda _: threading.get_ident(), range(3))) == {threading.get_ident()}
+    with worker_threads(2) as run:
+        assert threading.get_ident() not in set(run(lambda _: threading.get_ident(), range(3)))
+    with worker_threads(5, most=1) as run:
+        assert set(run(lambda _: threading.get_ident(), range(3))) == {threading.get_ident()}

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "backend": set(),
     "tensor": {"backend"},
     "functional": {"backend", "tensor"},
-    "cuda": {"backend"},
+    "cuda": {"backend", "functional"},
     "winograd": {"backend", "functional"},
     "conv": {"backend", "tensor", "functional", "winograd"},
     "fused": {"backend", "tensor", "functional"},
@@ -33,16 +33,16 @@ MAY_IMPORT = {
     "sample": {"backend", "tensor", "winograd", "schedule", "diffusion", "parallel"},
     "optim": {"backend", "tensor"},
     "data": {"backend"},
-    "image": set(),
+    "image": {"backend"},
     "train": {"backend", "tensor", "nn", "diffusion", "optim", "parallel", "data"},
     "checkpoint": NETWORK | {"schedule", "diffusion"},
 }
 # other packages, and the only files that may import them
-ONLY_IN = {"cupy": {"backend", "cuda"}, "cupy_backends": {"cuda"}, "threading": {"tensor", "winograd", "parallel"},
-           "concurrent": {"parallel"}, "multiprocessing": {"parallel"}, "mmap": {"parallel"}, "ctypes": {"parallel"},
-           "threadpoolctl": {"parallel"}, "mpi4py": {"parallel"}, "PIL": {"image", "data"}, "matplotlib": {"image"},
-           "safetensors": {"checkpoint"}, "torch": set(), "diffusers": set(), "scipy": set(), "numba": set(),
-           "pickle": set()}  # fmt: skip
+ONLY_IN = {"cupy": {"backend", "cuda"}, "cupy_backends": {"cuda"}, "cupyx": {"cuda"}, "concurrent": {"parallel"},
+           "threading": {"tensor", "winograd", "parallel"}, "multiprocessing": {"parallel"}, "mmap": {"parallel"},
+           "ctypes": {"parallel"}, "threadpoolctl": {"parallel"}, "mpi4py": {"parallel"}, "PIL": {"image", "data"},
+           "matplotlib": {"image"}, "safetensors": {"checkpoint"}, "torch": set(), "diffusers": set(), "scipy": set(),
+           "numba": set(), "pickle": set()}  # fmt: skip
 
 FILES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 

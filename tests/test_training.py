@@ -498,7 +498,7 @@ def test_a_variance_is_learned(objective, loss_type):
 
 
 def test_images_that_are_no_array():
-    with pytest.raises(TypeError, match="images: expected a NumPy array, got list"):
+    with pytest.raises(TypeError, match="images: expected a NumPy array, got <class 'list'>"):
         next(train(UNet(**TINY), DIFFUSION, IMAGES.tolist(), steps=1))
 
 

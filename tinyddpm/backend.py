@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
-import math
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -62,8 +62,7 @@ def on_device(device: str) -> contextlib.AbstractContextManager:
     CuPy has a current device, "cuda:0" at first, and its functions want their arrays there. `train`, `sample` and
     `bits_per_dim` see to that themselves. Of "cpu" nothing comes. Raises as `to_device` does.
     """
-    kind, _, index = device.partition(":")
-    if device != "cpu" and (kind != "cuda" or (device != "cuda" and not index.isdecimal())):
+    if not isinstance(device, str) or not re.fullmatch("cpu|cuda(:[0-9]+)?", device):
         raise ValueError(f"device: {device!r} is unknown; use 'cpu', 'cuda' or 'cuda:N' with N = 0, 1, ...")
     return contextlib.nullcontext() if device == "cpu" else _gpu(device)
 
@@ -75,9 +74,9 @@ def _gpu(device: str):
     choose = "'tinyddpm[cuda12]' or 'tinyddpm[cuda13]', whichever CUDA the driver supports (nvidia-smi shows it)"
     try:
         import cupy
-    except ModuleNotFoundError:
-        raise RuntimeError(f"{device} needs CuPy, which is not installed; pip install {choose}") from None
     except ImportError as error:
+        if error.name == "cupy":
+            raise RuntimeError(f"{device} needs CuPy, which is not installed; pip install {choose}") from None
         raise RuntimeError(f"{device} needs CuPy, which is installed but cannot be imported: {error}") from error
     try:
         count = cupy.cuda.runtime.getDeviceCount()
@@ -109,15 +108,6 @@ def device_of(x: Array) -> str:
 def like(values: np.ndarray, x: Array) -> Array:
     """Return the NumPy array `values` with the dtype of `x`, on the device of `x`."""
     return to_device(values.astype(x.dtype, copy=False), device_of(x))
-
-
-def erfc(x: Array) -> Array:
-    """The complementary error function of an array, which NumPy does not have: Python's, one number at a time."""
-    if isinstance(x, (np.ndarray, np.generic)):
-        return np.vectorize(math.erfc, otypes=[x.dtype])(x)
-    from cupyx.scipy.special import erfc
-
-    return erfc(x)
 
 
 def paired(function: Callable) -> Callable:

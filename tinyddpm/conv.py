@@ -18,7 +18,7 @@ import numpy as np
 
 from . import winograd
 from .backend import Array, array_module, paired
-from .functional import column_sums
+from .functional import check_precision, column_sums
 from .tensor import op
 
 Padding = tuple[tuple[int, int], tuple[int, int]]  # ((top, bottom), (left, right))
@@ -45,6 +45,7 @@ def conv2d(x, w, b=None, *, stride: int = 1, padding: int | Padding = 0, precisi
     """
     pad = _padding(padding)
     _check(x, w, b, stride, pad)
+    check_precision(precision)
     return convolve(x, w, b, stride, pad, precision)
 
 

@@ -24,13 +24,15 @@ import cupy
 import cupy.cublas
 import numpy as np
 from cupy_backends.cuda.libs import cublas
+from cupyx.scipy.special import erfc  # noqa: F401  the twin of ours
 
 from .backend import Array
+from .functional import check_precision
 
 THREADS = 256  # of a block
 PIXELS = 16  # of a block of `gather`
 COLUMNS = 2**25  # numbers in `columns` at a time, 128 MiB of float32; a larger batch is convolved in parts
-REALS = {"float32": "float", "float64": "double", "float16": "unsigned short", "uint16": "unsigned short"}
+REALS = {"f": "float", "d": "double", "h": "short", "H": "short"}  # in C, by NumPy's dtype.char
 
 
 @functools.cache
@@ -41,14 +43,14 @@ def kernel(file: str, name: str, dtype: np.dtype) -> Callable:
     and returns before it has run.
     """
     source = (pathlib.Path(__file__).parent / "kernels" / f"{file}.cu").read_text()
-    real = REALS[dtype.name]
+    real = REALS[dtype.char]
     macros = {"REAL": real, "SUM": "double" if real == "double" else "float", "THREADS": THREADS, "PIXELS": PIXELS}
     return cupy.RawKernel("".join(f"#define {key} {value}\n" for key, value in macros.items()) + source, name)
 
 
 # ----------------------------------------------------------------------------------------------------- matrix products
 
-TYPES = {"f": 0, "d": 1, "e": 2, "H": 14}  # cuBLAS's names for NumPy's dtype.char; bf16 comes as uint16
+TYPES = {"f": 0, "d": 1, "h": 2, "H": 14}  # what cuBLAS calls them; h is fp16 and H is bf16, see `rounded`
 COMPUTE_32F, COMPUTE_64F, COMPUTE_32F_FAST_TF32 = 68, 70, 77
 
 to_bf16 = cupy.ElementwiseKernel(  # which NumPy does not have: the upper half of a float32
@@ -61,10 +63,21 @@ to_bf16 = cupy.ElementwiseKernel(  # which NumPy does not have: the upper half o
 
 
 def rounded(x: Array, precision: str) -> Array:
-    """x as a factor in a product of this precision; what is rounded already, or float64, stays as it is."""
+    """x as a factor in a product of this precision: bf16 as uint16, fp16 as int16. What is rounded already, or float64,
+    stays as it is."""
+    check_precision(precision)
     if precision not in ("bf16", "fp16") or x.dtype.char != "f":
         return x
-    return to_bf16(x) if precision == "bf16" else x.astype(np.float16)
+    return to_bf16(x) if precision == "bf16" else x.astype(np.float16, order="C").view(np.int16)
+
+
+def plain(*arrays: Array) -> tuple[Array, ...]:
+    """The arrays contiguous, as kernels take them, which are told but an address. TypeError unless float32 or
+    float64."""
+    for x in arrays:
+        if x.dtype.char not in "fd":
+            raise TypeError(f"dtype: a GPU computes in float32 or float64, got {x.dtype}; see precision in Module.to")
+    return tuple(map(cupy.ascontiguousarray, arrays))
 
 
 def product(
@@ -77,15 +90,21 @@ def product(
 ) -> Array:
     """scale a @ b; written, or added if `accumulate`, to `out`, which is contiguous, if there is one. Factors may be
     `rounded` already."""
-    if a.size == 0 or b.size == 0:
-        return a @ b
+    if a.size == 0 or b.size == 0 or a.shape[-1] != b.shape[-2]:
+        return a @ b  # which raises if they do not fit
+    if a.shape[:-2] != b.shape[:-2]:
+        lead = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+        a, b = (cupy.broadcast_to(x, lead + x.shape[-2:]) for x in (a, b))
     (n, k), m = a.shape[-2:], b.shape[-1]
     real = "d" if a.dtype.char == "d" else "f"
     y = cupy.empty((*a.shape[:-1], m), real) if out is None else out
+    if not {a.dtype.char, b.dtype.char} <= TYPES.keys():
+        plain(a, b)  # raises
     (a, a_turned), (b, b_turned) = _stored(a, precision), _stored(b, precision)
     compute = COMPUTE_64F if real == "d" else COMPUTE_32F_FAST_TF32 if precision == "tf32" else COMPUTE_32F
     alpha, beta = _number(scale, real), _number(float(accumulate), real)
-    # cuBLAS reads matrices column by column, so that it takes each of ours for its transpose: y^T = b^T a^T
+    # cuBLAS reads matrices column by column, so that it takes each of ours for its transpose: y^T = b^T a^T. Of each it
+    # wants address, type and the distance from one row of ours to the next, and of a batch that between matrices.
     A, B = ((x.data.ptr, TYPES[x.dtype.char], max(x.strides[1] // x.itemsize, x.shape[2])) for x in (a, b))
     Y = y.data.ptr, TYPES[real], m
     task = cupy.cuda.device.get_cublas_handle(), int(b_turned), int(a_turned), m, n, k, alpha.ctypes.data
@@ -136,15 +155,16 @@ def convolve(x: Array, w: Array, b: Array | None, stride: int, pad: tuple, preci
     (N, H, W, C), (kh, kw, _, O), ((top, bottom), (left, right)) = x.shape, w.shape, pad
     OH, OW, K = (H + top + bottom - kh) // stride + 1, (W + left + right - kw) // stride + 1, kh * kw * C
     pointwise = (kh, kw, stride, pad) == (1, 1, 1, ((0, 0), (0, 0)))  # the columns are x itself
-    dtype, images = x.dtype, N if pointwise else max(1, COLUMNS // (OH * OW * K))
+    dtype, images = x.dtype, N if pointwise else max(1, COLUMNS // max(OH * OW * K, H * W * C))
     parts = [slice(start, min(start + images, N)) for start in range(0, N, images)]
-    x, filters = rounded(cupy.ascontiguousarray(x), precision), rounded(w.reshape(K, O), precision)
+    (x, w), (b,) = plain(x, w), (None,) if b is None else plain(b)
+    x, filters = rounded(x, precision), rounded(w.reshape(K, O), precision)
 
     def rows(y: Array, part: slice) -> Array:
         return y[part].reshape(-1, y.shape[3])
 
     def columns(part: slice, y: Array | None = None) -> Array:
-        """The columns of these images. Sets the rows y to the bias."""
+        """The columns of these images. On the way it sets y, the rows of their outputs, to the bias, to be added to."""
         if pointwise:
             return rows(x, part)
         pixels = len(x[part]) * OH * OW
@@ -164,7 +184,7 @@ def convolve(x: Array, w: Array, b: Array | None, stride: int, pad: tuple, preci
         y += b
 
     def pull(g):
-        g = cupy.ascontiguousarray(g)
+        (g,) = plain(g)
         factor = rounded(g, precision)
 
         def dx():
@@ -195,14 +215,14 @@ def convolve(x: Array, w: Array, b: Array | None, stride: int, pad: tuple, preci
 def normalise(x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu: bool) -> tuple[Array, Callable]:
     """One kernel forward, and two back: the second adds up the gradients of gamma and beta over the images."""
     N, C = x.shape[0], x.shape[-1]
-    x, y, L = cupy.ascontiguousarray(x), cupy.empty(x.shape, x.dtype), x.size // (N * C)
+    (x, gamma, beta), y, L = plain(x, gamma, beta), cupy.empty(x.shape, x.dtype), x.size // (N * C)
     means, rstds = cupy.empty((2, N * groups), x.dtype)
     blocks, arrays = ((N * groups,), (THREADS,)), (x, gamma, beta, y, means, rstds)
     kernel("group_norm", "normalise", x.dtype)(*blocks, (*arrays, L, C, groups, float(eps), int(silu)))
 
     def pull(g):
         dx, of_images = cupy.empty(x.shape, x.dtype), cupy.empty((2, N, C), x.dtype)
-        arrays = x, cupy.ascontiguousarray(g), gamma, beta, means, rstds, dx, *of_images
+        arrays = x, *plain(g), gamma, beta, means, rstds, dx, *of_images
         kernel("group_norm", "normalise_grad", x.dtype)(*blocks, (*arrays, L, C, groups, int(silu)))
         dgamma, dbeta = of_images.sum(axis=1)
         return dx, dgamma, dbeta
@@ -216,14 +236,14 @@ def normalise(x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu
 def softmax_rows(x: Array, out: Array | None = None) -> Array:
     """One kernel. `out` is contiguous."""
     y = cupy.empty(x.shape, x.dtype) if out is None else out
-    _in_warps("softmax_rows", cupy.ascontiguousarray(x), y)
+    _in_warps("softmax_rows", *plain(x), y)
     return y
 
 
 def softmax_rows_grad(y: Array, g: Array, out: Array | None = None) -> Array:
-    """One kernel. `out` is contiguous, as y is."""
+    """One kernel. `out` is contiguous."""
     dx = cupy.empty(y.shape, y.dtype) if out is None else out
-    _in_warps("softmax_rows_grad", y, cupy.ascontiguousarray(g), dx)
+    _in_warps("softmax_rows_grad", *plain(y, g), dx)
     return dx
 
 
@@ -283,6 +303,7 @@ def swish(x: Array) -> tuple[Array, Callable]:
 
 def squared_norm(vector: Array) -> Array:
     """cuBLAS's dot. CuPy's own leaves all of it to a single block of threads."""
+    (vector,) = plain(vector)
     return cupy.cublas.dot(vector, vector)
 
 

@@ -10,10 +10,16 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .backend import Array, array_module, erfc, like, paired
+from .backend import Array, array_module, device_of, paired, to_device
 from .tensor import Tensor, as_array, mul, op
 
 PRECISIONS = ("float32", "tf32", "bf16", "fp16")
+
+
+def check_precision(precision: str) -> None:
+    """Raise ValueError unless `precision` is one of PRECISIONS."""
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: unknown {precision!r}; known: {', '.join(PRECISIONS)}")
 
 
 def logistic(x: Array) -> Array:
@@ -35,9 +41,10 @@ def product(a: Array, b: Array, precision: str = "float32", scale: float = 1.0) 
     """scale times the matrix product a @ b of float32 or float64 arrays, (..., n, k) and (..., k, m) -> (..., n, m).
 
     `precision` is what a GPU rounds the numbers of float32 arrays to before it multiplies them, faster: "tf32" (10
-    bits of mantissa), "bf16" (7) or "fp16" (10, and a small range: below 6e-8 all is 0, above 65504 infinite). Sums are
-    float32 always. A CPU rounds nothing.
+    bits of mantissa), "bf16" (7) or "fp16" (10, and a small range: below 6e-8 all is 0, above 65504 infinite). Their
+    sums are float32 always. A CPU rounds nothing. Raises ValueError for another.
     """
+    check_precision(precision)
     y = a @ b
     if scale != 1:
         y *= scale
@@ -137,6 +144,12 @@ def at_least(x, *, least: float):
     return np.maximum(x, least), lambda g: g * (x > least)
 
 
+@paired
+def erfc(x: Array) -> Array:
+    """The complementary error function of an array, which NumPy does not have: Python's, one number at a time."""
+    return np.vectorize(math.erfc, otypes=[x.dtype])(x)
+
+
 @op
 def normal_cdf(x):
     """Phi(x) = (2 pi)^(-1/2) times the integral of e^(-u^2/2) from -infinity to x: the standard normal's distribution.
@@ -169,5 +182,5 @@ def dropout(x: Tensor | Array, p: float, rng: np.random.Generator | None = None)
         raise ValueError(f"p: the probability of dropping must lie in [0, 1), got {p}")
     if rng is None or p == 0:
         return x
-    keep = rng.random(x.shape, dtype=np.float32) >= p
-    return mul(x, like(np.asarray(keep / (1 - p)), as_array(x)))  # an array even where x has no axes
+    keep = np.asarray(rng.random(x.shape, dtype=np.float32) >= p)  # an array even where x has no axes
+    return mul(x, to_device(keep, device_of(as_array(x))).astype(x.dtype) / (1 - p))

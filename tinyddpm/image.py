@@ -1,6 +1,6 @@
 """Pictures: grids, the noising strip, the animated denoising (Pillow), and the loss curve (matplotlib, optional).
 
-Images come as (N, H, W, C) arrays in [-1, 1] with C = 1 (grey) or 3 (RGB).
+Images come as (N, H, W, C) arrays, NumPy's or CuPy's, in [-1, 1] with C = 1 (grey) or 3 (RGB).
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from .backend import to_numpy
+
 Path = str | pathlib.Path
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
     """[-1, 1] -> 0 ... 255, clipped and rounded."""
-    return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
+    return np.rint((np.clip(to_numpy(images), -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int | None = None, scale: int = 2, gap: int = 2) -> Image.Image:

@@ -14,7 +14,7 @@ import numpy as np
 
 from .backend import device_of, on_device, to_device, to_numpy
 from .conv import Padding, conv2d
-from .functional import PRECISIONS, linear
+from .functional import check_precision, linear
 from .fused import attention, group_norm
 from .tensor import Parameter, Tensor
 
@@ -62,12 +62,13 @@ class Module:
         """Move the parameters to `device` ("cpu", "cuda", "cuda:N"), convert them to `dtype`, in place; return self.
 
         `precision`, "float32", "tf32", "bf16" or "fp16", is what a GPU rounds the factors of float32 matrix products
-        to, in convolutions, linear layers and attention; a CPU does not. See `functional.product`.
+        to, in convolutions, linear layers and attention; a CPU does not. See `functional.product`. bf16 and tf32 take a
+        GPU of 2020 or later (Ampere). Checkpoints do not keep it.
         """
         if dtype is not None and np.dtype(dtype).kind != "f":
             raise ValueError(f"dtype: expected a floating-point type such as 'float32' or 'float64', got {dtype!r}")
-        if precision is not None and precision not in PRECISIONS:
-            raise ValueError(f"precision: unknown {precision!r}; known: {', '.join(PRECISIONS)}")
+        if precision is not None:
+            check_precision(precision)
         for p in self.parameters():
             there = device_of(p.data) if device is None else device
             with on_device(there):

@@ -68,7 +68,11 @@ def worker_threads(count: int | None = None, most: int | None = None) -> Iterato
 
         def run(function: Callable, items: Iterable) -> Iterator:
             with blas.limit(limits=1, user_api="blas"):  # a setting of the whole process, so only while we need it
-                yield from (pool.map if pool else map)(function, items)
+                if pool:
+                    yield from pool.map(function, items)
+                else:
+                    for item in items:
+                        yield function(item)
 
         yield run
 
@@ -81,8 +85,9 @@ def worker_processes(function: Callable, count: int | None = None, most: int | N
 
     What goes to a process and what it returns is pickled; all else that the function changes stays with the process,
     except for arrays from `shared_array`. Results come in the order of the items; an exception in a worker is raised
-    where its result is taken. A single worker, those of a process that may not have any (multiprocessing's daemons),
-    and all on Windows and macOS, where copying a process is impossible or unsafe, are threads.
+    where its result is taken. A single worker is this thread. Those of a process that may not have any of its own
+    (multiprocessing's daemons), and all on Windows and macOS, where copying a process is impossible or unsafe, are
+    threads.
     Raises ValueError unless `count` is an integer >= 1.
     """
     count = min(_worker_count(count), most or math.inf)

@@ -163,7 +163,7 @@ def sample(
             default a second call repeats the first; None draws other images every time.
         clip: keep the predicted x_0 within [-1, 1] at every step; False not to, "dynamic" for `dynamic_threshold`.
         callback: called as callback(t, x_{t-1}, predicted x_0) after every step; x_{t-1} is still b times as large.
-        workers: threads; None for one per CPU.
+        workers: threads; None for one per CPU. A GPU has one.
         settings: of the method: "ddim" takes eta, 0 ... 1, how much of `ddpm`'s noise it adds.
 
     Returns (N, H, W, C), within [-1, 1] if clipped. Raises ValueError for an unknown method, a shape, steps or settings
@@ -196,7 +196,7 @@ def sample(
 
         def in_shards(x: Array, t: np.ndarray) -> Array:
             def predict(shard: slice) -> Array:
-                with on_device(device), no_grad(), filters.in_force():
+                with no_grad(), filters.in_force():
                     return as_array(model(x[shard], ts[t[shard]]))
 
             return array_module(x).concatenate(list(run(predict, shards(x.shape, device))))

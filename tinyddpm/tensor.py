@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from .backend import Array, array_module, is_array
+from .backend import Array, array_module, device_of, is_array
 
 # ---------------------------------------------------------------------------------------------------------- tensors
 
@@ -184,8 +184,7 @@ def op(function: Callable) -> Callable:
     function without arguments, called only if someone wants it. Where an input was broadcast, its gradient is summed
     down centrally.
 
-    An op reads its inputs and `g` and writes only to arrays that it made itself. A gradient is `g`, or a view of it, or
-    else an array that nobody else holds or writes to: `backward` may hand it out. The dtype of its inputs is kept:
+    An op reads its inputs and `g` and writes only to arrays that it made itself. The dtype of its inputs is kept:
     mixing float32 with float64, or a value of another dtype, raises TypeError. The undecorated function is `op.raw`.
     """
     name = function.__name__
@@ -200,7 +199,7 @@ def op(function: Callable) -> Callable:
             inputs, settings = bound.args, bound.kwargs
         arrays = [as_array(x) for x in inputs]
         dtype = _common_dtype(name, arrays)
-        value, pull = apply.raw(*arrays, **settings)
+        value, pull = apply.raw(*arrays, **settings)  # as an attribute, so that tests can put another in its place
         y = Tensor(value)
         if y.dtype != dtype:
             raise TypeError(f"{name}: {dtype} became {y.dtype}; convert the input that is not a float array")
@@ -217,22 +216,28 @@ def op(function: Callable) -> Callable:
 
 
 def _common_dtype(name: str, arrays: list) -> np.dtype:
-    """Return the one float dtype among `arrays`; NumPy scalars count, Python numbers take any dtype."""
+    """Return the one float dtype among `arrays`, which must be on one device; NumPy scalars count, Python numbers take
+    any dtype."""
     found = {a.dtype for a in arrays if hasattr(a, "dtype") and a.dtype.kind == "f"}
     if len(found) != 1:
         names = ", ".join(sorted(map(str, found))) or "no float array"
         raise TypeError(f"{name}: inputs must share one float dtype, got {names}; convert with .astype or float()")
+    devices = {device_of(a) for a in arrays if is_array(a)}
+    if len(devices) > 1:
+        names = ", ".join(sorted(devices))
+        raise ValueError(f"{name}: inputs must be on one device, got {names}; move arrays by to_device, models by .to")
     return found.pop()
 
 
 # --------------------------------------------------------------------------------------------------------- backward
 
 
-def backward(loss: Tensor) -> dict[Parameter, Array]:
+def backward(loss: Tensor, copy: bool = True) -> dict[Parameter, Array]:
     """Return dL/dp for every `Parameter` p that the scalar `loss` L depends on, as {p: array of p's shape and dtype}.
 
     The chain rule from the loss to the leaves: what is used in several places sums what comes back from each. Every
-    op's saved arrays are freed as soon as its `pull` has run, so a graph can be walked once.
+    op's saved arrays are freed as soon as its `pull` has run, so a graph can be walked once. Without `copy`, gradients
+    are only to be read: they may be parts of each other, or arrays that others hold too.
 
     Raises TypeError if `loss` is no tensor, ValueError if it is not a scalar or depends on no parameter, RuntimeError
     on a second walk.
@@ -246,7 +251,7 @@ def backward(loss: Tensor) -> dict[Parameter, Array]:
         raise ValueError("loss: it depends on no Parameter (was it computed under no_grad?)")
     order = _parents_first(root)
     incoming = {root: np.ones_like(loss.data)}  # given a CuPy array, NumPy asks CuPy
-    ours = set()  # those whose incoming sum is an array of its own; any other may be one that others have too
+    ours = set()  # those whose incoming sum is an array made here; any other is borrowed from a pull
     gradients = {}
     while order:
         node = order.pop()
@@ -254,13 +259,11 @@ def backward(loss: Tensor) -> dict[Parameter, Array]:
             continue
         g = incoming.pop(node)
         if isinstance(node, Parameter):
-            gradients[node] = g if node in ours else g.copy()
+            gradients[node] = g.copy() if copy and node not in ours else g
             continue
         for parent, contribution in _pull(node, g):
             if parent not in incoming:
                 incoming[parent] = contribution
-                if isinstance(parent, Parameter) and not array_module(g).may_share_memory(contribution, g):
-                    ours.add(parent)
             elif parent in ours:
                 incoming[parent] += contribution
             else:

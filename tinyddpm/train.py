@@ -40,17 +40,22 @@ class TrainState:
     lr: float
     ema: EMA  # ema.model is what to sample from
     optimizer: Adam
-    outcome: tuple[Array | float, Array | float]  # loss and grad_norm, perhaps still to be computed
+    outcome: tuple[Array | float, Array | float]  # loss and grad_norm; on a GPU, arrays until somebody looks
+
+    def look(self) -> tuple[float, float]:
+        """Return loss and grad_norm. On a GPU, this waits until the step is done, the first time."""
+        self.outcome = loss, grad_norm = tuple(map(float, self.outcome))
+        return loss, grad_norm
 
     @property
     def loss(self) -> float:
-        """Of this step's batch, before the update. On a GPU, to ask is to wait until the step is done."""
-        return float(self.outcome[0])
+        """Of this step's batch, before the update; see `look`."""
+        return self.look()[0]
 
     @property
     def grad_norm(self) -> float:
-        """Of the gradient before it was clipped; the same holds."""
-        return float(self.outcome[1])
+        """Of the gradient before it was clipped; see `look`."""
+        return self.look()[1]
 
 
 def train(
@@ -81,13 +86,14 @@ def train(
         max_norm: longest gradient. ema_decay: of the moving average.
         workers: processes; None for one per CPU. They are copies of this one, see `parallel.worker_processes`: images,
             model and diffusion must not change while it trains, but for the parameters, in place; and what a model
-            notes down about itself stays in the copy, unless there is only one worker.
+            notes down about itself stays in the copy, unless there is only one worker. A GPU needs none but this.
         seed: of batches, timesteps, noise and dropout.
 
     Being a generator, it raises what follows when its first state is asked for: TypeError or ValueError if an argument
     is of the wrong type or out of range, FloatingPointError if the loss or the gradient is not finite, RuntimeError if
     the model's parameters are moved or replaced while it trains. What is not finite never touches the parameters; on a
-    GPU it is noticed within `LOOK_EVERY` steps. Images far outside of [-1, 1] are warned about.
+    GPU it is noticed within `LOOK_EVERY` steps, unless the training is closed before. Images far outside of [-1, 1] are
+    warned about.
 
     Products in "fp16" (see `Module.to`) lose gradients below 6e-8, and a mean over many pixels makes them small. So the
     loss is then multiplied by about the number of pixels before it is differentiated, and the gradient divided
@@ -102,7 +108,7 @@ def train(
         if not isinstance(value, numbers.Integral) or value < least:
             raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
     if not isinstance(images, np.ndarray):
-        raise TypeError(f"images: expected a NumPy array, got {type(images).__name__}")
+        raise TypeError(f"images: expected a NumPy array, got {type(images)}")
     if images.ndim != 4 or images.size == 0 or images.dtype != model.dtype:
         raise ValueError(f"images: expected {model.dtype} (M, H, W, C) with M >= 1, got {images.dtype} {images.shape}")
     if not on_cpu:  # there `loss` does not look, for it would have to wait for the device
@@ -111,7 +117,7 @@ def train(
         micro_batch = shard_size(batch, *images.shape[1:3]) if on_cpu else batch
     parameters = model.parameters()
     starts = range(0, batch, micro_batch)
-    groups = np.array_split(starts, min(GROUPS, len(starts)))
+    groups = np.array_split(starts, min(GROUPS, len(starts)) if on_cpu else 1)
     scale = 2.0 ** round(math.log2(batch * images[0].size)) if model.precision == "fp16" else 1.0
     with on_device(device):
         empty = shared_array if on_cpu else array_module(parameters[0].data).empty
@@ -124,46 +130,47 @@ def train(
     def differentiate(group: int, step: int, indices: np.ndarray) -> Array:
         """Loss of a group of micro-batches; the gradient goes to its row of `gradients`. Both are weighted so that the
         groups add up to the batch's mean."""
-        with on_device(device):
-            total = 0.0
-            for start in groups[group]:
-                chosen = indices[start : start + micro_batch]
-                rng = random_stream(seed, "noise", step, start)
-                net = functools.partial(model, rng=rng) if getattr(model, "dropout", 0) else model
-                loss = diffusion.loss(net, to_device(images[chosen], device), rng) * (scale * len(chosen) / batch)
-                gradient = backward(loss)
-                total += loss.data.astype(np.float64)
-                if start == groups[group][0]:
-                    flat_gradient(gradient, parameters, out=gradients[group])
-                else:
-                    gradients[group] += flat_gradient(gradient, parameters)
-            return total
+        total = 0.0
+        for start in groups[group]:
+            chosen = indices[start : start + micro_batch]
+            rng = random_stream(seed, "noise", step, start)
+            net = functools.partial(model, rng=rng) if getattr(model, "dropout", 0) else model
+            loss = diffusion.loss(net, to_device(images[chosen], device), rng) * (scale * len(chosen) / batch)
+            gradient = backward(loss, copy=False)
+            total += loss.data.astype(np.float64)
+            if start == groups[group][0]:
+                flat_gradient(gradient, parameters, out=gradients[group])
+            else:
+                gradients[group] += flat_gradient(gradient, parameters)
+        return total
 
-    def update(step: int, loss: Array, rate: float) -> tuple[Array, Array]:
-        """Step against the sum of all gradients and move the average; return the loss and the norm of the gradient."""
+    def update(step: int, loss: Array) -> TrainState:
+        """Step against the sum of all gradients and move the average."""
         gradient = gradients[0]
         for other in gradients[1:]:
             gradient += other
         if scale != 1:
             loss = loss / scale
             gradient *= 1 / scale
-        norm = clip_norm(gradient, max_norm)
-        unseen.append((step + 1, loss, norm))
-        if len(unseen) >= (1 if on_cpu else LOOK_EVERY):
+        rate = learning_rate(lr, step, steps, warmup_steps, decay_steps)
+        state = TrainState(step + 1, rate, ema, optimizer, (loss, clip_norm(gradient, max_norm)))
+        unseen.append(state)
+        if on_cpu or len(unseen) == LOOK_EVERY or step + 1 == steps:
             look()
         if moved():
             raise RuntimeError(f"step {step + 1}: the model's parameters were moved or replaced while it trains")
         optimizer.step(gradient, rate)
         ema.update(theta)
-        return loss, norm
+        return state
 
     def look() -> None:
         """Raise if a step that nobody has looked at came out not finite."""
-        for step, loss, norm in [(step, float(loss), float(norm)) for step, loss, norm in unseen]:
+        for state in unseen:
+            loss, norm = state.look()
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(
-                    f"step {step}: the loss is {loss}, the gradient's norm {norm}; if all images are finite, try a "
-                    f"lower lr than {lr}"
+                    f"step {state.step}: the loss is {loss}, the gradient's norm {norm}; if all images are finite, try "
+                    f"a lower lr than {lr}" + (", or a precision other than fp16" if scale != 1 else "")
                 )
         unseen.clear()
 
@@ -175,13 +182,9 @@ def train(
         with worker_processes(differentiate, workers, most=len(groups) if on_cpu else 1) as run:
             for step in range(steps):
                 indices = batch_indices(len(images), step, batch, seed)
-                rate = learning_rate(lr, step, steps, warmup_steps, decay_steps)
                 with on_device(device):
-                    loss = sum(run(range(len(groups)), step, indices))
-                    outcome = update(step, loss, rate)
-                    if step + 1 == steps:
-                        look()
-                yield TrainState(step + 1, rate, ema, optimizer, outcome)
+                    state = update(step, sum(run(range(len(groups)), step, indices)))
+                yield state
     finally:
         if on_cpu and not moved():
             flatten(parameters)  # out of the memory that processes share

@@ -3,9 +3,10 @@
 
 // A thread stays with one k, for PIXELS outputs one after the other, since to take k apart it must divide, which is slow.
 // On its way the block sets y, of O channels, to the bias; the product is then added to that.
-extern "C" __global__ void gather(const REAL* x, REAL* columns, const SUM* bias, SUM* y, long long pixels, long long H,
-                                  long long W, long long C, long long OH, long long OW, long long kw, long long K,
-                                  long long O, long long stride, long long top, long long left) {
+extern "C" __global__ void gather(const REAL* __restrict__ x, REAL* columns, const SUM* __restrict__ bias, SUM* y,
+                                  long long pixels, long long H, long long W, long long C, long long OH, long long OW,
+                                  long long kw, long long K, long long O, long long stride, long long top,
+                                  long long left) {
     unsigned first = blockIdx.x * PIXELS;  // there are fewer than 2^32 pixels, and numbers in dx
     int count = min((long long)PIXELS, pixels - first);
     for (int k = threadIdx.x; k < K; k += blockDim.x) {
@@ -30,9 +31,9 @@ extern "C" __global__ void gather(const REAL* x, REAL* columns, const SUM* bias,
 }
 
 // A thread adds up what all outputs owe to one number of dx, so that no two threads write to the same place.
-extern "C" __global__ void add_up(const SUM* owed, SUM* dx, long long size, long long H, long long W, long long C,
-                                  long long OH, long long OW, long long kh, long long kw, long long stride,
-                                  long long top, long long left) {
+extern "C" __global__ void add_up(const SUM* __restrict__ owed, SUM* dx, long long size, long long H, long long W,
+                                  long long C, long long OH, long long OW, long long kh, long long kw,
+                                  long long stride, long long top, long long left) {
     unsigned index = blockIdx.x * THREADS + threadIdx.x;
     if (index >= size) return;
     unsigned pixel = index / (unsigned)C, c = index % (unsigned)C;

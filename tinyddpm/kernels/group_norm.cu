@@ -33,9 +33,9 @@ __device__ REAL block_sum(REAL value) {  // over the threads of the block; all o
     return value;
 }
 
-extern "C" __global__ void normalise(const REAL* x, const REAL* gamma, const REAL* beta, REAL* y, REAL* means,
-                                     REAL* rstds, long long L, long long C, long long groups, double eps,
-                                     long long silu) {
+extern "C" __global__ void normalise(const REAL* __restrict__ x, const REAL* __restrict__ gamma,
+                                     const REAL* __restrict__ beta, REAL* y, REAL* means, REAL* rstds, long long L,
+                                     long long C, long long groups, double eps, long long silu) {
     Group group(L, C, groups);
     REAL sum = 0, squares = 0, size = L * group.D;
     if (group.works)
@@ -65,9 +65,11 @@ extern "C" __global__ void normalise(const REAL* x, const REAL* gamma, const REA
 
 // dz = dL/dz is summed over the positions of each channel, for beta, and times xhat, for gamma; both (N, C). Mean and
 // variance depend on x too, so dx loses its mean and its projection on xhat, over the group.
-extern "C" __global__ void normalise_grad(const REAL* x, const REAL* g, const REAL* gamma, const REAL* beta,
-                                          const REAL* means, const REAL* rstds, REAL* dx, REAL* dgamma, REAL* dbeta,
-                                          long long L, long long C, long long groups, long long silu) {
+extern "C" __global__ void normalise_grad(const REAL* __restrict__ x, const REAL* __restrict__ g,
+                                          const REAL* __restrict__ gamma, const REAL* __restrict__ beta,
+                                          const REAL* __restrict__ means, const REAL* __restrict__ rstds, REAL* dx,
+                                          REAL* dgamma, REAL* dbeta, long long L, long long C, long long groups,
+                                          long long silu) {
     __shared__ REAL alone[THREADS], times_xhat[THREADS];
     Group group(L, C, groups);
     REAL mean = means[blockIdx.x], rstd = rstds[blockIdx.x], size = L * group.D;
