@@ -147,6 +147,7 @@ def test_normalise(dtype, seed, n, L, W, groups, D, silu, way):
 def test_softmax_rows(dtype, seed, rows, size, in_place, way):
     r = np.random.default_rng(seed)
     x, g = (3 * r.standard_normal((2, 3, rows, size))).astype(dtype)
+    x -= 500
     sent, sent_g = to_cuda(x), to_cuda(g)
     if not in_place:
         x, g, sent, sent_g = (laid_out(a, way) for a in (x, g, sent, sent_g))
@@ -177,6 +178,14 @@ def test_products_broadcast_as_numpy_s_do(a, b):
     r = np.random.default_rng(0)
     a, b = r.standard_normal(a), r.standard_normal(b)
     close(product(to_cuda(a), to_cuda(b)), product(a, b), "float64")
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_factor_for_a_whole_batch(precision):
+    a, b = np.random.default_rng(0).standard_normal((2, 4, 5, 5)).astype(np.float32)
+    a = np.broadcast_to(a[:1], b.shape)
+    sent = array_module(to_cuda(b)).broadcast_to(to_cuda(a[:1]), b.shape)
+    close(product(sent, to_cuda(b), precision), product(*(rounded(x, BITS[precision]) for x in (a, b))))
 
 
 def test_factors_that_do_not_fit():

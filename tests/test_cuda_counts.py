@@ -97,6 +97,20 @@ def test_a_training_step_in_other_precisions(counts, precision):
     assert counts.launches.total() <= (612 if precision == "tf32" else 1000)
 
 
+def test_micro_batches_save_memory(counts):
+    peaks = []
+    for micro_batch in (None, 2):
+        _, steps = begin_training(EXAMPLE, 32, 28, micro_batch=micro_batch)
+        next(steps)
+        counts.reset()
+        next(steps)
+        nobody_waits(counts)
+        peaks.append(counts.peak_in_use)
+        steps.close()
+        del steps
+    assert peaks[1] < 0.4 * peaks[0]
+
+
 def test_now_and_then_training_looks_whether_all_is_finite(counts, monkeypatch):
     monkeypatch.setattr(sys.modules["tinyddpm.train"], "LOOK_EVERY", 3)
     waited = []
