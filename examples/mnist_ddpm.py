@@ -104,11 +104,11 @@ def main():
         resumed = began
         for state in training:
             states.append(state)
+            if args.device == "cpu" or state.step % 50 == 1:  # who looks at a loss waits for it, and a GPU runs behind
+                loss = np.mean([s.loss for s in states[-100:]])
             busy, gone = busy + time.monotonic() - resumed, time.monotonic() - began
             bar.total = int(min(steps, max(state.step, state.step * seconds / gone)))
-            if args.device == "cpu" or state.step % 50 == 0:  # who looks at a loss waits for it, and a GPU runs behind
-                loss, speed = np.mean([s.loss for s in states[-100:]]), state.step * args.batch / busy
-                bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.4f}, {state.step * args.batch / busy:.0f} images/s", refresh=False)
             bar.update()
             if interrupted or gone > seconds:
                 break

@@ -27,6 +27,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     kind = config.getoption("--cuda")
+    if kind == "real" and (reason := why_no_gpu(None)):
+        pytest.exit(f"--cuda real: {reason}", returncode=4)
     if kind in ("emulated", "null"):
         import cuda_on_cpu
 
@@ -36,9 +38,19 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    kind = config.getoption("--cuda")
     for item in items:
-        if item.get_closest_marker("gpu") and (reason := why_no_gpu(config.getoption("--cuda"))):
-            item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("gpu"):
+            reason = why_no_gpu(kind)
+            if kind == "null" and item.path.name != "test_cuda_counts.py":
+                reason = "on the null device nothing is computed"
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.option.markexpr == "gpu" and (reason := why_no_gpu(config.getoption("--cuda"))):
+        terminalreporter.write_line(f"NOT TESTED ON A GPU: {reason}")
 
 
 @functools.cache

@@ -107,7 +107,7 @@ def test_a_gpu_that_works_is_asked_once(install):
 def test_cuda_without_a_driver_says_what_cuda_says(install):
     install(FakeCuPy(no_driver=True))
     with pytest.raises(
-        RuntimeError, match="device: 'cuda:1' needs an NVIDIA GPU and a driver.*CUDA says: cudaErrorInsu"
+        RuntimeError, match="device: 'cuda:1' needs an NVIDIA GPU and a recent driver.*CUDA says: cudaErrorInsu"
     ):
         on_device("cuda:1")
 
@@ -139,7 +139,10 @@ def test_with_the_real_cupy():
     """In a process of its own, where nothing is imitated: where there is no GPU, the message says so."""
     code = "from tinyddpm.backend import to_device; import numpy; print(to_device(numpy.ones(1), 'cuda'))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout == "[1.]\n" or "RuntimeError: device: 'cuda' needs an NVIDIA GPU and a driver" in result.stderr
+    assert (
+        result.stdout == "[1.]\n"
+        or "RuntimeError: device: 'cuda' needs an NVIDIA GPU and a recent driver" in result.stderr
+    )
 
 
 def test_functions_are_paired_by_the_first_argument(monkeypatch):
@@ -154,6 +157,7 @@ def test_functions_are_paired_by_the_first_argument(monkeypatch):
         return times * x
 
     assert double(np.ones(())) == 2 and double(np.float32(1), times=3) == 3
+    monkeypatch.setattr(backend, "array_module", lambda x: "cupy")
     assert double("an array of CuPy", times=4) == ("twin", 4)
     assert double.__doc__ == "Times two." and double.__wrapped__
     backend._twin.cache_clear()

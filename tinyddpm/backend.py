@@ -71,7 +71,7 @@ def on_device(device: str) -> contextlib.AbstractContextManager:
 def _gpu(device: str):
     """CuPy's `Device`, once it has been seen to work; RuntimeError says what is missing, and how to get it."""
     index, device = int(device.partition(":")[2] or 0), f"device: {device!r}"
-    choose = "'tinyddpm[cuda12]' or 'tinyddpm[cuda13]', whichever CUDA the driver supports (nvidia-smi shows it)"
+    choose = "'tinyddpm[cuda12]' or 'tinyddpm[cuda13]' (not both), for the version of CUDA that nvidia-smi shows"
     try:
         import cupy
     except ImportError as error:
@@ -82,8 +82,8 @@ def _gpu(device: str):
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise RuntimeError(
-            f"{device} needs an NVIDIA GPU and a driver for it that is recent enough; CUDA says: {error}. If nvidia-smi"
-            f" shows no GPU, install NVIDIA's driver; if it does, pip install {choose}, not both"
+            f"{device} needs an NVIDIA GPU and a recent driver; CUDA says: {error}. If nvidia-smi shows no GPU, "
+            f"install NVIDIA's driver; if it does, see that CUDA_VISIBLE_DEVICES does not hide it, and pip install {choose}"
         ) from error
     if index >= count:
         raise RuntimeError(f"{device} is not there; this machine has {', '.join(f'cuda:{i}' for i in range(count))}")
@@ -111,14 +111,14 @@ def like(values: np.ndarray, x: Array) -> Array:
 
 
 def paired(function: Callable) -> Callable:
-    """Give `function` a twin for CuPy arrays: the one of the same name and signature in cuda.py, kernels for the GPU.
+    """Give `function` a twin for CuPy arrays: that of the same name in cuda.py, which takes the same arguments at least.
 
     Both compute the same, up to rounding. This is the one place where they are told apart, by the first argument.
     """
 
     @functools.wraps(function)
     def either(x: Array, *args: Any, **settings: Any) -> Any:
-        if isinstance(x, (np.ndarray, np.generic)):
+        if isinstance(x, np.generic) or array_module(x) is np:
             return function(x, *args, **settings)
         return _twin(function.__name__)(x, *args, **settings)
 

@@ -1,9 +1,9 @@
 """What a GPU does in its own way: the twins, for CuPy arrays, of the functions that are `backend.paired`.
 
 They compute what the NumPy functions of the same names do; read those first. A GPU runs thousands of threads side by
-side, reads its memory slowly for all they could compute, and takes as long to begin a kernel as to pass over a small
-array. So what counts is few kernels, each of which does much with what it reads. CuPy's operators start a kernel for
-each + and each sum; the functions here start one or two.
+side, reads its memory slowly compared with how fast they compute, and takes as long to begin a kernel as to pass over a
+small array. So what counts is few kernels, each of which does much with what it reads. CuPy's operators start a kernel
+for each + and each sum; the functions here start one or two.
 
 The kernels are in kernels/*.cu, in CUDA C++. There `REAL` is the type of the numbers, `SUM` that of sums of products.
 `THREADS` threads make a block; blockIdx.x is its number, threadIdx.x that of a thread within it. Threads of one block
@@ -250,6 +250,8 @@ def softmax_rows_grad(y: Array, g: Array, out: Array | None = None) -> Array:
 def _in_warps(name: str, *arrays: Array) -> None:
     """Run a kernel that gives a warp, 32 threads, to each row of the arrays."""
     x, size = arrays[0], arrays[0].shape[-1]
+    if x.size == 0:
+        raise ValueError(f"x: expected rows of numbers, got shape {x.shape}")
     rows = x.size // size
     kernel("softmax", name, x.dtype)((-(-32 * rows // THREADS),), (THREADS,), (*arrays, rows, size))
 

@@ -40,8 +40,8 @@ def column_sums(x: Array) -> Array:
 def product(a: Array, b: Array, precision: str = "float32", scale: float = 1.0) -> Array:
     """scale times the matrix product a @ b of float32 or float64 arrays, (..., n, k) and (..., k, m) -> (..., n, m).
 
-    `precision` is what a GPU rounds the numbers of float32 arrays to before it multiplies them, faster: "tf32" (10
-    bits of mantissa), "bf16" (7) or "fp16" (10, and a small range: below 6e-8 all is 0, above 65504 infinite). Their
+    `precision` is what a GPU rounds the numbers of float32 arrays to, since it multiplies those faster: "tf32" (10 bits
+    of mantissa), "bf16" (7) or "fp16" (10, and a small range: 6e-8 is the smallest number, 65504 the largest). Their
     sums are float32 always. A CPU rounds nothing. Raises ValueError for another.
     """
     check_precision(precision)

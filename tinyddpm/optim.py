@@ -104,7 +104,7 @@ class Adam:
         """Take one step against `gradient` (P,), with learning rate `lr` if given.
 
         Nothing changes if the first number of the gradient is nan: `clip_norm` makes that of a gradient that is not
-        finite, and a GPU, which runs behind, is not asked before each step whether there is one.
+        finite, and a GPU, which runs behind, is not asked before each step whether it is finite.
         """
         if gradient.shape != self.theta.shape or gradient.dtype != self.theta.dtype:
             expected, got = (f"{a.dtype} of shape {a.shape}" for a in (self.theta, gradient))

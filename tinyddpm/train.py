@@ -27,9 +27,7 @@ from .parallel import shard_size, shared_array, worker_processes
 from .tensor import backward
 
 GROUPS = 16  # of micro-batches, at most, since each has a gradient in memory; there is work for as many workers
-
-
-LOOK_EVERY = 100  # steps, on a GPU: to see whether all that came out was finite
+LOOK_EVERY = 100  # steps: so often training on a GPU waits, to see whether all that came out was finite
 
 
 @dataclasses.dataclass
@@ -86,14 +84,15 @@ def train(
         max_norm: longest gradient. ema_decay: of the moving average.
         workers: processes; None for one per CPU. They are copies of this one, see `parallel.worker_processes`: images,
             model and diffusion must not change while it trains, but for the parameters, in place; and what a model
-            notes down about itself stays in the copy, unless there is only one worker. A GPU needs none but this.
+            notes down about itself stays in the copy, unless there is only one worker. On a GPU there
+            are none: this process does it all.
         seed: of batches, timesteps, noise and dropout.
 
     Being a generator, it raises what follows when its first state is asked for: TypeError or ValueError if an argument
     is of the wrong type or out of range, FloatingPointError if the loss or the gradient is not finite, RuntimeError if
-    the model's parameters are moved or replaced while it trains. What is not finite never touches the parameters; on a
-    GPU it is noticed within `LOOK_EVERY` steps, unless the training is closed before. Images far outside of [-1, 1] are
-    warned about.
+    the model's parameters are moved or replaced while it trains. A gradient that is not finite never touches the
+    parameters; on a GPU it is noticed within `LOOK_EVERY` steps, unless the training is closed before. Images far
+    outside of [-1, 1] are warned about.
 
     Products in "fp16" (see `Module.to`) lose gradients below 6e-8, and a mean over many pixels makes them small. So the
     loss is then multiplied by about the number of pixels before it is differentiated, and the gradient divided

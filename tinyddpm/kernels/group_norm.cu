@@ -1,9 +1,10 @@
 // Group normalisation, with SiLU if asked: xhat = (x - mean) rstd, z = gamma xhat + beta, y = z or z sigma(z); fused.py.
 // x is (N, L, C). A block has one group of one image, L positions of D = C / groups channels.
 
-// Which of these are a thread's: it stays with a channel and goes from position to position, `rows` at a time.
+// Which numbers of its group a thread works on: those of one channel (or of each `columns`-th, should there be more
+// channels than threads) at every `rows`-th position.
 struct Group {
-    long long D, columns, rows;  // rows of as many channels, side by side, as there are threads for
+    long long D, columns, rows;  // the block takes `columns` channels of `rows` positions at a time
     size_t start, C;
     int row, column;  // of this thread
     bool works;       // a few threads may be left over
