@@ -83,7 +83,7 @@ def _gpu(device: str):
     except cupy.cuda.runtime.CUDARuntimeError as error:
         raise RuntimeError(
             f"{device} needs an NVIDIA GPU and a recent driver; CUDA says: {error}. If nvidia-smi shows no GPU, "
-            f"install NVIDIA's driver; if it does, see that CUDA_VISIBLE_DEVICES does not hide it, and pip install {choose}"
+            f"install NVIDIA's driver; if it does, is it hidden by CUDA_VISIBLE_DEVICES? Else pip install {choose}"
         ) from error
     if index >= count:
         raise RuntimeError(f"{device} is not there; this machine has {', '.join(f'cuda:{i}' for i in range(count))}")
@@ -111,7 +111,7 @@ def like(values: np.ndarray, x: Array) -> Array:
 
 
 def paired(function: Callable) -> Callable:
-    """Give `function` a twin for CuPy arrays: that of the same name in cuda.py, which takes the same arguments at least.
+    """Give `function` a twin for CuPy arrays: that of its name in cuda.py, which takes the same arguments at least.
 
     Both compute the same, up to rounding. This is the one place where they are told apart, by the first argument.
     """
