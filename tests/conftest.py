@@ -21,8 +21,7 @@ settings.register_profile("no_shrinking", settings.get_profile("tinyddpm"), phas
 
 
 def pytest_addoption(parser):
-    choices = {"choices": ["real", "emulated", "null"], "help": "run ops on this kind of GPU"}
-    parser.addoption("--cuda", **choices)
+    parser.addoption("--cuda", choices=["real", "emulated", "null"], help="run ops on this kind of GPU")
 
 
 def pytest_configure(config):

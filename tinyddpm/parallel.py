@@ -62,7 +62,7 @@ def worker_threads(count: int | None = None, most: int | None = None) -> Iterato
     is taken. One thread is this one: a new one would be new to a GPU's libraries too, which takes them a while.
     Raises ValueError unless `count` is an integer >= 1.
     """
-    count = min(_worker_count(count), most or math.inf)
+    count = _worker_count(count, most)
     blas = ThreadpoolController()
     with contextlib.nullcontext() if count == 1 else ThreadPoolExecutor(count) as pool:
 
@@ -90,7 +90,7 @@ def worker_processes(function: Callable, count: int | None = None, most: int | N
     threads.
     Raises ValueError unless `count` is an integer >= 1.
     """
-    count = min(_worker_count(count), most or math.inf)
+    count = _worker_count(count, most)
     if count == 1 or sys.platform != "linux" or multiprocessing.current_process().daemon:
         with worker_threads(count) as run:
             yield lambda items, *same: run(lambda item: function(item, *same), items)
@@ -135,11 +135,11 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _worker_count(count: int | None) -> int:
+def _worker_count(count: int | None, most: int | None) -> int:
     count = cpu_count() if count is None else count
     if not isinstance(count, numbers.Integral) or count < 1:
         raise ValueError(f"workers: expected an integer >= 1, got {count!r}")
-    return count
+    return min(count, most or math.inf)
 
 
 def blas_name() -> str:

@@ -191,15 +191,15 @@ def sample(
     def noise() -> Array:
         return to_device(np.stack([stream.standard_normal(shape[1:], dtype=dtype) for stream in streams]), device)
 
-    filters = ConstantFilters(model)
-    with on_device(device), worker_threads(workers, most=len(shards(shape, device))) as run:
+    filters, cut = ConstantFilters(model), shards(shape, device)
+    with on_device(device), worker_threads(workers, most=len(cut)) as run:
 
         def in_shards(x: Array, t: np.ndarray) -> Array:
             def predict(shard: slice) -> Array:
                 with no_grad(), filters.in_force():
                     return as_array(model(x[shard], ts[t[shard]]))
 
-            return array_module(x).concatenate(list(run(predict, shards(x.shape, device))))
+            return array_module(x).concatenate(list(run(predict, cut)))
 
         for t, x, x0 in SAMPLERS[method](diffusion, in_shards, noise(), noise, clip=clip, **settings):
             if callback:

@@ -84,8 +84,8 @@ def train(
         max_norm: longest gradient. ema_decay: of the moving average.
         workers: processes; None for one per CPU. They are copies of this one, see `parallel.worker_processes`: images,
             model and diffusion must not change while it trains, but for the parameters, in place; and what a model
-            notes down about itself stays in the copy, unless there is only one worker. On a GPU there
-            are none: this process does it all.
+            notes down about itself stays in the copy, unless there is only one worker. On a GPU there are none: this
+            process does it all.
         seed: of batches, timesteps, noise and dropout.
 
     Being a generator, it raises what follows when its first state is asked for: TypeError or ValueError if an argument

@@ -86,7 +86,7 @@ def install(numbers: bool) -> ModuleType:
     imitation = devices.Devices(counts, runtime, driver, numbers)
     capsules.replace([runtime, driver], imitation._handlers())
     loaded = libraries.install(numbers)
-    counts.library_calls = lambda: sum((library.launching_calls() for library in loaded), Counter())
+    counts.calls_of_libraries = lambda: sum((library.launching_calls() for library in loaded), Counter())
 
     import cupy
 

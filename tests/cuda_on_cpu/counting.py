@@ -24,13 +24,13 @@ class Counts:
     def __init__(self) -> None:
         self.memory = 0
         self.pool_in_use: Callable[[], int] = lambda: 0  # set once CuPy is there
-        self.library_calls: Callable[[], Counter[str]] = Counter  # since the process began; set with the libraries
+        self.calls_of_libraries: Callable[[], Counter[str]] = Counter  # since the process began; set with the libraries
         self.reset()
 
     def reset(self) -> None:
         """Set the counters to zero and the peaks to what is allocated now."""
         self.kernel_launches: Counter[str] = Counter()
-        self.library_calls_before = self.library_calls()
+        self.calls_of_libraries_before = self.calls_of_libraries()
         self.copies: Counter[str] = Counter()
         self.copied_bytes: Counter[str] = Counter()
         self.synchronisations: Counter[str] = Counter()
@@ -41,7 +41,7 @@ class Counts:
     @property
     def launches(self) -> "Counter[str]":
         """Launches by the name of the kernel or of the function of cuBLAS, as a copy."""
-        return self.kernel_launches + self.library_calls() - self.library_calls_before
+        return self.kernel_launches + self.calls_of_libraries() - self.calls_of_libraries_before
 
     @property
     def in_use(self) -> int:

@@ -26,7 +26,7 @@ _images: list["Image"] = []
 class Image:
     """One compiled source."""
 
-    library: ctypes.PyDLL | None  # None for the null device
+    shared_object: ctypes.PyDLL | None  # None for the null device
     pointers: dict[str, tuple[int, ...]]  # of each kernel to be had by name: which of its parameters are pointers
     names: dict[str, str]  # what to call the kernels that stand for name expressions
 
@@ -98,10 +98,10 @@ def get_function(image: Image, name: str, device: int) -> Function:
     """Return a kernel by its name. Raises KeyError where there is none, as for one that is not extern "C"."""
     pointers = image.pointers[name]
     call = None
-    if image.library is not None:
-        call = getattr(image.library, f"launch_{name}")
+    if image.shared_object is not None:
+        call = getattr(image.shared_object, f"launch_{name}")
         call.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-        image.library.emu_shared_bytes.restype = ctypes.c_size_t
-        if image.library.emu_shared_bytes() > 48 * 1024:
+        image.shared_object.emu_shared_bytes.restype = ctypes.c_size_t
+        if image.shared_object.emu_shared_bytes() > 48 * 1024:
             raise RuntimeError(f"{name} has more static shared memory than the 48 KiB that a block may have")
     return Function(image.names.get(name, name), device, pointers, call)

@@ -1,29 +1,11 @@
-// __half as far as CuPy's float16.cuh and plain RawKernels use it: storage and conversions; arithmetic goes by float.
+// __half as far as CuPy's float16.cuh and plain RawKernels use it.
 #pragma once
-#include "small_floats.h"
+#include "narrow_float.h"
 
 struct __half_raw {
     unsigned short x;
 };
-
-struct __half {
-    unsigned short bits;
-
-    __half() = default;
-    __half(float value) : bits(half_bits_of_float(value)) {}
-    __half(const __half_raw &raw) : bits(raw.x) {}
-    explicit __half(double value) : __half((float)value) {}
-    explicit __half(bool value) : __half((float)value) {}
-    explicit __half(int value) : __half((float)value) {}
-    explicit __half(unsigned value) : __half((float)value) {}
-    explicit __half(long value) : __half((float)value) {}
-    explicit __half(unsigned long value) : __half((float)value) {}
-    explicit __half(long long value) : __half((float)value) {}
-    explicit __half(unsigned long long value) : __half((float)value) {}
-
-    operator float() const { return float_of_half_bits(bits); }
-    explicit operator __half_raw() const { return {bits}; }
-};
+typedef narrow_float<__half_raw, half_bits_of_float, float_of_half_bits> __half;
 typedef __half half;
 
 static inline float __half2float(__half value) { return value; }
