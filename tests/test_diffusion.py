@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 
 import numpy as np
 import pytest
@@ -222,9 +223,24 @@ class TestLimit:
     def test_clip(self):
         np.testing.assert_array_equal(limit(self.x0, True), np.clip(self.x0, -1, 1))
         assert limit(self.x0, False) is self.x0
-        for bad in ("static", None, 2):
-            with pytest.raises(ValueError, match="clip: expected True, False or 'dynamic', got"):
+        np.testing.assert_array_equal(limit(self.x0, 2), np.clip(self.x0, -2, 2))
+        np.testing.assert_array_equal(limit(self.x0, 1.0), np.clip(self.x0, -1, 1))
+        for bad in ("static", None, 0, -1, math.inf, math.nan, ("dynamic", 0.5), ("dynamic", 0.5, 0.9),
+                    ("dynamic", 1.1, 2), ("dynamic", -0.1, 2), ("dynamic", "a", 2), ("static", 0.5, 2)):  # fmt: skip
+            with pytest.raises(ValueError, match=re.escape(f"most) with 0 <= quantile <= 1 <= most, got {bad!r}")):
                 limit(self.x0, bad)
+            with pytest.raises(ValueError, match="clip: expected True, False, a number > 0, 'dynamic' or "):
+                Diffusion(linear(10), clip=bad)
+
+    def test_of_the_diffusion(self):
+        x_t, t, model = 3 * self.x0, np.array([5]), lambda x, t: np.zeros_like(x)
+        for clip in (True, False, 0.3, "dynamic", ("dynamic", 0.6, 1.5)):
+            d = Diffusion(linear(10), clip=clip)
+            expected = limit(d.predict_x0(x_t, t, model(x_t, t)), clip)
+            for x0 in (d.denoise(model, x_t, t)[0], d.p_mean_variance(model, x_t, t)[2]):
+                np.testing.assert_array_equal(x0, expected)
+            np.testing.assert_array_equal(d.denoise(model, x_t, t, 0.1)[0].max(), 0.1)
+        assert Diffusion(linear(10), clip=["dynamic", 0.6, 2]).clip == ("dynamic", 0.6, 2.0)  # as JSON has it
 
     def test_dynamic_threshold(self):
         rng = np.random.default_rng(0)
@@ -235,6 +251,7 @@ class TestLimit:
                 s = min(max(np.quantile(np.abs(x), quantile), 1), most)
                 np.testing.assert_allclose(got, np.clip(x, -s, s) / s, rtol=1e-12)
         np.testing.assert_array_equal(limit(x0, "dynamic"), dynamic_threshold(x0))
+        np.testing.assert_array_equal(limit(x0, ("dynamic", 0.9, 1.5)), y)
         np.testing.assert_array_equal(y[0], x0[0])  # within [-1, 1] already
         assert np.abs(limit(x0, "dynamic")).max() == 1
 
@@ -429,6 +446,8 @@ class TestDiffusionBadInput:
             Diffusion(s, objective="noise")
         with pytest.raises(ValueError, match="variance: unknown 'tiny'; known: small, large, learned_range"):
             Diffusion(s, variance="tiny")
+        with pytest.raises(ValueError, match="spacing: unknown 'karras'; known: trailing, leading, linspace"):
+            Diffusion(linear(10), spacing="karras")
         with pytest.raises(
             ValueError, match="loss_type: unknown 'l2'; known: simple, weighted_eps, weighted_mu, min_snr, vlb, hybrid"
         ):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from strategies import SEEDS, make
 
 from tinyddpm import Diffusion, Schedule, sample
-from tinyddpm.sample import ddim, ddpm, dpm_solver, respace
+from tinyddpm.diffusion import SPACINGS
+from tinyddpm.sample import ddim, ddpm, dpm_solver, respace, timesteps
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -180,6 +181,24 @@ class TestChains:
         peer = diffusers.DDIMScheduler(1000, timestep_spacing="trailing")
         peer.set_timesteps(20)
         assert seen == peer.timesteps.tolist()
+
+    @pytest.mark.parametrize("spacing", SPACINGS)
+    @pytest.mark.parametrize("T", [1000, 250, 37])
+    def test_every_spacing_visits_the_same_timesteps(self, spacing, T):
+        """But that theirs are floats, whose rounding error decides between two neighbours, or adds a step too many."""
+        peer = diffusers.DDIMScheduler(T, timestep_spacing=spacing)
+        same = 0
+        for steps in range(1, T + 1):
+            peer.set_timesteps(steps)
+            theirs, ours = peer.timesteps.numpy()[::-1], timesteps(T, steps, spacing)
+            if spacing == "trailing" and len(theirs) == steps and (theirs != ours).any():
+                assert np.all(np.isin(ours - theirs, (0, -1, 1)))
+                exact = np.arange(1, steps + 1) * T % steps * 2 == steps  # a number halfway between two integers
+                assert np.all(exact[theirs != ours])
+            elif len(theirs) == steps:
+                np.testing.assert_array_equal(ours, theirs)
+                same += 1
+        assert same > 0.7 * T
 
     def respaced(self, objective, steps):
         ts = np.arange(1, steps + 1) * 1000 // steps - 1

@@ -13,8 +13,8 @@ from ideal import ideal_denoiser
 from strategies import SEEDS, schedules
 
 from tinyddpm import Diffusion, Schedule, UNet, make_schedule, sample
-from tinyddpm.diffusion import OBJECTIVES
-from tinyddpm.sample import SAMPLERS, ddim, ddpm, dpm_solver, guided, respace
+from tinyddpm.diffusion import OBJECTIVES, SPACINGS
+from tinyddpm.sample import SAMPLERS, ddim, ddpm, dpm_solver, guided, respace, timesteps
 from tinyddpm.schedule import linear
 from tinyddpm.tensor import Parameter, Tensor
 
@@ -220,10 +220,41 @@ class TestRespacing:
         seen, called = [], []
         model = lambda x, t: seen.extend(t.tolist()) or zeros(x, t)
         sample(d, model, (1, 2, 2, 1), method, steps=7, callback=lambda t, x, x0: called.append(t))
-        assert seen == called == [29, 24, 20, 16, 11, 7, 3]
+        assert seen == called == [29, 25, 20, 16, 12, 8, 3]
         seen.clear()
         sample(d, model, (1, 2, 2, 1), method, steps=1)
         assert seen == [29]
+
+    @given(T=st.integers(1, 300), data=st.data())
+    def test_every_spacing_ascends_and_begins_or_ends_where_it_should(self, T, data):
+        steps = data.draw(st.integers(1, T))
+        trailing, leading, linspace = (timesteps(T, steps, spacing) for spacing in SPACINGS)
+        for ts in (trailing, leading, linspace):
+            assert len(ts) == steps and ts[0] >= 0 and ts[-1] < T and np.all(np.diff(ts) > 0)
+            assert len(set(np.diff(ts))) <= 2 or abs(np.diff(ts) - T / steps).max() < 2
+        assert trailing[-1] == T - 1 and leading[0] == linspace[0] == 0
+        assert set(np.diff(leading)) <= {T // steps}
+        assert steps == 1 or linspace[-1] == T - 1
+
+    def test_spacings(self):
+        assert timesteps(10, 4).tolist() == timesteps(10, 4, "trailing").tolist() == [1, 4, 7, 9]
+        assert timesteps(10, 4, "leading").tolist() == [0, 2, 4, 6]
+        assert timesteps(10, 4, "linspace").tolist() == [0, 3, 6, 9]
+
+    @pytest.mark.parametrize("method", sorted(SAMPLERS))
+    def test_spacing_and_clip_are_those_of_the_diffusion_unless_told_otherwise(self, method):
+        model = lambda x, t: seen.append(int(t[0])) or 3 * x
+        own = Diffusion(Schedule(linear(30, 1e-4, 0.5)), clip=0.25, spacing="leading")
+        outcomes = []
+        for settings in ({}, {"spacing": "linspace"}, {"clip": 0.5}, {"clip": False}):
+            seen, x0s = [], []
+            outcomes.append(sample(own, model, (1, 2, 2, 1), method, steps=7, **settings,
+                                   callback=lambda t, x, x0: x0s.append(np.abs(x0).max())))  # fmt: skip
+            assert seen == timesteps(30, 7, settings.get("spacing", "leading")).tolist()[::-1]
+            assert max(x0s) == settings.get("clip", 0.25) or settings.get("clip") is False and max(x0s) > 1
+        plain = Diffusion(own.schedule)
+        told = sample(plain, lambda x, t: 3 * x, (1, 2, 2, 1), method, steps=7, clip=0.25, spacing="leading")
+        np.testing.assert_array_equal(told, outcomes[0])
 
     @pytest.mark.parametrize("ts", [[], [3, 3], [5, 2], [-1, 4], [0, 30]])
     def test_bad_timesteps(self, ts):

@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import warnings
 from collections.abc import Callable
 
@@ -44,6 +45,8 @@ from .winograd import ConstantFilters
 OBJECTIVES = ("eps", "x0", "v")
 VARIANCES = ("small", "large", "learned_range")
 LOSSES = ("simple", "weighted_eps", "weighted_mu", "min_snr", "vlb", "hybrid")
+SPACINGS = ("trailing", "leading", "linspace")
+Clip = bool | float | str | tuple[str, float, float]  # see `limit`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,6 +81,9 @@ class Diffusion:
             Of the samplers only "ddpm" uses the variance, and so does the variational bound.
         loss_type: what `loss` computes: "simple", "weighted_eps", "weighted_mu", "min_snr", "vlb", "hybrid"; see there.
         min_snr_gamma: where "min_snr" cuts the signal-to-noise ratio off.
+        clip: how sampling keeps the predicted x_0 where images are, unless told otherwise; see `limit`.
+        spacing: which timesteps sampling visits if it takes fewer than T, unless told otherwise: "trailing",
+            "leading" or "linspace"; see `tinyddpm.sample.timesteps`.
 
     Raises TypeError if `schedule` is not one, ValueError for an unknown name, for a loss that cannot train the variance
     or has none to train, and, where the schedule ends with no signal, for what divides by it or weights with it.
@@ -88,12 +94,16 @@ class Diffusion:
     variance: str = "small"
     loss_type: str = "simple"
     min_snr_gamma: float = 5.0
+    clip: Clip = True
+    spacing: str = "trailing"
 
     def __post_init__(self):
         schedule, variance, loss_type = self.schedule, self.variance, self.loss_type
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule: expected a Schedule from make_schedule, got {type(schedule).__name__}")
-        for name, known in (("objective", OBJECTIVES), ("variance", VARIANCES), ("loss_type", LOSSES)):
+        for name, known in (
+            ("objective", OBJECTIVES), ("variance", VARIANCES), ("loss_type", LOSSES), ("spacing", SPACINGS)
+        ):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: unknown {getattr(self, name)!r}; known: {', '.join(known)}")
         if variance == "learned_range" and loss_type not in ("vlb", "hybrid"):
@@ -113,6 +123,7 @@ class Diffusion:
                 )
         if not self.min_snr_gamma > 0:
             raise ValueError(f"min_snr_gamma: expected a number > 0, got {self.min_snr_gamma}")
+        object.__setattr__(self, "clip", _checked_clip(self.clip))
 
     @property
     def T(self) -> int:
@@ -278,19 +289,20 @@ class Diffusion:
         return small if self.variance == "small" else np.append(small[0], np.log(self.schedule.beta[1:]))
 
     def denoise(
-        self, model: Callable, x_t: Array, t: np.ndarray, clip: bool | str = True
+        self, model: Callable, x_t: Array, t: np.ndarray, clip: Clip | None = None
     ) -> tuple[Array, Array | None]:
-        """What the model makes of x_t, without gradients: the predicted x_0, `limit`ed by `clip`, and the spread or
-        None.
+        """What the model makes of x_t, without gradients: the predicted x_0, `limit`ed by `clip` (None: by that of this
+        diffusion), and the spread or None.
 
         Args: x_t: (N, H, W, C). t: (N,). Raises ValueError if the model's output is of another shape.
         """
         with no_grad():
             prediction, spread = self._run(model, x_t, t)
+        clip = self.clip if clip is None else clip
         return limit(self.predict_x0(x_t, t, as_array(prediction)), clip), as_array(spread)
 
     def p_mean_variance(
-        self, model: Callable, x_t: Array, t: np.ndarray, clip: bool | str = True
+        self, model: Callable, x_t: Array, t: np.ndarray, clip: Clip | None = None
     ) -> tuple[Array, Array, Array]:
         """Mean and log-variance of p_theta(x_{t-1} | x_t) = N(mu_theta(x_t, t), sigma_t^2 I) (equation 1), and the
         predicted x_0 on which the mean rests: mu_theta = mu_tilde(x_0, x_t), see `denoise`.
@@ -387,7 +399,7 @@ class Diffusion:
         t: np.ndarray,
         prediction: Array | Tensor,
         spread: Array | Tensor | None = None,
-        clip: bool | str = False,
+        clip: Clip = False,
     ) -> Tensor:
         """The term of the variational bound that each image's t stands for (equation 5), in bits per dimension, (N,):
 
@@ -426,7 +438,7 @@ class Diffusion:
         model: Callable,
         x0: np.ndarray,
         rng: int | np.random.Generator = 0,
-        clip: bool | str = True,
+        clip: Clip | None = None,
         progress: bool = True,
         workers: int | None = None,
     ) -> BitsPerDim:
@@ -441,7 +453,7 @@ class Diffusion:
             model: callable (x_t, t) -> prediction; its `dtype` and `device`, if any, are those x_0 is converted to.
             x0: (N, H, W, C) of 8-bit levels k = 0 ... 255, given as k / 127.5 - 1.
             rng: seed or generator; what an image costs does not depend on the others, nor on the workers.
-            clip: keep the predicted x_0 within [-1, 1]; see `limit`.
+            clip: how to keep the predicted x_0 where images are, see `limit`; None: as this diffusion does.
             progress: show a bar. workers: threads; None for one per CPU.
 
         Raises ValueError for no images, another shape or values between the levels, TypeError for anything but floats.
@@ -454,6 +466,7 @@ class Diffusion:
                 f"values from {x0.min():.3g} to {x0.max():.3g}"
             )
         dtype, device = getattr(model, "dtype", x0.dtype), getattr(model, "device", "cpu")
+        clip = self.clip if clip is None else clip
         streams = np.random.default_rng(rng).spawn(len(x0))
         x0, filters = x0.astype(dtype, copy=False), ConstantFilters(model)
 
@@ -476,16 +489,37 @@ class Diffusion:
         return BitsPerDim(self.prior_terms(x0).data.mean(dtype=np.float64).item(), terms)
 
 
-def limit(x0: Array, clip: bool | str) -> Array:
-    """Bring a predicted x_0 back to where images are: clipped to [-1, 1] (True), by a `dynamic_threshold` ("dynamic"),
-    or not at all (False). Raises ValueError for anything else."""
-    if clip is True:
-        return x0.clip(-1, 1)
+def limit(x0: Array, clip: Clip) -> Array:
+    """Bring a predicted x_0 back to where images are.
+
+        True, or a number r       clip it to [-1, 1], or [-r, r]
+        "dynamic"                 `dynamic_threshold`; ("dynamic", quantile, most) with these settings
+        False                     leave it as it is
+
+    Raises ValueError for anything else.
+    """
+    clip = _checked_clip(clip)
     if clip is False:
         return x0
-    if clip != "dynamic":
-        raise ValueError(f"clip: expected True, False or 'dynamic', got {clip!r}")
-    return dynamic_threshold(x0)
+    if isinstance(clip, tuple):
+        return dynamic_threshold(x0, *clip[1:])
+    if clip == "dynamic":
+        return dynamic_threshold(x0)
+    return x0.clip(-float(clip), float(clip))
+
+
+def _checked_clip(clip: object) -> Clip:
+    """`clip` (a list, as JSON has it, made a tuple), if `limit` takes it, or ValueError."""
+    if isinstance(clip, (list, tuple)) and len(clip) == 3 and clip[0] == "dynamic":
+        quantile, most = clip[1:]
+        if all(isinstance(n, numbers.Real) for n in (quantile, most)) and 0 <= quantile <= 1 <= most:
+            return ("dynamic", float(quantile), float(most))
+    elif isinstance(clip, (bool, numbers.Real)) and (clip is False or 0 < clip < math.inf) or clip == "dynamic":
+        return clip
+    raise ValueError(
+        "clip: expected True, False, a number > 0, 'dynamic' or ('dynamic', quantile, most) with 0 <= quantile <= 1 "
+        f"<= most, got {clip!r}"
+    )
 
 
 def dynamic_threshold(x0: Array, quantile: float = 0.995, most: float = math.inf) -> Array:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from .backend import Array, array_module, on_device, to_device
-from .diffusion import Diffusion
+from .diffusion import SPACINGS, Clip, Diffusion
 from .parallel import shards, worker_threads
 from .schedule import Schedule
 from .tensor import as_array, no_grad
@@ -25,7 +25,7 @@ from .winograd import ConstantFilters
 Steps = Iterator[tuple[int, Array, Array]]  # (t, x_{t-1}, predicted x_0) after each step, t = T-1 ... 0
 
 
-def ddpm(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: bool | str = True) -> Steps:
+def ddpm(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: Clip | None = None) -> Steps:
     """Ancestral sampling (Ho et al. 2020, algorithm 2): a sample of p_theta(x_{t-1} | x_t) at every step,
 
         x_{t-1} = mu_tilde(x0hat, x_t) + sigma_t z,   z ~ N(0, I) for t > 0, else 0
@@ -42,7 +42,7 @@ def ddpm(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip:
 
 
 def ddim(
-    diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: bool | str = True, eta: float = 0.0
+    diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: Clip | None = None, eta: float = 0.0
 ) -> Steps:
     """Denoising diffusion implicit models (Song et al. 2021, equations 12 and 16): straight towards x0hat, in few
     steps,
@@ -71,7 +71,7 @@ def ddim(
         yield t, x, x0
 
 
-def dpm_solver(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: bool | str = True) -> Steps:
+def dpm_solver(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: Clip | None = None) -> Steps:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2): the same path as `ddim`'s, by a second-order multistep method.
 
     With alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), l = ln(alpha / sigma) and m = b x0hat at each step, the
@@ -98,6 +98,27 @@ def dpm_solver(diffusion: Diffusion, model: Callable, x: Array, noise: Callable,
 
 
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}
+
+
+def timesteps(T: int, steps: int, spacing: str = "trailing") -> np.ndarray:
+    """Which `steps` of T timesteps to visit, ascending (Lin et al. 2023, table 2; i = 0 ... steps - 1):
+
+        "trailing"    round((i + 1) T / steps) - 1      ends at T-1, so that sampling starts from nothing but noise
+        "leading"     i floor(T / steps)                begins at 0
+        "linspace"    round(i (T - 1) / (steps - 1))    both
+
+    Raises ValueError for another spacing, or unless 1 <= steps <= T.
+    """
+    if not (isinstance(steps, numbers.Integral) and 1 <= steps <= T):
+        raise ValueError(f"steps: expected an integer from 1 to {T}, the steps of the schedule, got {steps!r}")
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing: unknown {spacing!r}; known: {', '.join(SPACINGS)}")
+    i = np.arange(steps)
+    if spacing == "leading":
+        return i * (T // steps)
+    if spacing == "linspace":
+        return np.round(np.linspace(0, T - 1, steps)).astype(int)
+    return np.round((i + 1) * T / steps).astype(int) - 1
 
 
 def respace(diffusion: Diffusion, ts: np.ndarray) -> Diffusion:
@@ -144,7 +165,8 @@ def sample(
     method: str = "ddpm",
     steps: int | None = None,
     rng: int | np.random.Generator = 0,
-    clip: bool | str = True,
+    clip: Clip | None = None,
+    spacing: str | None = None,
     callback: Callable[[int, Array, Array], None] | None = None,
     workers: int | None = None,
     **settings: float,
@@ -157,11 +179,13 @@ def sample(
             images.
         shape: (N, H, W, C) of the images to make.
         method: "ddpm", "ddim" or "dpm++": the functions of this file.
-        steps: how many steps to take, evenly spaced and from the last timestep on (what diffusers calls trailing; see
-            `respace`); None for all T.
+        steps: how many steps to take; None for all T. Which these are, `timesteps` tells, and `respace` what becomes of
+            the diffusion.
         rng: seed or generator; the same seed gives the same images, whatever N and the number of workers. With the
             default a second call repeats the first; None draws other images every time.
-        clip: keep the predicted x_0 within [-1, 1] at every step; False not to, "dynamic" for `dynamic_threshold`.
+        clip: how to keep the predicted x_0 where images are, at every step, see `tinyddpm.diffusion.limit`; None: as
+            `diffusion.clip` says, which by default is within [-1, 1].
+        spacing: of the steps, see `timesteps`; None: as `diffusion.spacing` says, by default "trailing".
         callback: called as callback(t, x_{t-1}, predicted x_0) after every step; x_{t-1} is still b times as large.
         workers: threads; None for one per CPU. A GPU has one.
         settings: of the method: "ddim" takes eta, 0 ... 1, how much of `ddpm`'s noise it adds.
@@ -179,11 +203,8 @@ def sample(
     if np.ndim(shape) != 1 or len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape}")
     T = diffusion.T
-    if steps is not None and not (isinstance(steps, numbers.Integral) and 1 <= steps <= T):
-        raise ValueError(f"steps: expected an integer from 1 to {T}, the steps of the schedule, got {steps!r}")
-    ts = np.arange(T)
-    if steps not in (None, T):
-        ts = np.arange(1, steps + 1) * T // steps - 1  # the last is T-1, from where sampling starts
+    ts = timesteps(T, T if steps is None else steps, diffusion.spacing if spacing is None else spacing)
+    if len(ts) < T:
         diffusion = respace(diffusion, ts)
     dtype, device = getattr(model, "dtype", np.dtype("float32")), getattr(model, "device", "cpu")
     streams = np.random.default_rng(rng).spawn(shape[0])
