@@ -66,7 +66,10 @@ def adam(theta, gradients, lr, b1, b2, eps, weight_decay):
     return np.array(theta)
 
 
-def unet(p, x, t, channels, blocks, attention_at, heads, groups):
+def unet(
+    p, x, t, channels, blocks, attention_at, heads, groups, eps=1e-6, padding=((0, 1), (0, 1)), head_channels=None,
+    labels=None,
+):  # fmt: skip
     """eps_theta(x_t, t) of Ho et al. 2020 from the parameters p = {name: array}, layer by layer."""
 
     def conv(name, x, stride=1, padding=((1, 1), (1, 1))):
@@ -76,7 +79,7 @@ def unet(p, x, t, channels, blocks, attention_at, heads, groups):
         return x @ p[name + ".w"] + p[name + ".b"]
 
     def norm(name, x):
-        return group_norm(x, p[name + ".gamma"], p[name + ".beta"], groups, 1e-6, False)
+        return group_norm(x, p[name + ".gamma"], p[name + ".beta"], groups, eps, False)
 
     def block(name, x):
         h = conv(name + ".conv1", silu(norm(name + ".norm1", x)))
@@ -90,11 +93,14 @@ def unet(p, x, t, channels, blocks, attention_at, heads, groups):
         N, H, W, C = x.shape
         h = norm(name + ".norm", x).reshape(N, H * W, C)
         q, k, v = (dense(f"{name}.attention.{part}", h) for part in "qkv")
-        return x + dense(name + ".attention.out", attention(q, k, v, heads)).reshape(N, H, W, C)
+        h = attention(q, k, v, C // head_channels if head_channels else heads)
+        return x + dense(name + ".attention.out", h).reshape(N, H, W, C)
 
     half = channels[0] // 2
     angle = t[:, None] / 10000 ** (np.arange(half) / (half - 1))
     temb = dense("time2", silu(dense("time1", np.concatenate([np.sin(angle), np.cos(angle)], axis=1))))
+    if labels is not None:
+        temb = temb + p["class_embedding.w"][labels]
 
     h = conv("conv_in", x)
     skips = [h]
@@ -104,9 +110,12 @@ def unet(p, x, t, channels, blocks, attention_at, heads, groups):
             h = attend(f"down.{i}.attention.{j}", h) if attention_at[i] else h
             skips.append(h)
         if i < len(channels) - 1:
-            h = conv(f"down.{i}.resize", h, 2, ((0, 1), (0, 1)))
+            h = conv(f"down.{i}.resize", h, 2, padding)
             skips.append(h)
-    h = block("middle2", attend("middle_attention", block("middle1", h)))
+    h = block("middle1", h)
+    if "middle_attention.norm.gamma" in p:
+        h = attend("middle_attention", h)
+    h = block("middle2", h)
     for u, i in enumerate(reversed(range(len(channels)))):
         for j in range(blocks + 1):
             h = block(f"up.{u}.res.{j}", np.concatenate([h, skips.pop()], axis=3))

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from strategies import SEEDS, processes, schedules
 
 from tinyddpm import Diffusion, Schedule, backward, make_schedule
-from tinyddpm.diffusion import LOSSES, OBJECTIVES, dynamic_threshold, limit
+from tinyddpm.diffusion import LOSSES, OBJECTIVES
 from tinyddpm.functional import concat
+from tinyddpm.limit import dynamic_threshold, limit
 from tinyddpm.schedule import linear as linear_beta
 from tinyddpm.tensor import Parameter, Tensor
 

@@ -15,9 +15,10 @@ from ideal import ideal_denoiser
 from strategies import make, processes, schedules
 
 from tinyddpm import EMA, Diffusion, Schedule, UNet, make_schedule, sample
-from tinyddpm.diffusion import OBJECTIVES, dynamic_threshold
+from tinyddpm.diffusion import OBJECTIVES
 from tinyddpm.fused import attention
 from tinyddpm.likelihood import discretised_gaussian, gaussian_kl
+from tinyddpm.limit import dynamic_threshold
 from tinyddpm.nn import GroupNorm
 from tinyddpm.sample import ddim, ddpm, dpm_solver, guided, respace
 from tinyddpm.schedule import GAMMA, cosine, cosine_logsnr, sigmoid, sigmoid_beta, sigmoid_logsnr

@@ -95,6 +95,7 @@ CASES = {
         ((normal((2, 3, 4)), normal((4, 5)), normal((5,))), {}),
         ((normal((2, 4)), normal((4, 1)), None), {}),
     ],
+    functional.embedding: [((normal((4, 3)),), {"index": np.array(i)}) for i in ([2, 0, 2, 2, 3], [1])],
     functional.mse: [((normal((3, 4)), normal((3, 4))), {})],
     conv.conv2d: [
         ((normal((2, 5, 6, 3)), normal((3, 3, 3, 4)), normal((4,))), {"padding": 1}),

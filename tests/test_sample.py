@@ -248,8 +248,8 @@ class TestRespacing:
         outcomes = []
         for settings in ({}, {"spacing": "linspace"}, {"clip": 0.5}, {"clip": False}):
             seen, x0s = [], []
-            outcomes.append(sample(own, model, (1, 2, 2, 1), method, steps=7, **settings,
-                                   callback=lambda t, x, x0: x0s.append(np.abs(x0).max())))  # fmt: skip
+            look = lambda t, x, x0, x0s=x0s: x0s.append(np.abs(x0).max())
+            outcomes.append(sample(own, model, (1, 2, 2, 1), method, steps=7, **settings, callback=look))
             assert seen == timesteps(30, 7, settings.get("spacing", "leading")).tolist()[::-1]
             assert max(x0s) == settings.get("clip", 0.25) or settings.get("clip") is False and max(x0s) > 1
         plain = Diffusion(own.schedule)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tinyddpm import UNet, backward, no_grad
 from tinyddpm.nn import Conv2d
 from tinyddpm.tensor import Parameter
-from tinyddpm.unet import timestep_encoding
+from tinyddpm.unet import ENCODINGS, timestep_encoding
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
 
@@ -68,6 +68,50 @@ def test_it_is_the_network_of_the_paper(channels, blocks, attention, heads, grou
     expected = reference.unet(unet.state_dict(), x, t, channels, blocks, attention, heads, groups)
     assert np.abs(expected).max() > 0.1
     np.testing.assert_allclose(unet(x, t).data, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ({"head_channels": 2}, {"head_channels": 2}),  # one to four heads
+        ({"middle_attention": False}, {}),
+        ({"norm_eps": 0.1}, {"eps": 0.1}),
+        ({"downsample_padding": 1}, {"padding": ((1, 1), (1, 1))}),
+        ({"classes": 5}, {"labels": np.array([4, 1])}),
+        ({"center_input": True}, {}),
+        ({"image_size": 8}, {}),
+    ],
+    ids=lambda options: next(iter(options), ""),
+)
+def test_its_options(options, plain):
+    """Each against the plain network; all but the size change what comes out."""
+    shape = dict(channels=(4, 8), blocks=1, attention=(True, True), groups=2)
+    unet = awake(UNet(**shape, **options).to(dtype="float64"), seed=1)
+    x, t = batch(dtype=np.float64)
+    labels = plain.get("labels")
+    y = unet(x, t, labels=labels).data
+    x = 2 * x - 1 if "center_input" in options else x
+    expected = reference.unet(unet.state_dict(), x, t, (4, 8), 1, (True, True), 1, 2, **plain)
+    np.testing.assert_allclose(y, expected, rtol=1e-9, atol=1e-9)
+    without = awake(UNet(**shape).to(dtype="float64"), seed=1).state_dict()
+    ignored = reference.unet(without, batch(dtype=np.float64)[0], t, (4, 8), 1, (True, True), 1, 2)
+    assert (np.abs(y - ignored).max() > 1e-4) == ("image_size" not in options)
+
+
+def test_the_gradient_of_the_class_embedding():
+    unet = awake(UNet(**TINY, classes=3).to(dtype="float64"))
+    x, t = batch(n=3, dtype=np.float64)
+    loss = lambda: (unet(x, t, labels=np.array([2, 0, 2])) ** 2).sum()
+    check_model(loss, [unet.class_embedding.w], np.random.default_rng(0))
+    gradient = backward(loss())[unet.class_embedding.w]
+    assert not gradient[1].any() and gradient[0].any() and gradient[2].any()
+
+
+def test_the_size_of_its_images_is_remembered():
+    assert UNet(**TINY).config["image_size"] is None
+    assert UNet(**TINY, image_size=28).config["image_size"] == (28, 28)
+    assert UNet(**TINY, image_size=np.array([28, 30])).config["image_size"] == (28, 30)
+    assert UNet(**TINY, image_size=28)(*batch(size=8)).shape == (2, 8, 8, 1)
 
 
 def test_the_generator_for_dropout_reaches_every_block():
@@ -241,20 +285,25 @@ def test_no_grad_gives_the_same_output_and_keeps_no_graph():
 
 def test_the_encoding_is_the_one_asked_for():
     x, t = np.ones((1, 4, 4, 1), np.float32), np.array([7])
-    outputs = [awake(UNet(**TINY, encoding=form))(x, t).data for form in ("ddpm", "improved", "interleaved")]
+    outputs = [awake(UNet(**TINY, encoding=form))(x, t).data for form in ENCODINGS]
     np.testing.assert_array_equal(outputs[0], awake(UNet(**TINY))(x, t).data)
-    assert len({y.tobytes() for y in outputs}) == 3
+    assert len({y.tobytes() for y in outputs}) == len(ENCODINGS) == 5
     for form, channels in (("sine", 8), ("ddpm", 7)):
         with pytest.raises(
             ValueError, match=f"form, channels: expected one of ddpm, .* even number, got '{form}', {channels}"
         ):
             timestep_encoding(t, channels, form)
-    with pytest.raises(ValueError, match="encoding: unknown 'sine'; known: ddpm, improved, interleaved"):
+    with pytest.raises(
+        ValueError, match="encoding: unknown 'sine'; known: ddpm, ddpm_flipped, improved, .*interleaved"
+    ):
         UNet(**TINY, encoding="sine")
 
 
 def test_timestep_encoding():
     t = np.array([0, 1, 17, 999])
+    for form in ("ddpm", "improved"):
+        halves = np.split(timestep_encoding(t, 8, form), 2, axis=1)
+        np.testing.assert_array_equal(timestep_encoding(t, 8, form + "_flipped"), np.concatenate(halves[::-1], axis=1))
     P = timestep_encoding(t, 8)
     for n, k in enumerate(t):
         for i in range(4):
@@ -283,6 +332,20 @@ class TestBadInput:
             ({"attention": (True,)}, r"attention: expected 2 entries, one for each level, got \(True,\)"),
             ({"heads": 3}, "heads: 3 does not divide the 8 channels of a level with attention"),
             ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
+            ({"blocks": True}, "blocks: expected an integer >= 1, got True"),
+            ({"classes": 0}, "classes: expected an integer >= 1, got 0"),
+            ({"head_channels": 0}, "head_channels: expected an integer >= 1, got 0"),
+            ({"head_channels": 3}, "head_channels: 3 does not divide the 8 channels of a level with attention"),
+            ({"head_channels": 2, "heads": 2}, "heads, head_channels: expected one of them, got 2 and 2"),
+            ({"norm_eps": 0}, "norm_eps: expected a number > 0, got 0"),
+            ({"norm_eps": math.inf}, "norm_eps: expected a number > 0, got inf"),
+            ({"downsample_padding": 2}, "downsample_padding: expected 0 or 1, got 2"),
+            ({"middle_attention": "yes"}, "middle_attention: expected True or False, got 'yes'"),
+            ({"center_input": 1}, "center_input: expected True or False, got 1"),
+            ({"image_size": 7}, r"image_size: expected a height and a width that are multiples of 2, .* got \(7, 7\)"),
+            ({"image_size": 0}, r"image_size: .* got \(0, 0\)"),
+            ({"image_size": (8, 8, 1)}, r"image_size: .* got \(8, 8, 1\)"),
+            ({"image_size": "large"}, "image_size: .* got 'large'"),
         ],
     )
     def test_constructor(self, change, message):
@@ -304,9 +367,23 @@ class TestBadInput:
         with pytest.raises(ValueError, match="heads: 3 does not divide the 4 channels"):
             UNet(**(TINY | {"channels": (4, 6), "heads": 3, "attention": (True, False)}))
 
+    def test_labels(self):
+        x, t = batch()
+        with pytest.raises(ValueError, match=r"labels: this network knows no classes; make one with UNet\(classes="):
+            UNet(**TINY)(x, t, labels=np.array([0, 1]))
+        unet = UNet(**TINY, classes=3)
+        for bad, what in ((None, "NoneType"), ([0, 1], "list"), (np.array([0.0, 1.0]), "float64")):
+            with pytest.raises(TypeError, match=f"labels: expected a NumPy array of integers, .* got {what}"):
+                unet(x, t, labels=bad)
+        for bad in ([0, 3], [-1, 0], [0], [[0, 1]]):
+            with pytest.raises(ValueError, match="labels: expected 2 integers in 0 ... 2, one for each image, got"):
+                unet(x, t, labels=np.array(bad))
+        assert unet(x, t, labels=np.array([0, 2])).shape == x.shape
+
     def test_heads_must_always_fit_the_middle(self):
         with pytest.raises(ValueError, match="heads: 4 does not divide the 6 channels"):
             UNet(**(TINY | {"channels": (4, 6), "heads": 4, "attention": (True, False)}))
+        UNet(**(TINY | {"channels": (4, 6), "heads": 4, "attention": (True, False), "middle_attention": False}))
 
     @pytest.mark.parametrize("size", [(7, 8), (8, 9), (0, 8)])
     def test_sizes_that_do_not_divide(self, size):

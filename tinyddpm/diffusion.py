@@ -27,16 +27,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import numbers
 import warnings
 from collections.abc import Callable
 
 import numpy as np
 from tqdm import tqdm
 
-from .backend import Array, array_module, is_array, like, on_device, to_device, to_numpy
+from .backend import Array, is_array, like, on_device, to_device, to_numpy
 from .functional import mse
 from .likelihood import discretised_gaussian, gaussian_kl
+from .limit import Clip, checked_clip, limit
 from .parallel import shards, worker_threads
 from .schedule import Schedule
 from .tensor import Tensor, as_array, no_grad
@@ -46,7 +46,6 @@ OBJECTIVES = ("eps", "x0", "v")
 VARIANCES = ("small", "large", "learned_range")
 LOSSES = ("simple", "weighted_eps", "weighted_mu", "min_snr", "vlb", "hybrid")
 SPACINGS = ("trailing", "leading", "linspace")
-Clip = bool | float | str | tuple[str, float, float]  # see `limit`
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,7 +80,7 @@ class Diffusion:
             Of the samplers only "ddpm" uses the variance, and so does the variational bound.
         loss_type: what `loss` computes: "simple", "weighted_eps", "weighted_mu", "min_snr", "vlb", "hybrid"; see there.
         min_snr_gamma: where "min_snr" cuts the signal-to-noise ratio off.
-        clip: how sampling keeps the predicted x_0 where images are, unless told otherwise; see `limit`.
+        clip: how sampling keeps the predicted x_0 where images are, unless told otherwise; see `tinyddpm.limit.limit`.
         spacing: which timesteps sampling visits if it takes fewer than T, unless told otherwise: "trailing",
             "leading" or "linspace"; see `tinyddpm.sample.timesteps`.
 
@@ -123,7 +122,7 @@ class Diffusion:
                 )
         if not self.min_snr_gamma > 0:
             raise ValueError(f"min_snr_gamma: expected a number > 0, got {self.min_snr_gamma}")
-        object.__setattr__(self, "clip", _checked_clip(self.clip))
+        object.__setattr__(self, "clip", checked_clip(self.clip))
 
     @property
     def T(self) -> int:
@@ -487,47 +486,6 @@ class Diffusion:
                 terms[t] = np.concatenate(list(of_images)).mean(dtype=np.float64)
                 bar.update()
         return BitsPerDim(self.prior_terms(x0).data.mean(dtype=np.float64).item(), terms)
-
-
-def limit(x0: Array, clip: Clip) -> Array:
-    """Bring a predicted x_0 back to where images are.
-
-        True, or a number r       clip it to [-1, 1], or [-r, r]
-        "dynamic"                 `dynamic_threshold`; ("dynamic", quantile, most) with these settings
-        False                     leave it as it is
-
-    Raises ValueError for anything else.
-    """
-    clip = _checked_clip(clip)
-    if clip is False:
-        return x0
-    if isinstance(clip, tuple):
-        return dynamic_threshold(x0, *clip[1:])
-    if clip == "dynamic":
-        return dynamic_threshold(x0)
-    return x0.clip(-float(clip), float(clip))
-
-
-def _checked_clip(clip: object) -> Clip:
-    """`clip` (a list, as JSON has it, made a tuple), if `limit` takes it, or ValueError."""
-    if isinstance(clip, (list, tuple)) and len(clip) == 3 and clip[0] == "dynamic":
-        quantile, most = clip[1:]
-        if all(isinstance(n, numbers.Real) for n in (quantile, most)) and 0 <= quantile <= 1 <= most:
-            return ("dynamic", float(quantile), float(most))
-    elif isinstance(clip, (bool, numbers.Real)) and (clip is False or 0 < clip < math.inf) or clip == "dynamic":
-        return clip
-    raise ValueError(
-        "clip: expected True, False, a number > 0, 'dynamic' or ('dynamic', quantile, most) with 0 <= quantile <= 1 "
-        f"<= most, got {clip!r}"
-    )
-
-
-def dynamic_threshold(x0: Array, quantile: float = 0.995, most: float = math.inf) -> Array:
-    """Clip each image to [-s, s] and divide it by s = its quantile of |x_0|, but at least 1 and at most `most`, so that
-    strong guidance does not saturate it (Saharia et al. 2022, Imagen, section 2.3)."""
-    s = array_module(x0).quantile(np.abs(x0), quantile, axis=tuple(range(1, x0.ndim)), keepdims=True)
-    s = s.clip(1, most).astype(x0.dtype)  # CuPy's quantiles are float64
-    return np.clip(x0, -s, s) / s
 
 
 def _bits_per_image(nats: Tensor) -> Tensor:

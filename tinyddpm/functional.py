@@ -139,6 +139,17 @@ def linear(x, w, b=None, *, precision: str = "float32"):
 
 
 @op
+def embedding(w, *, index: np.ndarray):
+    """Rows of a table: w (K, C) and integers index (N,) in 0 ... K-1 -> w[index] (N, C)."""
+    rows = np.asarray(index) == np.arange(len(w))[:, None]  # (K, N): a row's gradient is the sum over its uses
+
+    def pull(g):
+        return product(to_device(rows, device_of(g)).astype(g.dtype), g)
+
+    return w[to_device(index, device_of(w))], pull
+
+
+@op
 def at_least(x, *, least: float):
     """max(x, least); the gradient passes where x is greater."""
     return np.maximum(x, least), lambda g: g * (x > least)

@@ -14,7 +14,7 @@ import numpy as np
 
 from .backend import device_of, on_device, to_device, to_numpy
 from .conv import Padding, conv2d
-from .functional import check_precision, linear
+from .functional import check_precision, embedding, linear
 from .fused import attention, group_norm
 from .tensor import Parameter, Tensor
 
@@ -112,7 +112,7 @@ def _walk(value: object, kind: type, name: str = "") -> Iterator[tuple[str, Para
 
 def _uniform(rng: np.random.Generator, shape: tuple[int, ...], fan_in: int, fan_out: int, scale: float) -> Parameter:
     limit = math.sqrt(3 * scale * 2 / (fan_in + fan_out))
-    return Parameter(rng.uniform(-limit, limit, shape).astype(np.float32))
+    return Parameter(rng.uniform(-limit, limit, shape).astype(np.float32, copy=False))
 
 
 def _zeros(n: int) -> Parameter:
@@ -128,6 +128,16 @@ class Linear(Module):
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self.w, self.b, precision=self.precision)
+
+
+class Embedding(Module):
+    """A learned vector (channels,) for each of `count` classes: labels (N,) -> (N, channels)."""
+
+    def __init__(self, count: int, channels: int, rng: np.random.Generator):
+        self.w = _uniform(rng, (count, channels), 1, 1, scale=1.0)  # so of variance 1, as in PyTorch
+
+    def __call__(self, labels: np.ndarray) -> Tensor:
+        return embedding(self.w, index=labels)
 
 
 class Conv2d(Module):

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from .backend import Array, array_module, on_device, to_device
-from .diffusion import SPACINGS, Clip, Diffusion
+from .diffusion import SPACINGS, Diffusion
+from .limit import Clip
 from .parallel import shards, worker_threads
 from .schedule import Schedule
 from .tensor import as_array, no_grad
@@ -183,7 +184,7 @@ def sample(
             the diffusion.
         rng: seed or generator; the same seed gives the same images, whatever N and the number of workers. With the
             default a second call repeats the first; None draws other images every time.
-        clip: how to keep the predicted x_0 where images are, at every step, see `tinyddpm.diffusion.limit`; None: as
+        clip: how to keep the predicted x_0 where images are, at every step, see `tinyddpm.limit.limit`; None: as
             `diffusion.clip` says, which by default is within [-1, 1].
         spacing: of the steps, see `timesteps`; None: as `diffusion.spacing` says, by default "trailing".
         callback: called as callback(t, x_{t-1}, predicted x_0) after every step; x_{t-1} is still b times as large.

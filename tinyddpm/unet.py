@@ -17,10 +17,10 @@ import numpy as np
 from .backend import Array, is_array, like
 from .conv import upsample
 from .functional import concat, dropout, silu
-from .nn import Attention, Conv2d, GroupNorm, Linear, Module
+from .nn import Attention, Conv2d, Embedding, GroupNorm, Linear, Module
 from .tensor import Tensor, as_array
 
-ENCODINGS = ("ddpm", "improved", "interleaved")
+ENCODINGS = ("ddpm", "ddpm_flipped", "improved", "improved_flipped", "interleaved")
 
 
 def timestep_encoding(t: np.ndarray, channels: int, form: str = "ddpm") -> np.ndarray:
@@ -34,7 +34,8 @@ def timestep_encoding(t: np.ndarray, channels: int, form: str = "ddpm") -> np.nd
 
         P(k, i) = sin(k / n^(i/(d/2 - 1))),  P(k, d/2 + i) = cos(k / n^(i/(d/2 - 1)))
 
-    and "improved" of Nichol & Dhariwal's 2021, P(k, i) = cos(k / n^(2i/d)), P(k, d/2 + i) = sin(k / n^(2i/d)).
+    and "improved" of Nichol & Dhariwal's 2021, P(k, i) = cos(k / n^(2i/d)), P(k, d/2 + i) = sin(k / n^(2i/d)). The
+    "_flipped" forms of these have the two halves exchanged.
     Raises ValueError for another form or an odd number of channels.
     """
     if form not in ENCODINGS or channels % 2:
@@ -42,11 +43,11 @@ def timestep_encoding(t: np.ndarray, channels: int, form: str = "ddpm") -> np.nd
             f"form, channels: expected one of {', '.join(ENCODINGS)} and an even number, got {form!r}, {channels}"
         )
     half = channels // 2
-    longest = half - 1 if form == "ddpm" else half
+    longest = half - 1 if form.startswith("ddpm") else half
     angle = t[:, None] * np.exp(-math.log(10000) * np.arange(half) / longest)
     if form == "interleaved":
         return np.stack([np.sin(angle), np.cos(angle)], axis=2).reshape(-1, channels)
-    first, second = (np.cos, np.sin) if form == "improved" else (np.sin, np.cos)
+    first, second = (np.cos, np.sin) if form in ("ddpm_flipped", "improved") else (np.sin, np.cos)
     return np.concatenate([first(angle), second(angle)], axis=1)
 
 
@@ -57,11 +58,13 @@ class ResBlock(Module):
     channels change, x passes a 1x1 convolution. `p` is the probability of dropout.
     """
 
-    def __init__(self, inputs: int, outputs: int, time: int, groups: int, p: float, rng: np.random.Generator):
-        self.norm1 = GroupNorm(inputs, groups)
+    def __init__(
+        self, inputs: int, outputs: int, time: int, groups: int, p: float, rng: np.random.Generator, eps: float = 1e-6
+    ):
+        self.norm1 = GroupNorm(inputs, groups, eps)
         self.conv1 = Conv2d(inputs, outputs, 3, rng, padding=1)
         self.time = Linear(time, outputs, rng)
-        self.norm2 = GroupNorm(outputs, groups)
+        self.norm2 = GroupNorm(outputs, groups, eps)
         self.conv2 = Conv2d(outputs, outputs, 3, rng, padding=1, scale=0.0)
         self.shortcut = Conv2d(inputs, outputs, 1, rng) if inputs != outputs else None
         self.p = p
@@ -76,8 +79,8 @@ class ResBlock(Module):
 class AttentionBlock(Module):
     """y = x + attention(norm(x)) over the H W pixels of an image."""
 
-    def __init__(self, channels: int, heads: int, groups: int, rng: np.random.Generator):
-        self.norm = GroupNorm(channels, groups)
+    def __init__(self, channels: int, heads: int, groups: int, rng: np.random.Generator, eps: float = 1e-6):
+        self.norm = GroupNorm(channels, groups, eps)
         self.attention = Attention(channels, heads, rng)
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -88,8 +91,8 @@ class AttentionBlock(Module):
 class Level(Module):
     """The residual blocks at one resolution, each followed by attention if the level has it, and what changes the size.
 
-    Going down, `resize` is a convolution with stride 2, padded on the right and at the bottom only, as in Ho et al.;
-    going up, a convolution after nearest-neighbour upsampling; at the end of either path there is none.
+    Going down, `resize` is a convolution with stride 2, in Ho et al. padded on the right and at the bottom only; going
+    up, a convolution after nearest-neighbour upsampling; at the end of either path there is none.
     """
 
     def __init__(self, res: list[ResBlock], attention: list[AttentionBlock], resize: Conv2d | None):
@@ -108,11 +111,19 @@ class UNet(Module):
         out_channels: the same, or twice as many if the variance is learned too (see `Diffusion`).
         channels: of each level, from full resolution down; every level halves height and width.
         blocks: residual blocks per level (one more on the way up).
-        attention: for each level, whether its blocks are followed by attention (the middle always has it).
+        attention: for each level, whether its blocks are followed by attention.
         heads: attention heads. groups: of the group norms. Both must divide the channels they meet.
         dropout: probability in each residual block; acts only in calls that are handed a generator.
         encoding: of the timesteps: "ddpm", "improved" or "interleaved"; see `timestep_encoding`.
         rng: seed or generator of the initial weights.
+        head_channels: of each attention head, instead of `heads`: wider levels have more of them.
+        middle_attention: whether the middle has attention.
+        norm_eps: what the group norms add to the variance.
+        downsample_padding: of the convolutions that halve: 0, on the right and at the bottom (Ho et al.); 1, all round.
+        center_input: images come in [0, 1], and x_t is taken as 2 x_t - 1.
+        classes: number of classes of images; the network then learns a vector for each and is told the `labels`.
+        image_size: (height, width) of the images it is for, or one number for both. The network takes other sizes too;
+            this is for those who get it in a file and want to sample.
 
     Raises ValueError if an argument is out of range or does not fit the others.
     """
@@ -129,33 +140,51 @@ class UNet(Module):
         dropout: float = 0.0,
         encoding: str = "ddpm",
         rng: int | np.random.Generator = 0,
+        head_channels: int | None = None,
+        middle_attention: bool = True,
+        norm_eps: float = 1e-6,
+        downsample_padding: int = 0,
+        center_input: bool = False,
+        classes: int | None = None,
+        image_size: int | tuple[int, int] | None = None,
     ):
-        self.config = _checked(in_channels, out_channels, channels, blocks, attention, heads, groups, dropout, encoding)
+        self.config = _checked(
+            {name: value for name, value in locals().items() if name not in ("self", "rng")}  # all that describes it
+        )
         channels, attention, blocks = (self.config[name] for name in ("channels", "attention", "blocks"))
         self.dropout = dropout
         rng = np.random.default_rng(rng)
         time = 4 * channels[0]
         last = len(channels) - 1
+        halving = 1 if downsample_padding else ((0, 1), (0, 1))
+
+        def res_block(inputs: int, outputs: int) -> ResBlock:
+            return ResBlock(inputs, outputs, time, groups, dropout, rng, norm_eps)
+
+        def attention_block(c: int) -> AttentionBlock:
+            return AttentionBlock(c, c // head_channels if head_channels else heads, groups, rng, norm_eps)
 
         def level(widths: list[tuple[int, int]], i: int, resize: Conv2d | None) -> Level:
-            res = [ResBlock(a, b, time, groups, dropout, rng) for a, b in widths]
-            attend = [AttentionBlock(channels[i], heads, groups, rng) for _ in widths if attention[i]]
+            res = [res_block(inputs, outputs) for inputs, outputs in widths]
+            attend = [attention_block(channels[i]) for _ in widths if attention[i]]
             return Level(res, attend, resize)
 
         self.time1 = Linear(channels[0], time, rng)
         self.time2 = Linear(time, time, rng)
+        if classes:
+            self.class_embedding = Embedding(classes, time, rng)
         self.conv_in = Conv2d(in_channels, channels[0], 3, rng, padding=1)
         width, skips = channels[0], [channels[0]]  # of the activation, and of what has been laid aside
 
         self.down = []
         for i, c in enumerate(channels):
-            resize = Conv2d(c, c, 3, rng, stride=2, padding=((0, 1), (0, 1))) if i < last else None
+            resize = Conv2d(c, c, 3, rng, stride=2, padding=halving) if i < last else None
             self.down.append(level([(width, c)] + [(c, c)] * (blocks - 1), i, resize))
             width, skips = c, skips + [c] * (blocks + (i < last))
 
-        self.middle1 = ResBlock(width, width, time, groups, dropout, rng)
-        self.middle_attention = AttentionBlock(width, heads, groups, rng)
-        self.middle2 = ResBlock(width, width, time, groups, dropout, rng)
+        self.middle1 = res_block(width, width)
+        self.middle_attention = attention_block(width) if middle_attention else None
+        self.middle2 = res_block(width, width)
 
         self.up = []
         for i, c in reversed(list(enumerate(channels))):
@@ -163,23 +192,33 @@ class UNet(Module):
             self.up.append(level(widths, i, Conv2d(c, c, 3, rng, padding=1) if i > 0 else None))
             width = c
 
-        self.norm_out = GroupNorm(width, groups)
+        self.norm_out = GroupNorm(width, groups, norm_eps)
         self.conv_out = Conv2d(width, out_channels, 3, rng, padding=1, scale=0.0)
 
-    def __call__(self, x: Tensor | Array, t: np.ndarray, rng: np.random.Generator | None = None) -> Tensor:
+    def __call__(
+        self,
+        x: Tensor | Array,
+        t: np.ndarray,
+        rng: np.random.Generator | None = None,
+        labels: np.ndarray | None = None,
+    ) -> Tensor:
         """Return eps_theta(x_t, t).
 
         Args:
             x: (N, H, W, in_channels) noisy images of the parameters' dtype, H and W divisible by 2^(levels - 1).
             t: (N,) integer timesteps, counted from 0.
             rng: generator for dropout; none, no dropout.
+            labels: (N,) integers, the class of each image, counted from 0; for a network made for `classes`.
 
         Returns (N, H, W, out_channels). Raises ValueError if the shapes do not fit, TypeError if a dtype does not.
         """
-        self._check_input(as_array(x), t)
+        self._check_input(as_array(x), t, labels)
         encoding = like(timestep_encoding(t, self.config["channels"][0], self.config["encoding"]), self.time1.w.data)
-        temb = silu(self.time2(silu(self.time1(encoding))))  # every block takes SiLU of the embedding: once is enough
-        h = self.conv_in(x)
+        temb = self.time2(silu(self.time1(encoding)))
+        if labels is not None:
+            temb = temb + self.class_embedding(labels)
+        temb = silu(temb)  # every block takes SiLU of the embedding: once is enough
+        h = self.conv_in(2 * x - 1 if self.config["center_input"] else x)
         skips = [h]
         for level in self.down:
             for i in range(len(level.res)):
@@ -188,7 +227,10 @@ class UNet(Module):
             if level.resize:
                 h = level.resize(h)
                 skips.append(h)
-        h = self.middle2(self.middle_attention(self.middle1(h, temb, rng)), temb, rng)
+        h = self.middle1(h, temb, rng)
+        if self.middle_attention:
+            h = self.middle_attention(h)
+        h = self.middle2(h, temb, rng)
         for level in self.up:
             for i in range(len(level.res)):
                 h = level.block(i, concat(h, skips.pop()), temb, rng)
@@ -197,8 +239,9 @@ class UNet(Module):
         assert not skips
         return self.conv_out(self.norm_out(h, silu=True))
 
-    def _check_input(self, x: Array, t: np.ndarray) -> None:
+    def _check_input(self, x: Array, t: np.ndarray, labels: np.ndarray | None) -> None:
         C, factor = self.config["in_channels"], 2 ** (len(self.config["channels"]) - 1)
+        classes = self.config["classes"]
         if not is_array(x):
             raise TypeError(f"x: expected an array or a Tensor, got {type(x).__name__}")
         if x.ndim != 4 or x.shape[3] != C or x.shape[0] == 0:
@@ -214,20 +257,33 @@ class UNet(Module):
             raise TypeError(f"t: expected a NumPy array of integers, got {getattr(t, 'dtype', type(t).__name__)}")
         if t.shape != x.shape[:1] or t.min() < 0:
             raise ValueError(f"t: expected {x.shape[0]} timesteps >= 0, one for each image, got shape {t.shape}, {t}")
+        if classes is None and labels is None:
+            return
+        if classes is None:
+            raise ValueError("labels: this network knows no classes; make one with UNet(classes=...)")
+        if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
+            got = getattr(labels, "dtype", type(labels).__name__)
+            raise TypeError(
+                f"labels: expected a NumPy array of integers, one of {classes} classes for each image, got {got}"
+            )
+        if labels.shape != t.shape or labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(
+                f"labels: expected {len(t)} integers in 0 ... {classes - 1}, one for each image, got shape "
+                f"{labels.shape}, {labels}"
+            )
 
 
-def _checked(in_channels, out_channels, channels, blocks, attention, heads, groups, dropout, encoding) -> dict:
-    """Return the arguments of `UNet` as plain numbers and tuples, or raise ValueError."""
-    ones = {
-        "in_channels": in_channels,
-        "out_channels": out_channels,
-        "blocks": blocks,
-        "heads": heads,
-        "groups": groups,
-    }
-    for name, value in ones.items():
-        if not isinstance(value, numbers.Integral) or value < 1:
+def _checked(config: dict) -> dict:
+    """The arguments of `UNet` as plain numbers and tuples, or ValueError."""
+    config = dict(config)
+    channels, attention, groups, heads = (config[name] for name in ("channels", "attention", "groups", "heads"))
+    for name in ("in_channels", "out_channels", "blocks", "heads", "groups", "head_channels", "classes"):
+        value = config[name]
+        if value is None and name in ("head_channels", "classes"):
+            continue
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+        config[name] = int(value)
     for name, value in (("channels", channels), ("attention", attention)):
         if np.ndim(value) != 1 or len(value) == 0:
             raise ValueError(f"{name}: expected a sequence with an entry for each level, got {value!r}")
@@ -239,18 +295,41 @@ def _checked(in_channels, out_channels, channels, blocks, attention, heads, grou
         )
     if len(attention) != len(channels):
         raise ValueError(f"attention: expected {len(channels)} entries, one for each level, got {attention}")
-    for c, attends in zip(channels, [*attention[:-1], True]):  # the middle has the last level's channels
-        if attends and c % heads:
-            raise ValueError(f"heads: {heads} does not divide the {c} channels of a level with attention")
-    if not isinstance(dropout, numbers.Real) or not 0 <= dropout < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout!r}")
-    if encoding not in ENCODINGS:
-        raise ValueError(f"encoding: unknown {encoding!r}; known: {', '.join(ENCODINGS)}")
-    config = {name: int(value) for name, value in ones.items()}
-    config |= {
+    if heads != 1 and config["head_channels"]:
+        raise ValueError(f"heads, head_channels: expected one of them, got {heads} and {config['head_channels']}")
+    for name in ("heads", "head_channels"):
+        for c, attends in zip((*channels, channels[-1]), (*attention, config["middle_attention"])):
+            if attends and c % (config[name] or 1):
+                raise ValueError(f"{name}: {config[name]} does not divide the {c} channels of a level with attention")
+    if not isinstance(config["dropout"], numbers.Real) or not 0 <= config["dropout"] < 1:
+        raise ValueError(f"dropout: expected a probability in [0, 1), got {config['dropout']!r}")
+    if config["encoding"] not in ENCODINGS:
+        raise ValueError(f"encoding: unknown {config['encoding']!r}; known: {', '.join(ENCODINGS)}")
+    if not isinstance(config["norm_eps"], numbers.Real) or not 0 < config["norm_eps"] < math.inf:
+        raise ValueError(f"norm_eps: expected a number > 0, got {config['norm_eps']!r}")
+    if config["downsample_padding"] not in (0, 1):
+        raise ValueError(f"downsample_padding: expected 0 or 1, got {config['downsample_padding']!r}")
+    for name in ("middle_attention", "center_input"):
+        if not isinstance(config[name], (bool, np.bool_)):
+            raise ValueError(f"{name}: expected True or False, got {config[name]!r}")
+    size, factor = config["image_size"], 2 ** (len(channels) - 1)
+    if size is not None:
+        size = (size, size) if isinstance(size, numbers.Integral) else size
+        if np.shape(size) != (2,) or not all(
+            isinstance(n, numbers.Integral) and n > 0 and n % factor == 0 for n in size
+        ):
+            raise ValueError(
+                f"image_size: expected a height and a width that are multiples of {factor}, since this network halves "
+                f"them {len(channels) - 1} times, got {size!r}"
+            )
+        size = tuple(map(int, size))
+    return config | {
         "channels": tuple(map(int, channels)),
         "attention": tuple(map(bool, attention)),
-        "dropout": float(dropout),
-        "encoding": encoding,
+        "middle_attention": bool(config["middle_attention"]),
+        "center_input": bool(config["center_input"]),
+        "dropout": float(config["dropout"]),
+        "norm_eps": float(config["norm_eps"]),
+        "downsample_padding": int(config["downsample_padding"]),
+        "image_size": size,
     }
-    return config
