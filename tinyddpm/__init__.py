@@ -12,6 +12,7 @@ README.md says in which order to read it.
 from .checkpoint import load_model, save_model
 from .data import load_digits
 from .diffusion import Diffusion
+from .exchange import load_diffusers, load_original, save_diffusers
 from .optim import EMA, Adam
 from .sample import sample
 from .schedule import Schedule, make_schedule
@@ -21,6 +22,7 @@ from .unet import UNet
 
 __version__ = "0.1.0"
 __all__ = [
-    "EMA", "Adam", "Diffusion", "Parameter", "Schedule", "Tensor", "TrainState", "UNet", "backward", "load_digits",
-    "load_model", "make_schedule", "no_grad", "sample", "save_model", "train",
+    "EMA", "Adam", "Diffusion", "Parameter", "Schedule", "Tensor", "TrainState", "UNet", "backward",
+    "load_diffusers", "load_digits", "load_model", "load_original", "make_schedule", "no_grad", "sample",
+    "save_diffusers", "save_model", "train",
 ]  # fmt: skip

@@ -1,15 +1,19 @@
 """A trained model in one safetensors file: the weights, and as JSON metadata what is needed to build it again.
 
-Nothing is ever unpickled, and the file appears whole or not at all.
+Nothing is ever unpickled, a file appears whole or not at all, and weights are read one by one to where they stay.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import pathlib
+from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -17,8 +21,10 @@ from .diffusion import Diffusion
 from .schedule import Schedule
 from .unet import UNet
 
+Path = str | pathlib.Path
 
-def save_model(path: str | pathlib.Path, unet: UNet, diffusion: Diffusion) -> None:
+
+def save_model(path: Path, unet: UNet, diffusion: Diffusion) -> None:
     """Write the weights of `unet` and the configuration of both to `path`, replacing it in one move.
 
     Raises FileNotFoundError if the folder does not exist, OSError if it cannot be written.
@@ -40,37 +46,149 @@ def save_model(path: str | pathlib.Path, unet: UNet, diffusion: Diffusion) -> No
         },
     }
     tensors = {**unet.state_dict(), "schedule.beta": schedule.beta}
-    unfinished = path.with_name(path.name + ".part")
-    try:
-        save_file(tensors, unfinished, metadata={"tinyddpm": json.dumps(config)})
-        os.replace(unfinished, path)
-    except SafetensorError as error:
-        raise OSError(f"path: cannot write {path}: {error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(path) as (unfinished,):
+        write_tensors(unfinished, tensors, {"tinyddpm": json.dumps(config)})
 
 
-def load_model(path: str | pathlib.Path) -> tuple[UNet, Diffusion]:
+def load_model(path: Path) -> tuple[UNet, Diffusion]:
     """Return the U-Net and the diffusion that `save_model` wrote to `path`.
 
     Raises FileNotFoundError, or ValueError if it is not such a file or its weights do not fit its configuration.
     """
-    if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"path: there is no file {path}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"path: {path} is not a readable safetensors file: {error}") from error
+    stored, metadata = stored_tensors(path)
     if "tinyddpm" not in metadata:
         raise ValueError(f"path: {path} was not written by save_model: its metadata has no entry 'tinyddpm'")
     try:
         config = json.loads(metadata["tinyddpm"])
-        schedule = Schedule(state.pop("schedule.beta"), **config["schedule"])
-        (dtype,) = {value.dtype for value in state.values()}
-        unet = UNet(**config["unet"]).to(dtype=dtype)
-        unet.load_state_dict(state)
+        schedule = Schedule(stored.pop("schedule.beta").read(np.float64), **config["schedule"])
+        unet = unet_from(stored, config["unet"])
         return unet, Diffusion(schedule, **config["diffusion"])
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"path: {path} holds no model that can be built: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------ into a file, whole
+
+
+@contextlib.contextmanager
+def replacing(*paths: pathlib.Path) -> Iterator[list[pathlib.Path]]:
+    """Yield a path beside each of `paths` to write to; what is there at the end takes their places. After an error
+    nothing does, and nothing is left. Raises OSError if a file cannot be written."""
+    unfinished = [path.with_name(path.name + ".part") for path in paths]
+    try:
+        yield unfinished
+        for part, path in zip(unfinished, paths):
+            os.replace(part, path)
+    except SafetensorError as error:
+        raise OSError(f"path: cannot write {paths[0]}: {error}") from error
+    finally:
+        for part in unfinished:
+            part.unlink(missing_ok=True)
+
+
+def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file, within `replacing`."""
+    # the library writes memory as it lies, whatever the strides
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path, metadata=metadata)
+
+
+# ----------------------------------------------------------------------------------------- out of a file, one by one
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """One tensor of a safetensors file, not yet read: where it is and what it is."""
+
+    path: pathlib.Path
+    offset: int
+    shape: tuple[int, ...]
+    format: str
+
+    def read(self, dtype: np.dtype) -> np.ndarray:
+        """Return it as an array of its own of `dtype`, float32 or float64."""
+        # not mapped but read: pages of a mapped file would count as memory in use beside the weights
+        x = np.fromfile(self.path, FORMATS[self.format], math.prod(self.shape), offset=self.offset)
+        if self.format == "BF16":  # the upper half of a float32
+            x = (x.astype(np.uint32) << 16).view(np.float32)
+        return x.reshape(self.shape).astype(dtype, copy=False)
+
+
+FORMATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+def stored_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """Return what a safetensors file holds, {name: tensor}, and its metadata; of the tensors nothing is read yet.
+
+    Raises FileNotFoundError, or ValueError unless it is a whole and sound file.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: there is no file {path}")
+    try:
+        with safe_open(path, framework="numpy") as file:  # checks that the tensors fill the file and do not overlap
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"path: {path} is not a readable safetensors file: {error}") from error
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: Stored(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
+        for name, entry in header.items()
+    }, metadata
+
+
+Layout = Callable[[str, int], tuple[str, tuple[int, ...]]]
+
+
+def own_layout(name: str, ndim: int) -> tuple[str, tuple[int, ...]]:
+    """What a file calls the parameter `name`, and which of its axes are there in which place: here, all as it is."""
+    return name, tuple(range(ndim))
+
+
+def unet_from(stored: Mapping[str, Stored], config: Mapping, layout: Layout = own_layout) -> UNet:
+    """Build the U-Net of this configuration and read its weights, each straight to where it stays.
+
+    `layout` says how the file has them, see `own_layout`. A 1x1 filter will do for the weights of a dense layer, 16-bit
+    floats are widened, and the network is float64 if any tensor is. Raises ValueError, which lists them all, if tensors
+    are missing, unknown, of another shape or not floats; and what `UNet` does of a configuration that makes none.
+    """
+    unet = UNet(**config, rng=_NoWeights(stored))
+    left, wrong, found = dict(stored), [], []
+    for name, p in unet.named_parameters().items():
+        name, axes = layout(name, p.ndim)
+        shape, tensor = tuple(p.shape[axis] for axis in axes), left.pop(name, None)
+        if tensor is None:
+            wrong.append(f"{name} is missing")
+        elif tensor.format not in FORMATS:
+            wrong.append(f"{name} is of type {tensor.format} instead of {', '.join(FORMATS)}")
+        elif tensor.shape != shape and not (len(shape) == 2 and tensor.shape == (*shape, 1, 1)):
+            wrong.append(f"{name} has shape {tensor.shape} instead of {shape}")
+        else:
+            found.append((p, tensor, shape, np.argsort(axes)))
+    wrong += [f"{name} is unknown" for name in left]
+    if wrong:
+        raise ValueError(f"the weights do not fit the configuration: {'; '.join(wrong)}")
+    dtype = np.float64 if any(tensor.format == "F64" for _, tensor, _, _ in found) else np.float32
+    for p, tensor, shape, axes in found:
+        p.data = np.ascontiguousarray(tensor.read(dtype).reshape(shape).transpose(axes))
+    return unet
+
+
+class _NoWeights(np.random.Generator):
+    """Initial weights that take no time and no memory: zeros, which are about to be replaced by those `stored`.
+
+    Raises ValueError once a configuration asks for far more than these are, before its network fills the memory.
+    """
+
+    def __init__(self, stored: Mapping[str, Stored]):
+        super().__init__(np.random.PCG64(0))
+        self.arrays = 1000 + 4 * len(stored)
+        self.numbers = 10**6 + 10 * sum(math.prod(tensor.shape) for tensor in stored.values())
+
+    def uniform(self, low: float, high: float, size: tuple[int, ...]) -> np.ndarray:
+        self.arrays, self.numbers = self.arrays - 1, self.numbers - math.prod(size)
+        if self.arrays < 0 or self.numbers < 0:
+            raise ValueError("the configuration is of a network many times as large as the weights that are there")
+        return np.broadcast_to(np.float32(0), size)

@@ -312,17 +312,6 @@ def _checked(config: dict) -> dict:
     for name in ("middle_attention", "center_input"):
         if not isinstance(config[name], (bool, np.bool_)):
             raise ValueError(f"{name}: expected True or False, got {config[name]!r}")
-    size, factor = config["image_size"], 2 ** (len(channels) - 1)
-    if size is not None:
-        size = (size, size) if isinstance(size, numbers.Integral) else size
-        if np.shape(size) != (2,) or not all(
-            isinstance(n, numbers.Integral) and n > 0 and n % factor == 0 for n in size
-        ):
-            raise ValueError(
-                f"image_size: expected a height and a width that are multiples of {factor}, since this network halves "
-                f"them {len(channels) - 1} times, got {size!r}"
-            )
-        size = tuple(map(int, size))
     return config | {
         "channels": tuple(map(int, channels)),
         "attention": tuple(map(bool, attention)),
@@ -331,5 +320,18 @@ def _checked(config: dict) -> dict:
         "dropout": float(config["dropout"]),
         "norm_eps": float(config["norm_eps"]),
         "downsample_padding": int(config["downsample_padding"]),
-        "image_size": size,
+        "image_size": checked_size(config["image_size"], len(channels)),
     }
+
+
+def checked_size(size: int | Sequence[int] | None, levels: int) -> tuple[int, int] | None:
+    """(height, width) of images that so many levels can halve, from one number or both, or ValueError."""
+    if size is None:
+        return None
+    size, factor = (size, size) if isinstance(size, numbers.Integral) else size, 2 ** (levels - 1)
+    if np.shape(size) != (2,) or not all(isinstance(n, numbers.Integral) and n > 0 and n % factor == 0 for n in size):
+        raise ValueError(
+            f"image_size: expected a height and a width that are multiples of {factor}, since this network halves "
+            f"them {levels - 1} times, got {size!r}"
+        )
+    return tuple(map(int, size))
