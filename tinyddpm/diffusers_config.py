@@ -255,7 +255,7 @@ def scheduler_config(diffusion: Diffusion) -> dict:
         "prediction_type": inverse(OBJECTIVES)[diffusion.objective],
         "variance_type": inverse(VARIANCES)[diffusion.variance],
         "timestep_spacing": diffusion.spacing,
-        "clip_sample": clip is True or isinstance(clip, (int, float)) and clip is not False,
+        "clip_sample": clip is not False,
     }
     if isinstance(clip, (int, float)) and not isinstance(clip, bool):
         config["clip_sample_range"] = float(clip)
