@@ -37,6 +37,8 @@ from threadpoolctl import threadpool_limits
 import tinyddpm.tensor
 from tinyddpm import Diffusion, UNet, backward, make_schedule, no_grad, sample, train
 from tinyddpm.backend import on_device, to_device, to_numpy
+from tinyddpm.diffusers_config import unet_config
+from tinyddpm.exchange import diffusers_layout
 from tinyddpm.parallel import blas_name, cpu_count, shards, worker_threads
 from tinyddpm.tensor import as_array
 from tinyddpm.winograd import ConstantFilters
@@ -172,46 +174,14 @@ def import_peers(threads):
     torch.set_num_threads(threads)
 
 
-RENAMED = [line.split() for line in r"""
-    ^time(\d)                      time_embedding.linear_\1
-    ^norm_out                      conv_norm_out
-    ^(up|down)(.*)resize           \1\2\1samplers.0.conv
-    ^(up|down)\.                   \1_blocks.
-    ^middle1                       mid_block.resnets.0
-    ^middle2                       mid_block.resnets.1
-    ^middle_attention              mid_block.attentions.0
-    \.res\.                        .resnets.
-    \.attention\.(\d)              .attentions.\1
-    (attentions\.\d)\.norm         \1.group_norm
-    \.attention\.([qkv])           .to_\1
-    \.attention\.out               .to_out.0
-    \.time\.                       .time_emb_proj.
-    \.shortcut                     .conv_shortcut
-    (\bw|gamma)$                   weight
-    (\bb|beta)$                    bias
-""".strip().splitlines()]  # fmt: skip
-
-
-def their_name(name):
-    """What diffusers calls our parameter `name`."""
-    for ours, theirs in RENAMED:
-        name = re.sub(ours, theirs, name)
-    return name
-
-
 def their_model(unet, size):
     """diffusers' network with the weights of ours."""
-    c = unet.config
-    down = ["AttnDownBlock2D" if attends else "DownBlock2D" for attends in c["attention"]]
-    model = diffusers.UNet2DModel(
-        sample_size=size, in_channels=c["in_channels"], out_channels=c["out_channels"], norm_eps=1e-6,
-        block_out_channels=c["channels"], layers_per_block=c["blocks"], norm_num_groups=c["groups"],
-        down_block_types=down, up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
-        attention_head_dim=None, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
-    )  # fmt: skip
-    order = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # filters (kh, kw, C, O) -> (O, C, kh, kw), linear (C, O) -> (O, C)
-    state = {their_name(name): torch.tensor(w.transpose(order[w.ndim])) for name, w in unet.state_dict().items()}
-    model.load_state_dict({name: w.contiguous() for name, w in state.items()})
+    model = diffusers.UNet2DModel.from_config(unet_config(unet, size))
+    state = {}
+    for name, w in unet.state_dict().items():
+        name, axes = diffusers_layout(name, w.ndim)
+        state[name] = torch.tensor(w.transpose(axes)).contiguous()
+    model.load_state_dict(state)
     return model
 
 

@@ -69,7 +69,8 @@ def main():
 
     # The network that predicts the noise in an image, with attention at the lowest resolution.
     attention = [False] * (len(args.channels) - 1) + [True]
-    unet = UNet(1, 1, args.channels, args.blocks, attention, rng=args.seed).to(args.device, precision=args.precision)
+    unet = UNet(1, 1, args.channels, args.blocks, attention, rng=args.seed, image_size=images.shape[1:3])
+    unet.to(args.device, precision=args.precision)
     print(f"device   {args.device}, {args.workers} workers, BLAS {blas_name()}")
     print(f"network  U-Net {'-'.join(map(str, args.channels))}, {unet.size:,} parameters")
     print(f"data     {len(images):,} digits of {images.shape[1]} x {images.shape[2]} pixels, T = {args.timesteps}")
@@ -119,7 +120,6 @@ def main():
                     bar.write(f"no grid after {state.step} steps: {error}")
             resumed = time.monotonic()
     training.close()
-
     save_model(args.out / "model.safetensors", state.ema.model, diffusion)
     print(f"trained  {state.step:,} steps in {(time.monotonic() - began) / 60:.1f} minutes")
     try:

@@ -12,9 +12,11 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 import tinyddpm
-from tinyddpm import load_digits, load_model, no_grad, sample
+from tinyddpm import Diffusion, UNet, load_digits, load_model, make_schedule, no_grad, sample, save_diffusers
+from tinyddpm.exchange import original_layout
 from tinyddpm.image import grid
 
 EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "mnist_ddpm.py"
@@ -255,7 +257,7 @@ def test_help_documents_every_option():
         (["--sample-every=0"], "--sample-every must be greater than 0"),
         (["--timesteps=20"], "--timesteps must be greater than 20 to get from an image to noise, got 20"),
         (["--channels", "12"], "channels: expected multiples of groups = 8, got [12]"),
-        (["--channels", "8", "8", "8", "8"], "x: height and width must be multiples of 8"),
+        (["--channels", "8", "8", "8", "8"], "a height and a width that are multiples of 8"),
         (["--device=gpu"], "device: 'gpu' is unknown; use 'cpu', 'cuda' or 'cuda:N'"),
         (["--seed=-1"], "--seed must be 0 or greater, got -1"),
         (["--objective=y"], "invalid choice: 'y'"),
@@ -279,3 +281,89 @@ def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
 
 def test_it_can_be_read_as_a_tutorial():
     assert len(EXAMPLE.read_text().splitlines()) < 150
+
+
+class TestSamplePretrained:
+    """examples/sample_pretrained.py, on small networks of random weights."""
+
+    @staticmethod
+    def run(*arguments):
+        example = EXAMPLE.with_name("sample_pretrained.py")
+        return subprocess.run([sys.executable, example, *arguments], capture_output=True, text=True, timeout=120)
+
+    @pytest.mark.parametrize(
+        ("options", "arguments", "steps"),
+        [
+            (dict(image_size=8), [], 50),
+            (dict(in_channels=3, out_channels=3, image_size=(8, 12)), ["--method=ddpm", "--samples=5"], 60),
+            (dict(classes=3, image_size=8), ["--steps=4", "--seed=3"], 4),
+            (dict(classes=3, image_size=8), ["--steps=4", "--label=2", "--method=dpm++"], 4),
+        ],
+    )
+    def test_it_samples_what_the_folder_holds(self, tmp_path, options, arguments, steps):
+        unet = UNet(**dict(channels=(8, 8), blocks=1, attention=(False, True)) | options, rng=1)
+        for p in unet.parameters():
+            p.data = p.data + np.float32(0.05) * np.cos(np.arange(p.data.size, dtype=np.float32)).reshape(p.shape)
+        diffusion = Diffusion(make_schedule("linear", 60, beta_end=0.3), clip=0.9, spacing="leading")
+        save_diffusers(tmp_path / "model", unet, diffusion)
+        result = self.run(tmp_path / "model", f"--out={tmp_path / 'p.png'}", *arguments)
+        assert result.returncode == 0, result.stderr
+        settings = dict(a[2:].split("=") for a in arguments)
+        n, (height, width), C = int(settings.get("samples", 16)), unet.config["image_size"], unet.config["in_channels"]
+        for words in (
+            "U-Net 8-8",
+            f"{unet.size:,} parameters",
+            f"{n} of {height} x {width} pixels",
+            f"in {steps} steps",
+        ):
+            assert words in result.stdout
+        assert f"{steps}/{steps}" in result.stderr  # the bar
+        labels = None
+        if unet.config["classes"]:
+            labels = np.full(n, int(settings["label"])) if "label" in settings else np.arange(n) % 3
+        images = sample(diffusion, unet, (n, height, width, C), settings.get("method", "ddim"), steps,
+                        rng=int(settings.get("seed", 0)), labels=labels)  # fmt: skip
+        with Image.open(tmp_path / "p.png") as picture:
+            np.testing.assert_allclose(np.asarray(picture, int), np.asarray(grid(images), int), atol=1)
+
+    def test_a_file_with_the_original_names(self, tmp_path):
+        unet = UNet(1, 1, (32, 32), 1, (False, True), groups=32)
+        state = {}
+        for name, w in unet.state_dict().items():
+            name, axes = original_layout(name, w.ndim, 2)
+            state[name] = np.ascontiguousarray(w.transpose(axes))
+        save_file(state, tmp_path / "ema.safetensors")
+        result = self.run(tmp_path / "ema.safetensors", f"--out={tmp_path / 'p.png'}", "--steps=2", "--size=8")
+        assert result.returncode == 0, result.stderr
+        assert "16 of 8 x 8 pixels" in result.stdout and (tmp_path / "p.png").exists()
+
+    def test_it_says_how_to_fetch_a_model(self, tmp_path):
+        for result in (self.run("--help"), self.run(tmp_path / "nowhere")):
+            text = " ".join((result.stdout + result.stderr).split())
+            assert "huggingface-cli download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32" in text
+        assert result.returncode == 2 and "FOLDER: there is no" in result.stderr
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--out=nowhere/p.png"], "--out: there is no folder nowhere"),
+            (["--steps=0"], "steps: expected an integer from 1 to 60"),
+            (["--samples=0"], "shape: expected (N, H, W, C), each at least 1"),
+            (["--size=7"], "x: height and width must be multiples of 2"),
+            (["--label=1"], "labels: this network knows no classes"),
+            (["--variant=fp16"], "diffusion_pytorch_model.fp16.safetensors"),
+            (["--variant=../fp16"], "variant: expected a word such as 'fp16', got '../fp16'"),
+            (["--device=gpu"], "device: 'gpu' is unknown"),
+        ],
+    )
+    def test_bad_input_is_refused_in_a_line(self, tmp_path, arguments, message):
+        unet = UNet(channels=(8, 8), blocks=1, attention=(False, True), image_size=8)
+        save_diffusers(tmp_path / "model", unet, Diffusion(make_schedule("linear", 60, beta_end=0.3)))
+        result = self.run(tmp_path / "model", f"--out={tmp_path / 'p.png'}", *arguments)
+        assert result.returncode != 0 and not (tmp_path / "p.png").exists()
+        assert message in result.stderr and "Traceback" not in result.stderr
+
+    def test_a_folder_that_is_no_model(self, tmp_path):
+        result = self.run(tmp_path)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert f"there is no file {tmp_path / 'config.json'}" in result.stderr

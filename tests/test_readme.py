@@ -6,14 +6,14 @@ import re
 import pytest
 from PIL import Image
 
-from tinyddpm import Diffusion, UNet, make_schedule, save_model
+from tinyddpm import Diffusion, UNet, make_schedule, save_diffusers, save_model
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 4
+    assert len(SNIPPETS) == 5
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
@@ -24,9 +24,16 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
     (tmp_path / "runs/mnist").mkdir(parents=True)  # as the example leaves it, but small
     diffusion = Diffusion(make_schedule("linear", 25, beta_end=0.5))
     save_model("runs/mnist/model.safetensors", UNet(channels=(8, 8), blocks=1, attention=(False, True)), diffusion)
+    pretrained = UNet(3, 3, channels=(8, 8), blocks=1, attention=(False, True), image_size=32)
+    save_diffusers(
+        "ddpm-cifar10-32", pretrained, Diffusion(make_schedule("linear", 1000))
+    )  # as it is fetched, but small
     names = {}
     exec(compile(snippet, "README.md", "exec"), names)
-    if "grid" in names:
+    if "load_diffusers" in names:
+        with Image.open("pretrained.png") as picture:
+            assert picture.size == (2 * (4 * 34 + 2), 2 * (4 * 34 + 2)) and picture.mode == "RGB"
+    elif "grid" in names:
         with Image.open("digits.png") as picture:
             assert picture.size == (2 * (4 * 30 + 2), 2 * (4 * 30 + 2))
     elif "bits" in names:

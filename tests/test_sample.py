@@ -262,6 +262,29 @@ class TestRespacing:
             respace(Diffusion(Schedule(linear(30))), np.array(ts, dtype=int))
 
 
+class TestLabels:
+    def test_each_image_is_made_with_its_own(self):
+        """In whatever shards the model is called."""
+        unet = UNet(channels=(4, 8), blocks=1, attention=(False, False), groups=2, classes=5)
+        rng = np.random.default_rng(0)
+        for p in unet.parameters():
+            p.data = (p.data + 0.3 * rng.standard_normal(p.shape)).astype(np.float32)
+        d, labels = Diffusion(Schedule(linear(10, 1e-3, 0.7))), np.array([4, 0, 2, 2, 1, 0, 3, 4, 1])
+        images = sample(d, unet, (9, 4, 4, 1), labels=labels, workers=2)
+        others = sample(d, unet, (9, 4, 4, 1), labels=np.append(labels[:-1], 3), workers=1)
+        np.testing.assert_array_equal(images[:-1], others[:-1])
+        assert np.abs(images[-1] - others[-1]).max() > 0.01
+        np.testing.assert_allclose(sample(d, unet, (1, 4, 4, 1), labels=labels[:1].tolist())[0], images[0], atol=1e-5)
+
+    def test_bad_labels(self):
+        d = Diffusion(Schedule(linear(10, 1e-3, 0.7)))
+        for bad in ([1], [[1, 2]], 3):
+            with pytest.raises(ValueError, match="labels: expected 2, one for each image, got shape"):
+                sample(d, zeros, (2, 4, 4, 1), labels=bad)
+        with pytest.raises(ValueError, match="labels: this network knows no classes"):
+            sample(d, UNet(channels=(4,), blocks=1, attention=[False], groups=2), (2, 4, 4, 1), labels=[0, 1])
+
+
 class TestKnownImages:
     target = np.random.default_rng(0).uniform(-1, 1, (1, 3, 2, 2))
 

@@ -170,6 +170,7 @@ def sample(
     spacing: str | None = None,
     callback: Callable[[int, Array, Array], None] | None = None,
     workers: int | None = None,
+    labels: np.ndarray | None = None,
     **settings: float,
 ) -> Array:
     """Draw images from the model.
@@ -189,6 +190,7 @@ def sample(
         spacing: of the steps, see `timesteps`; None: as `diffusion.spacing` says, by default "trailing".
         callback: called as callback(t, x_{t-1}, predicted x_0) after every step; x_{t-1} is still b times as large.
         workers: threads; None for one per CPU. A GPU has one.
+        labels: (N,) integers, the class of each image, for a model that takes them: it is called (x_t, t, labels=...).
         settings: of the method: "ddim" takes eta, 0 ... 1, how much of `ddpm`'s noise it adds.
 
     Returns (N, H, W, C), within [-1, 1] if clipped. Raises ValueError for an unknown method, a shape, steps or settings
@@ -203,6 +205,8 @@ def sample(
         raise TypeError(f"settings: {method!r} takes {', '.join(takes) or 'none'}, got {', '.join(settings)}")
     if np.ndim(shape) != 1 or len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape}")
+    if labels is not None and np.shape(labels) != (shape[0],):
+        raise ValueError(f"labels: expected {shape[0]}, one for each image, got shape {np.shape(labels)}")
     T = diffusion.T
     ts = timesteps(T, T if steps is None else steps, diffusion.spacing if spacing is None else spacing)
     if len(ts) < T:
@@ -218,8 +222,9 @@ def sample(
 
         def in_shards(x: Array, t: np.ndarray) -> Array:
             def predict(shard: slice) -> Array:
+                of_class = {} if labels is None else {"labels": np.asarray(labels)[shard]}
                 with no_grad(), filters.in_force():
-                    return as_array(model(x[shard], ts[t[shard]]))
+                    return as_array(model(x[shard], ts[t[shard]], **of_class))
 
             return array_module(x).concatenate(list(run(predict, cut)))
 

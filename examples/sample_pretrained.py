@@ -1,0 +1,80 @@
+"""Sample images from a pretrained model in diffusers' format: `python examples/sample_pretrained.py FOLDER`.
+
+Such as Ho et al.'s own for CIFAR-10 (143 MB), which huggingface-cli fetches (`pip install huggingface_hub`; it is not
+needed for anything else):
+
+    huggingface-cli download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32
+    python examples/sample_pretrained.py ddpm-cifar10-32
+
+Others are google/ddpm-celebahq-256, -cat-256, -church-256 and -bedroom-256, or what `save_diffusers` wrote. FOLDER may
+also be a safetensors file with the names of Ho et al.'s code.
+"""
+
+import argparse
+import pathlib
+import sys
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from tinyddpm import load_diffusers, load_original, sample
+from tinyddpm.backend import to_numpy
+from tinyddpm.image import grid
+from tinyddpm.sample import SAMPLERS
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", type=pathlib.Path, help="a pipeline or a model that diffusers saved")
+    add("--samples", type=int, default=16, help="how many images [%(default)s]")
+    add("--method", default="ddim", choices=SAMPLERS, help="the sampler [%(default)s]")
+    add("--steps", type=int, help="of the sampler [50; all of them for ddpm]")
+    add("--label", type=int, help="the class of the images, for a model that knows classes [each in turn]")
+    add("--size", type=int, help="their height and width [those of the model]")
+    add("--seed", type=int, default=0, help="another one gives other images [%(default)s]")
+    add("--variant", help="another file of weights in the folder, such as fp16")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
+    add("--precision", default="float32", help="of products on a GPU: float32, tf32, bf16 or fp16 [%(default)s]")
+    add("--workers", type=int, help="how many work side by side [one per CPU]")
+    add("--out", type=pathlib.Path, default=pathlib.Path("pretrained.png"), help="the picture [%(default)s]")
+    args = parser.parse_args()
+    if not args.folder.exists():
+        parser.error(
+            f"FOLDER: there is no {args.folder}. To fetch Ho et al.'s model for CIFAR-10: huggingface-cli download "
+            "google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32"
+        )
+    if not args.out.parent.is_dir():  # better to know now than after the sampling
+        parser.error(f"--out: there is no folder {args.out.parent}")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    unet, diffusion = load_original(args.folder) if args.folder.is_file() else load_diffusers(args.folder, args.variant)
+    unet.to(args.device, precision=args.precision)
+    height, width = (args.size, args.size) if args.size else unet.config["image_size"] or (32, 32)
+    steps = (diffusion.T if args.method == "ddpm" else min(50, diffusion.T)) if args.steps is None else args.steps
+    print(f"network  U-Net {'-'.join(map(str, unet.config['channels']))}, {unet.size:,} parameters")
+    print(f"process  {diffusion.schedule}, the network predicts {diffusion.objective}, variance {diffusion.variance}")
+    print(f"images   {args.samples} of {height} x {width} pixels, {args.method} in {steps} steps", flush=True)
+
+    labels = None if args.label is None else np.full(args.samples, args.label)
+    if labels is None and unet.config["classes"]:
+        labels = np.arange(args.samples) % unet.config["classes"]
+
+    began = time.monotonic()
+    with tqdm(total=steps, unit="step", desc="sampling", dynamic_ncols=True) as bar:
+        settings = {"rng": args.seed, "workers": args.workers, "callback": lambda t, x, x0: bar.update()}
+        shape = (args.samples, height, width, unet.config["in_channels"])
+        images = sample(diffusion, unet, shape, args.method, steps, labels=labels, **settings)
+    grid(to_numpy(images), scale=1 if height >= 128 else 2).save(args.out)
+    print(f"done in {time.monotonic() - began:.0f} seconds: look at {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
+        sys.exit(f"sample_pretrained.py: {error}")
