@@ -1,6 +1,9 @@
 """A model goes into one file and comes out as it was; what is no such file is refused."""
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule, sample, save_model
+from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule, sample, save_diffusers, save_model
+from tinyddpm.exchange import original_layout
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2, heads=2, dropout=0.1)
 DIFFUSION = Diffusion(make_schedule("linear", 25, beta_start=1e-3, beta_end=0.4), "v", variance="large")
@@ -80,6 +84,41 @@ def test_a_flattened_model_saves_and_loads(tmp_path):
     theta[:] = 0
     unet.load_state_dict(load_model(tmp_path / "m.safetensors")[0].state_dict())
     np.testing.assert_array_equal(theta, np.arange(len(theta)))  # loading writes through to the vector
+
+
+PEAK = """
+import pathlib, sys
+from tinyddpm import load_diffusers, load_model, load_original
+
+def memory(what):
+    status = pathlib.Path("/proc/self/status").read_text().split()
+    return 1024 * int(status[status.index(what) + 1])
+
+pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+before = memory("VmRSS:")
+unet, _ = globals()[sys.argv[1]](sys.argv[2])
+print((memory("VmHWM:") - before) / sum(p.data.nbytes for p in unet.parameters()))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak of memory is read from Linux's /proc")
+@pytest.mark.parametrize("load", ["load_model", "load_diffusers", "load_original"])
+def test_loading_takes_little_more_memory_than_the_weights(load, tmp_path):
+    """ddpm-cifar10-32, 143 MB: no second copy of it, neither in arrays nor in pages of a mapped file."""
+    unet = UNet(3, 3, (128, 256, 256, 256), attention=(False, True, False, False), groups=32)
+    diffusion = Diffusion(make_schedule("linear", 1000))
+    if load == "load_model":
+        save_model(tmp_path / "m", unet, diffusion)
+    elif load == "load_diffusers":
+        save_diffusers(tmp_path / "m", unet, diffusion)
+    else:
+        layout = [(original_layout(name, p.ndim, 4), p.data) for name, p in unet.named_parameters().items()]
+        save_file({name: np.ascontiguousarray(w.transpose(axes)) for (name, axes), w in layout}, tmp_path / "m")
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK, load, tmp_path / "m"], capture_output=True, text=True, check=True
+    )
+    assert 0.9 < float(result.stdout) < 1.2
 
 
 def contents(path):

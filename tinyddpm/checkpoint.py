@@ -133,10 +133,13 @@ def stored_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
-    return {
-        name: Stored(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), entry["dtype"])
-        for name, entry in header.items()
-    }, metadata
+    try:
+        return {
+            name: Stored(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), str(entry["dtype"]))
+            for name, entry in header.items()
+        }, metadata
+    except TypeError as error:  # lists in the place of objects, which the check above lets pass
+        raise ValueError(f"path: {path} is not a readable safetensors file: {error}") from error
 
 
 Layout = Callable[[str, int], tuple[str, tuple[int, ...]]]

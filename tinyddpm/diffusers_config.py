@@ -9,6 +9,7 @@ import json
 import math
 import pathlib
 import re
+import sys
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
@@ -17,7 +18,7 @@ import numpy as np
 
 from .diffusion import Diffusion
 from .schedule import Schedule, make_schedule, rescale_to_zero_terminal_snr
-from .unet import UNet, checked_size
+from .unet import UNet, checked_config, checked_size
 
 VERSION = "0.35.0"  # of diffusers, whose format this is
 
@@ -35,7 +36,7 @@ def _is_count(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _one_of(default: object, *others: object) -> Field:
@@ -56,8 +57,12 @@ def _count(default: int) -> Field:
     return Field(default, "an integer from 1 to a million", _is_count)
 
 
-def _number(default: float) -> Field:
-    return Field(default, "a finite number", _is_number)
+def _number(default: float, supported: str, fits: Callable[[float], bool]) -> Field:
+    return Field(default, supported, lambda value: _is_number(value) and fits(value))
+
+
+def _positive(default: float) -> Field:
+    return _number(default, "a number > 0", lambda value: value > 0)
 
 
 # --------------------------------------------------------------------------------------------------------- the network
@@ -97,8 +102,8 @@ UNET_FIELDS = {
     "attention_head_dim": _or_null(8, "an integer from 1 to a million", _is_count),
     "add_attention": _one_of(True, False),
     "norm_num_groups": _count(32),
-    "norm_eps": _number(1e-5),
-    "dropout": _number(0.0),
+    "norm_eps": _positive(1e-5),
+    "dropout": _number(0.0, "a number in [0, 1)", lambda value: 0 <= value < 1),
     "downsample_padding": _one_of(1, 0),
     "flip_sin_to_cos": _one_of(True, False),
     "freq_shift": _one_of(0, 1),
@@ -136,7 +141,13 @@ def unet_settings(config: dict, path: pathlib.Path) -> dict:
     if c["up_block_types"] != mirrored:
         raise _unsupported(path, "up_block_types", c["up_block_types"], f"the mirror image of the way down, {mirrored}")
     encoding = ENCODINGS[c["flip_sin_to_cos"], c["freq_shift"]]
-    return {ours: c[theirs] for theirs, ours in SAME.items()} | {"attention": attention, "encoding": encoding}
+    settings = {ours: c[theirs] for theirs, ours in SAME.items()}
+    try:
+        return checked_config(settings | {"attention": attention, "encoding": encoding, "heads": 1})
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: {_in_their_words(error, {ours: theirs for theirs, ours in SAME.items()})}"
+        ) from error
 
 
 def unet_config(unet: UNet, image_size: int | tuple[int, int] | None = None) -> dict:
@@ -171,12 +182,6 @@ def unet_config(unet: UNet, image_size: int | tuple[int, int] | None = None) -> 
     }  # fmt: skip
 
 
-def in_their_words(error: Exception) -> str:
-    """The message of an error about an argument of `UNet`, with diffusers' name for it."""
-    theirs = {ours: theirs for theirs, ours in SAME.items()}
-    return re.sub(r"^\w+(?=:)", lambda name: theirs.get(name[0], name[0]), str(error))
-
-
 # ------------------------------------------------------------------------------------------------------- the diffusion
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid_beta"}
@@ -190,17 +195,17 @@ VARIANCES = {
 SCHEDULER_FIELDS = {
     "num_train_timesteps": _count(1000),
     "beta_schedule": _one_of(*SCHEDULES),
-    "beta_start": _number(0.0001),
-    "beta_end": _number(0.02),
+    "beta_start": _positive(0.0001),
+    "beta_end": _positive(0.02),
     "trained_betas": _or_null(None, "a list of numbers", _list(None, "", _is_number).fits),
     "rescale_betas_zero_snr": _one_of(False, True),
     "prediction_type": _one_of(*OBJECTIVES),
     "variance_type": _one_of(*VARIANCES),
     "clip_sample": _one_of(True, False),
-    "clip_sample_range": _number(1.0),
+    "clip_sample_range": _positive(1.0),
     "thresholding": _one_of(False, True),
-    "dynamic_thresholding_ratio": _number(0.995),
-    "sample_max_value": _number(1.0),
+    "dynamic_thresholding_ratio": _number(0.995, "a number in [0, 1]", lambda value: 0 <= value <= 1),
+    "sample_max_value": _number(1.0, "a number >= 1", lambda value: value >= 1),
     "timestep_spacing": _one_of("leading", "trailing", "linspace"),
     "steps_offset": _one_of(0),
     "set_alpha_to_one": _one_of(True),  # of DDIMScheduler
@@ -226,7 +231,8 @@ def diffusion_from(config: dict, path: pathlib.Path) -> Diffusion:
             spacing=c["timestep_spacing"],
         )
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        theirs = {"beta": "trained_betas", "objective": "prediction_type"}
+        raise ValueError(f"{path}: {_in_their_words(error, theirs)}") from error
 
 
 def _schedule(c: dict) -> Schedule:
@@ -235,7 +241,8 @@ def _schedule(c: dict) -> Schedule:
         beta = np.array(c["trained_betas"], dtype=np.float64)
         if len(beta) != T:
             raise ValueError(f"trained_betas: expected num_train_timesteps = {T} numbers, got {len(beta)}")
-        return Schedule(rescale_to_zero_terminal_snr(beta) if zero_snr else beta)
+        schedule = Schedule(beta)
+        return Schedule(rescale_to_zero_terminal_snr(beta)) if zero_snr else schedule
     name = SCHEDULES[c["beta_schedule"]]
     ends = {} if name == "cosine" else {"beta_start": c["beta_start"], "beta_end": c["beta_end"]}
     with warnings.catch_warnings():
@@ -290,7 +297,7 @@ def _complete(config: dict, fields: dict[str, Field], classes: tuple[str, ...], 
     if kind not in classes:
         raise _unsupported(path, "_class_name", kind, " and ".join(classes))
     for name, value in config.items():
-        if name not in fields and name[:1] != "_" and value not in (None, False):
+        if name not in fields and name[:1] != "_" and value is not None and value is not False:
             raise _unsupported(path, name, value, f"the fields {', '.join(fields)}")
         if name in fields and not fields[name].fits(value):
             raise _unsupported(path, name, value, fields[name].supported)
@@ -298,4 +305,14 @@ def _complete(config: dict, fields: dict[str, Field], classes: tuple[str, ...], 
 
 
 def _unsupported(path: pathlib.Path, field: str, value: object, supported: str) -> ValueError:
-    return ValueError(f"{path}: {field} = {json.dumps(value)} is not supported; supported: {supported}")
+    try:
+        shown = json.dumps(value)
+    except RecursionError:
+        shown = "(nested too deep to be shown)"
+    shown = shown if len(shown) < 200 else shown[:200] + "..."
+    return ValueError(f"{path}: {field} = {shown} is not supported; supported: {supported}")
+
+
+def _in_their_words(error: Exception, ours: dict[str, str]) -> str:
+    """The message of an error about an argument of ours, with diffusers' name for it."""
+    return re.sub(r"^\w+(?=:)", lambda name: ours.get(name[0], name[0]), str(error))

@@ -12,13 +12,14 @@ import re
 
 from .backend import to_numpy
 from .checkpoint import Path, Stored, replacing, stored_tensors, unet_from, write_tensors
-from .diffusers_config import VERSION, diffusion_from, in_their_words, scheduler_config, unet_config, unet_settings
+from .diffusers_config import VERSION, diffusion_from, scheduler_config, unet_config, unet_settings
 from .diffusion import Diffusion
 from .optim import EMA
 from .schedule import make_schedule
 from .unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the file
+EMPTY = (None, [None, None])  # a part that a pipeline could have, and has not
 
 
 def load_diffusers(folder: Path, variant: str | None = None) -> tuple[UNet, Diffusion]:
@@ -39,8 +40,9 @@ def load_diffusers(folder: Path, variant: str | None = None) -> tuple[UNet, Diff
         raise ValueError(f"variant: expected a word such as 'fp16', got {variant!r}")
     if (folder / "model_index.json").is_file():
         parts = _read_json(folder / "model_index.json")
-        others = {name: part for name, part in parts.items() if name[:1] != "_" and name not in ("unet", "scheduler")}
-        if any(part not in (None, [None, None]) for part in others.values()):
+        ours = ("unet", "scheduler")
+        others = [name for name, part in parts.items() if name[:1] != "_" and name not in ours and part not in EMPTY]
+        if others:
             raise ValueError(
                 f"{folder / 'model_index.json'}: a pipeline with {', '.join(others)} is not supported; supported: one "
                 "of a unet and a scheduler alone, DDPMPipeline or DDIMPipeline"
@@ -48,12 +50,12 @@ def load_diffusers(folder: Path, variant: str | None = None) -> tuple[UNet, Diff
     home = folder / "unet" if (folder / "unet").is_dir() else folder
     path = home / "config.json"
     config = unet_settings(_read_json(path), path)
-    path = folder / "scheduler" / "scheduler_config.json"
-    path = path if path.is_file() else folder / "scheduler_config.json"
+    learned = config["out_channels"] == 2 * config["in_channels"]
+    paths = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
+    path = next(filter(pathlib.Path.is_file, paths), paths[0])
     if path.is_file() or (folder / "model_index.json").is_file():
         diffusion = diffusion_from(_read_json(path), path)
     else:
-        learned = config["out_channels"] == 2 * config["in_channels"]
         diffusion = diffusion_from({"variance_type": "learned_range"} if learned else {}, path)
 
     path = home / f"{WEIGHTS}{f'.{variant}' if variant else ''}.safetensors"
@@ -67,7 +69,7 @@ def load_diffusers(folder: Path, variant: str | None = None) -> tuple[UNet, Diff
     try:
         return unet_from(_with_new_names(stored), config, diffusers_layout), diffusion
     except ValueError as error:
-        raise ValueError(f"{path}: {in_their_words(error)}") from error
+        raise ValueError(f"{path}: {error}") from error
 
 
 def save_diffusers(
@@ -123,10 +125,11 @@ def load_original(path: Path, variance: str = "large") -> tuple[UNet, Diffusion]
     Raises FileNotFoundError, or ValueError if it is not such a file.
     """
     stored, _ = stored_tensors(path)
-    stored = {name.removeprefix("module."): tensor for name, tensor in stored.items()}  # of PyTorch's DataParallel
+    if all(name.startswith("module.") for name in stored):  # of PyTorch's DataParallel
+        stored = {name.removeprefix("module."): tensor for name, tensor in stored.items()}
     channels = []
     while (name := f"down.{len(channels)}.block.0.conv1.weight") in stored:
-        channels.append(stored[name].shape[0])
+        channels.append(max(stored[name].shape[:1], default=0))
     if not channels or not {"conv_in.weight", "conv_out.weight"} <= set(stored):
         raise ValueError(
             f"path: {path} has not the names of Ho et al.'s code: expected conv_in.weight, conv_out.weight, "

@@ -148,7 +148,7 @@ class UNet(Module):
         classes: int | None = None,
         image_size: int | tuple[int, int] | None = None,
     ):
-        self.config = _checked(
+        self.config = checked_config(
             {name: value for name, value in locals().items() if name not in ("self", "rng")}  # all that describes it
         )
         channels, attention, blocks = (self.config[name] for name in ("channels", "attention", "blocks"))
@@ -273,8 +273,8 @@ class UNet(Module):
             )
 
 
-def _checked(config: dict) -> dict:
-    """The arguments of `UNet` as plain numbers and tuples, or ValueError."""
+def checked_config(config: dict) -> dict:
+    """The arguments of `UNet`, all but rng, as plain numbers and tuples, or ValueError."""
     config = dict(config)
     channels, attention, groups, heads = (config[name] for name in ("channels", "attention", "groups", "heads"))
     for name in ("in_channels", "out_channels", "blocks", "heads", "groups", "head_channels", "classes"):

@@ -1,0 +1,640 @@
+"""Models go to diffusers' folders and come back as they were; models of others mean here what they mean there, and what
+is not supported is refused by name. Of diffusers itself nothing is needed: its names and axes are written out below."""
+
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+import shutil
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load_file, save_file
+from strategies import make, schedules
+
+from tinyddpm import EMA, Diffusion, Schedule, UNet, load_diffusers, load_original, save_diffusers
+from tinyddpm.diffusers_config import SCHEDULER_FIELDS, UNET_FIELDS, diffusion_from, scheduler_config, unet_settings
+from tinyddpm.diffusion import OBJECTIVES, SPACINGS, VARIANCES
+
+TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
+UNET, SCHEDULER, INDEX = "unet/config.json", "scheduler/scheduler_config.json", "model_index.json"
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+
+
+def random_unet(seed=0, dtype="float32", **config):
+    """A network with no weight that is 0 or 1, so that none can be taken for another."""
+    unet, rng = UNet(**(TINY | config)).to(dtype=dtype), np.random.default_rng(seed)
+    for p in unet.parameters():
+        p.data = rng.standard_normal(p.shape).astype(dtype)
+    return unet
+
+
+def saved(folder, diffusion=None, **config):
+    unet = random_unet(**config)
+    save_diffusers(folder, unet, diffusion or Diffusion(make("linear", 10)))
+    return unet
+
+
+def edit(path, **changes):
+    """Change fields of a JSON file; ... takes one out."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not ...}))
+
+
+def assert_same_weights(unet, expected):
+    unet, expected = unet.state_dict(), expected.state_dict()
+    assert list(unet) == list(expected)
+    for name, x in expected.items():
+        assert unet[name].dtype == x.dtype
+        np.testing.assert_array_equal(unet[name], x)
+
+
+def safetensors_file(header, data=b""):
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return len(header).to_bytes(8, "little") + header + data
+
+
+def header_and_data(path):
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+WORDS = {  # of our names: diffusers', those of Ho et al.'s code
+    "time1": ("time_embedding.linear_1", "temb.dense.0"), "time2": ("time_embedding.linear_2", "temb.dense.1"),
+    "middle1": ("mid_block.resnets.0", "mid.block_1"), "middle2": ("mid_block.resnets.1", "mid.block_2"),
+    "middle_attention": ("mid_block.attentions.0", "mid.attn_1"), "norm_out": ("conv_norm_out", "norm_out"),
+    "down": ("down_blocks", "down"), "up": ("up_blocks", "up"), "res": ("resnets", "block"),
+    "time": ("time_emb_proj", "temb_proj"), "shortcut": ("conv_shortcut", "nin_shortcut"),
+    "attention": ("attentions", "attn"), "norm": ("group_norm", "norm"), "q": ("to_q", "q"), "k": ("to_k", "k"),
+    "v": ("to_v", "v"), "out": ("to_out.0", "proj_out"), "w": ("weight", "weight"), "gamma": ("weight", "weight"),
+    "b": ("bias", "bias"), "beta": ("bias", "bias"),
+}  # fmt: skip
+
+
+def their_tensors(unet, original):
+    """The weights of `unet` with PyTorch's axes, and the names of diffusers or of Ho et al.'s code, word by word."""
+    found = {}
+    for name, x in unet.state_dict().items():
+        ours, theirs = name.split("."), []
+        if original and ours[0] == "up":  # counted from the finest level
+            ours[1] = str(len(unet.up) - 1 - int(ours[1]))
+        for i, word in enumerate(ours):
+            if word == "resize":
+                theirs.append(ours[0] + ("sample.conv" if original else "samplers.0.conv"))
+            elif word != "attention" or ours[i + 1].isdigit():
+                theirs.append(WORDS.get(word, (word, word))[original])
+        if name != "class_embedding.w":
+            x = np.einsum("yxio->oiyx", x) if x.ndim == 4 else x.T
+        if original and ours[-2] in ("q", "k", "v", "out") and x.ndim == 2:
+            x = x[:, :, None, None]
+        found[".".join(theirs)] = np.ascontiguousarray(x)
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A folder, the network in it, and what its files hold, for tests that spoil them."""
+    folder = tmp_path_factory.mktemp("model")
+    return folder, saved(folder), {name: (folder / name).read_bytes() for name in (UNET, SCHEDULER, INDEX, WEIGHTS)}
+
+
+def restored(model):
+    folder, unet, files = model
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder, unet, files
+
+
+class TestThereAndBack:
+    @pytest.mark.parametrize("dtype", ["float32", "float64"])
+    @pytest.mark.parametrize(
+        "config",
+        [
+            dict(),
+            dict(head_channels=4, attention=(True, True), encoding="improved", dropout=0.25),
+            dict(middle_attention=False, encoding="improved_flipped", image_size=(8, 12)),
+            dict(attention=(False, False), encoding="ddpm_flipped", image_size=16, norm_eps=1e-5),
+            dict(downsample_padding=1, center_input=True, classes=3, in_channels=3, out_channels=6),
+            dict(channels=(8, 4, 6, 4), attention=(True, False, True, False), blocks=2, image_size=(8, 8)),
+            dict(channels=(8,), attention=(True,), groups=1, blocks=3, middle_attention=False, image_size=(5, 3)),
+        ],
+    )
+    def test_every_network(self, tmp_path, config, dtype):
+        unet = saved(tmp_path / "new" / "m", dtype=dtype, **config)
+        again, _ = load_diffusers(str(tmp_path / "new" / "m"))
+        assert_same_weights(again, unet)
+        size = unet.config["image_size"] or ((32, 32) if len(unet.down) == 4 else (28, 28))
+        assert again.config == unet.config | {"image_size": size}
+        expected = their_tensors(unet, original=False)
+        with safe_open(tmp_path / "new" / "m" / WEIGHTS, "numpy") as file:
+            assert file.metadata() == {"format": "pt"} and set(file.keys()) == set(expected)
+            for name, x in expected.items():
+                np.testing.assert_array_equal(file.get_tensor(name), x)
+
+    def test_as_many_heads_at_levels_of_one_width(self, tmp_path):
+        unet = saved(tmp_path, heads=2)
+        again, _ = load_diffusers(tmp_path)
+        assert (again.config["heads"], again.config["head_channels"]) == (1, 4)
+        x, t = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype(np.float32), np.array([0, 9])
+        np.testing.assert_array_equal(again(x, t).data, unet(x, t).data)
+
+    @pytest.mark.parametrize(("levels", "size"), [(1, 28), (3, 28), (4, 32), (6, 32), (7, 64)])
+    def test_the_size_of_images(self, tmp_path, levels, size):
+        unet = UNet(channels=[4] * levels, blocks=1, attention=[False] * levels, groups=2)
+        save_diffusers(tmp_path, unet, Diffusion(make("linear", 10)))
+        assert json.loads((tmp_path / UNET).read_text())["sample_size"] == size
+        save_diffusers(tmp_path, unet, Diffusion(make("linear", 10)), (64, 128))
+        assert load_diffusers(tmp_path)[0].config["image_size"] == (64, 128)
+
+    @pytest.mark.parametrize(
+        ("schedule", "named"),
+        [
+            (make("linear", 7, beta_start=0.001, beta_end=0.3), "linear"),
+            (make("quadratic", 7, beta_end=0.3), "scaled_linear"),
+            (make("sigmoid_beta", 7, beta_end=0.3, zero_terminal_snr=True), "sigmoid"),
+            (make("cosine", 7), "squaredcos_cap_v2"),
+            (make("cosine", 7, zero_terminal_snr=True), "squaredcos_cap_v2"),
+            (make("cosine", 7, start=0), None),
+            (make("cosine", 7, s=0.01), None),
+            (make("cosine", 7, s=0), None),
+            (make("sigmoid", 7, zero_terminal_snr=True), None),
+            (Schedule([0.1, 0.7, 1.0]), None),
+            (Schedule([0.1, 0.7], name="linear", parameters={"beta_start": 0.1}), None),  # which it is not
+        ],
+    )
+    def test_every_schedule(self, tmp_path, schedule, named):
+        saved(tmp_path, Diffusion(schedule, "v"))
+        config = json.loads((tmp_path / SCHEDULER).read_text())
+        assert set(config) == {"_class_name", "_diffusers_version", *SCHEDULER_FIELDS} - {"set_alpha_to_one"}
+        if named:
+            assert (config["beta_schedule"], config["trained_betas"]) == (named, None)
+        else:
+            assert config["trained_betas"] == schedule.beta.tolist()
+        np.testing.assert_array_equal(load_diffusers(tmp_path)[1].schedule.beta, schedule.beta)
+
+    @given(schedule=schedules())
+    def test_any_schedule_there_is(self, schedule):
+        config = scheduler_config(Diffusion(dataclasses.replace(schedule, input_scale=1.0), "x0"))
+        again = diffusion_from(json.loads(json.dumps(config)), pathlib.Path())
+        np.testing.assert_array_equal(again.schedule.beta, schedule.beta)
+
+    @pytest.mark.parametrize("clip", [True, False, 0.5, "dynamic", ("dynamic", 0.9, 2.0), ("dynamic", 0.9, math.inf)])
+    def test_every_other_setting(self, tmp_path, clip):
+        for objective, variance, spacing in itertools.product(OBJECTIVES, VARIANCES, SPACINGS):
+            loss = "hybrid" if variance == "learned_range" else "simple"
+            given = Diffusion(make("linear", 7), objective, variance, loss, clip=clip, spacing=spacing)
+            again = diffusion_from(json.loads(json.dumps(scheduler_config(given))), tmp_path)
+            assert again == dataclasses.replace(given, schedule=again.schedule)
+            assert type(again.clip) is type(clip)
+        saved(tmp_path, given)
+        _, again = load_diffusers(tmp_path)
+        assert again == dataclasses.replace(given, schedule=again.schedule)
+
+
+class TestWhatIsWritten:
+    def test_every_field_of_one_model(self, tmp_path):
+        diffusion = Diffusion(make("quadratic", 50), "v", "large", clip=("dynamic", 0.9, 2.0), spacing="linspace")
+        saved(tmp_path, diffusion, in_channels=3, out_channels=3, head_channels=2, dropout=0.1, image_size=(4, 8))
+        read = lambda name: json.loads((tmp_path / name).read_text())
+        assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")} == {UNET, SCHEDULER, INDEX, WEIGHTS}
+        assert read(INDEX) == {
+            "_class_name": "DDPMPipeline", "_diffusers_version": "0.35.0",
+            "scheduler": ["diffusers", "DDPMScheduler"], "unet": ["diffusers", "UNet2DModel"],
+        }  # fmt: skip
+        assert read(UNET) == {
+            "_class_name": "UNet2DModel", "_diffusers_version": "0.35.0", "in_channels": 3, "out_channels": 3,
+            "block_out_channels": [4, 8], "layers_per_block": 1, "attention_head_dim": 2, "add_attention": True,
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+            "norm_num_groups": 2, "norm_eps": 1e-6, "dropout": 0.1, "downsample_padding": 0, "flip_sin_to_cos": False,
+            "freq_shift": 1, "center_input_sample": False, "num_class_embeds": None, "sample_size": [4, 8],
+            "act_fn": "silu", "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1,
+            "downsample_type": "conv", "upsample_type": "conv", "time_embedding_type": "positional",
+            "time_embedding_dim": None, "resnet_time_scale_shift": "default", "attn_norm_num_groups": None,
+            "class_embed_type": None, "num_train_timesteps": None,
+        }  # fmt: skip
+        assert read(SCHEDULER) == {
+            "_class_name": "DDPMScheduler", "_diffusers_version": "0.35.0", "num_train_timesteps": 50,
+            "beta_schedule": "scaled_linear", "beta_start": 0.0001, "beta_end": 0.02, "trained_betas": None,
+            "rescale_betas_zero_snr": False, "prediction_type": "v_prediction", "variance_type": "fixed_large",
+            "clip_sample": True, "clip_sample_range": 1.0, "thresholding": True, "dynamic_thresholding_ratio": 0.9,
+            "sample_max_value": 2.0, "timestep_spacing": "linspace", "steps_offset": 0,
+        }  # fmt: skip
+
+    def test_an_average_of_weights(self, tmp_path):
+        unet = random_unet()
+        ema = EMA(unet)
+        ema.update(np.ones(unet.size, np.float32))
+        save_diffusers(tmp_path, ema, Diffusion(make("linear", 10)))
+        again, _ = load_diffusers(tmp_path)
+        assert_same_weights(again, ema.model)
+        assert not np.array_equal(again.conv_in.w.data, unet.conv_in.w.data)
+
+    @pytest.mark.parametrize("failing", ["weights", UNET, SCHEDULER])
+    def test_an_older_folder_is_replaced_or_left_whole(self, tmp_path, monkeypatch, failing):
+        saved(tmp_path)
+        files = lambda: {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+        before, write_text = files(), pathlib.Path.write_text
+
+        def disk_full(tensors, filename, metadata):
+            filename.write_bytes(b"half of it")
+            raise SafetensorError("I/O error: No space left on device")
+
+        def disk_full_later(path, text):
+            write_text(path, text[:9])
+            if path == tmp_path / (failing + ".part"):
+                raise OSError("cannot write: No space left")
+
+        with monkeypatch.context() as patch:
+            if failing == "weights":
+                patch.setattr("tinyddpm.checkpoint.save_file", disk_full)
+            else:
+                patch.setattr(pathlib.Path, "write_text", disk_full_later)
+            with pytest.raises(OSError, match="cannot write.*No space left"):
+                saved(tmp_path, seed=2, channels=(4, 4))
+        assert files() == before
+        unet = saved(tmp_path, seed=2, channels=(4, 4))
+        assert files().keys() == before.keys()
+        assert_same_weights(load_diffusers(tmp_path)[0], unet)
+
+    @pytest.mark.parametrize(
+        ("config", "settings", "size", "message"),
+        [
+            (dict(heads=2, attention=(True, True)), {}, 8, "heads: .* not 2 heads at levels of 4 and 8 channels"),
+            (dict(encoding="interleaved"), {}, 8, "encoding: diffusers has no 'interleaved'; it has ddpm"),
+            ({}, dict(input_scale=0.5), 8, "input_scale: diffusers has none, which is 1; this schedule has 0.5"),
+            ({}, {}, 7, "image_size: expected .* multiples of 2.*, got .*7"),
+        ],
+    )
+    def test_what_diffusers_has_not(self, tmp_path, config, settings, size, message):
+        with pytest.raises(ValueError, match=message):
+            save_diffusers(tmp_path, UNet(**(TINY | config)), Diffusion(make("linear", 10, **settings)), size)
+        assert not list(tmp_path.iterdir())
+
+
+class TestFoldersOfOthers:
+    def test_both_files_at_the_top(self, tmp_path):
+        unet = saved(tmp_path / "a", Diffusion(make("cosine", 9), variance="large"))
+        (tmp_path / "b").mkdir()
+        for name in (UNET, SCHEDULER, WEIGHTS):
+            shutil.copy(tmp_path / "a" / name, tmp_path / "b")
+        again, diffusion = load_diffusers(tmp_path / "b")
+        assert_same_weights(again, unet)
+        assert (diffusion.T, diffusion.variance, diffusion.schedule.name) == (9, "large", "cosine")
+
+    @pytest.mark.parametrize("learned", [False, True])
+    def test_a_network_alone(self, tmp_path, learned):
+        unet = saved(tmp_path, in_channels=3, out_channels=6 if learned else 3)
+        again, diffusion = load_diffusers(tmp_path / "unet")
+        assert_same_weights(again, unet)
+        np.testing.assert_array_equal(diffusion.schedule.beta, np.linspace(1e-4, 0.02, 1000))
+        expected = ("eps", "learned_range", "hybrid") if learned else ("eps", "small", "simple")
+        assert (diffusion.objective, diffusion.variance, diffusion.loss_type) == expected
+
+    def test_older_names_and_further_fields(self, tmp_path):
+        unet = saved(tmp_path)
+        tensors = load_file(tmp_path / WEIGHTS)
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            tensors = {name.replace(f".{new}.", f".{old}."): x for name, x in tensors.items()}
+        assert "mid_block.attentions.0.proj_attn.bias" in tensors
+        save_file(tensors, tmp_path / WEIGHTS)
+        average = dict(decay=0.9999, inv_gamma=1.0, min_decay=0.0, optimization_step=1, power=0.75)
+        edit(
+            tmp_path / UNET, **average, update_after_step=0, use_ema_warmup=True, _name_or_path="/elsewhere", news=None
+        )
+        assert_same_weights(load_diffusers(tmp_path)[0], unet)
+
+    def test_16_bits_are_widened_exactly(self, tmp_path):
+        unet, half = saved(tmp_path), random_unet()
+        tensors = load_file(tmp_path / WEIGHTS)
+        save_file({name: x.astype(np.float16) for name, x in tensors.items()},
+                  tmp_path / WEIGHTS.replace(".safe", ".fp16.safe"))  # fmt: skip
+        for p in half.parameters():
+            p.data = p.data.astype(np.float16).astype(np.float32)
+        assert_same_weights(load_diffusers(tmp_path, variant="fp16")[0], half)
+        assert_same_weights(load_diffusers(tmp_path)[0], unet)
+        header, data = {}, b""
+        for name, x in tensors.items():
+            content = x.view("<u2").reshape(*x.shape, 2)[..., 1].tobytes()  # the upper halves
+            header[name] = {"dtype": "BF16", "shape": x.shape, "data_offsets": [len(data), len(data) + len(content)]}
+            data += content
+        (tmp_path / WEIGHTS).write_bytes(safetensors_file(header, data))
+        for p, q in zip(half.parameters(), unet.parameters()):
+            p.data = (q.data.view("<u4") & 0xFFFF0000).view("<f4")
+        assert_same_weights(load_diffusers(tmp_path)[0], half)
+
+    def test_one_tensor_of_64_bits_makes_all_so(self, tmp_path):
+        unet = saved(tmp_path)
+        tensors = load_file(tmp_path / WEIGHTS)
+        save_file(tensors | {"conv_in.bias": tensors["conv_in.bias"].astype(np.float64) + 1e-12}, tmp_path / WEIGHTS)
+        unet.to(dtype="float64").conv_in.b.data += 1e-12
+        assert_same_weights(load_diffusers(tmp_path)[0], unet)
+
+    def test_links_as_in_a_cache(self, tmp_path):
+        unet = saved(tmp_path / "m")
+        (tmp_path / "blobs").mkdir()
+        for name in (UNET, SCHEDULER, INDEX, WEIGHTS):
+            (tmp_path / "m" / name).rename(tmp_path / "blobs" / name.replace("/", "-"))
+            (tmp_path / "m" / name).symlink_to(f"{'../' * (1 + name.count('/'))}blobs/{name.replace('/', '-')}")
+        assert_same_weights(load_diffusers(tmp_path / "m")[0], unet)
+
+    def test_what_a_missing_field_means(self):
+        path = pathlib.Path("config.json")
+        expected = dict(
+            in_channels=3, out_channels=3, channels=(224, 448, 672, 896), blocks=2, heads=1,
+            attention=(False, True, True, True), head_channels=8, middle_attention=True, groups=32, norm_eps=1e-5,
+            dropout=0.0, downsample_padding=1, encoding="improved", center_input=False, classes=None, image_size=None,
+        )  # fmt: skip
+        assert unet_settings({}, path) == expected
+        d = diffusion_from({}, path)
+        assert (d.T, d.objective, d.variance, d.clip, d.spacing) == (1000, "eps", "small", True, "leading")
+        np.testing.assert_array_equal(d.schedule.beta, np.linspace(1e-4, 0.02, 1000))
+        assert diffusion_from({"thresholding": True}, path).clip == ("dynamic", 0.995, 1.0)
+
+    @pytest.mark.parametrize(
+        ("changes", "attributes"),
+        [
+            (dict(variance_type="fixed_small_log"), dict(variance="small")),
+            (dict(variance_type="fixed_large"), dict(variance="large")),
+            (dict(_class_name="DDIMScheduler", set_alpha_to_one=True, variance_type=...), dict(variance="small")),
+            (dict(clip_sample_range=0.5), dict(clip=0.5)),
+            (dict(clip_sample_range=0.5, clip_sample=False), dict(clip=False)),
+            (dict(thresholding=True, sample_max_value=3), dict(clip=("dynamic", 0.995, 3.0))),
+            (dict(timestep_spacing=...), dict(spacing="leading")),
+            (dict(num_train_timesteps=...), dict(T=1000)),
+        ],
+    )
+    def test_what_a_scheduler_says(self, tmp_path, changes, attributes):
+        saved(tmp_path)
+        edit(tmp_path / SCHEDULER, **changes)
+        _, diffusion = load_diffusers(tmp_path)
+        assert {name: getattr(diffusion, name) for name in attributes} == attributes
+
+    def test_betas_of_its_own_and_a_last_step_of_nothing_but_noise(self, tmp_path):
+        saved(tmp_path)
+        own = dict(num_train_timesteps=2, trained_betas=[0.25, 0.5], beta_schedule="sigmoid", prediction_type="sample")
+        edit(tmp_path / SCHEDULER, **own)
+        np.testing.assert_array_equal(load_diffusers(tmp_path)[1].schedule.beta, [0.25, 0.5])
+        edit(tmp_path / SCHEDULER, rescale_betas_zero_snr=True)
+        np.testing.assert_allclose(load_diffusers(tmp_path)[1].schedule.beta, [0.25, 1], rtol=1e-15)
+        edit(tmp_path / SCHEDULER, trained_betas=None, beta_schedule="linear", num_train_timesteps=20)
+        expected = make("linear", 20, zero_terminal_snr=True).beta
+        np.testing.assert_array_equal(load_diffusers(tmp_path)[1].schedule.beta, expected)
+
+
+BIG = 10**400  # an integer that is no float
+CONFIGS_NOT_SUPPORTED = [
+    (UNET, dict(_class_name="UNet2DConditionModel"), '_class_name = "UNet2DConditionModel" .*supported: UNet2DModel'),
+    (UNET, dict(act_fn="gelu"), 'act_fn = "gelu" is not supported; supported: "silu" or "swish"'),
+    (UNET, dict(in_channels="3"), 'in_channels = "3" is not .*supported: an integer from 1 to a million'),
+    (UNET, dict(in_channels=True), "in_channels = true is not .*supported: an integer"),
+    (UNET, dict(layers_per_block=0), "layers_per_block = 0 is not .*supported: an integer from 1"),
+    (UNET, dict(layers_per_block=1.0), "layers_per_block = 1.0 is not .*supported: an integer"),
+    (UNET, dict(block_out_channels=[]), r"block_out_channels = \[\] is not .*supported: a list of integers"),
+    (UNET, dict(block_out_channels=[4, None]), r"block_out_channels = \[4, null\] is not .*: a list of integers"),
+    (UNET, dict(down_block_types=["DownBlock2D", "SkipDownBlock2D"]), "down_block_types = .*DownBlock2D and AttnDownB"),
+    (UNET, dict(down_block_types=["DownBlock2D"]), "down_block_types = .*supported: 2, as many as block_out_channels"),
+    (UNET, dict(up_block_types=["UpBlock2D", "UpBlock2D"]), "up_block_types = .*supported: the mirror image.*AttnUpB"),
+    (UNET, dict(add_attention=1), "add_attention = 1 is not .*supported: true or false"),
+    (UNET, dict(norm_eps=math.nan), "norm_eps = NaN is not .*supported: a number > 0"),
+    (UNET, dict(norm_eps=BIG), r"norm_eps = 10+\.\.\. is not supported; supported: a number > 0"),
+    (UNET, dict(freq_shift=2), "freq_shift = 2 is not .*supported: 0 or 1"),
+    (UNET, dict(time_embedding_type="fourier"), 'time_embedding_type = "fourier" is not .*supported: "positional"'),
+    (UNET, dict(resnet_time_scale_shift="scale_shift"), 'resnet_time_scale_shift = "scale_shift".*: "default"'),
+    (UNET, dict(class_embed_type="timestep"), 'class_embed_type = "timestep" is not .*supported: null'),
+    (UNET, dict(sample_size=1.5), "sample_size = 1.5 is not .*supported: null or an integer or a list of two"),
+    (UNET, dict(colour="red"), 'colour = "red" is not .*supported: the fields in_channels, out_channels'),
+    (UNET, dict(colour=0), "colour = 0 is not .*supported: the fields in_channels, out_channels"),
+    (UNET, dict(sample_size=[4, 4, 4]), r"sample_size: expected a height and a width .*got \[4, 4, 4\]"),
+    (UNET, dict(sample_size=3), "sample_size: expected a height and a width that are multiples of 2.*got .*3"),
+    (UNET, dict(attention_head_dim=3), "attention_head_dim: 3 does not divide the 8 channels"),
+    (UNET, dict(norm_num_groups=3), "block_out_channels: expected multiples of .*3"),
+    (UNET, dict(dropout=1), r"dropout = 1 is not supported; supported: a number in \[0, 1\)"),
+    (SCHEDULER, dict(_class_name="PNDMScheduler"), '_class_name = "PNDM.*supported: DDPMScheduler and DDIMScheduler'),
+    (SCHEDULER, dict(beta_schedule="exp"), 'beta_schedule = "exp" is not .*supported: "linear" or "scaled_linear"'),
+    (SCHEDULER, dict(beta_start=-1), "beta_start = -1 is not supported; supported: a number > 0"),
+    (SCHEDULER, dict(beta_end=BIG), r"beta_end = 10+\.\.\. is not supported; supported: a number > 0"),
+    (SCHEDULER, dict(trained_betas=[0.1]), "trained_betas: expected num_train_timesteps = 10 numbers, got 1"),
+    (SCHEDULER, dict(trained_betas=[BIG] * 10), r"trained_betas = \[10+.*supported: null or a list of numbers"),
+    (SCHEDULER, dict(trained_betas=[2] * 10), r"json: trained_betas: expected a vector of .* in \(0, 1\)"),
+    (SCHEDULER, dict(trained_betas=[2] * 10, rescale_betas_zero_snr=True, prediction_type="sample"), "trained_betas: "),
+    (SCHEDULER, dict(prediction_type="flow"), 'prediction_type = "flow" is not .*"epsilon" or "sample" or "v_pred'),
+    (SCHEDULER, dict(rescale_betas_zero_snr=True), "prediction_type: the schedule ends with alpha_bar = 0"),
+    (SCHEDULER, dict(variance_type="learned"), 'variance_type = "learned" is not .*"fixed_small" or "fixed_small_log"'),
+    (SCHEDULER, dict(clip_sample_range=0), "clip_sample_range = 0 is not supported; supported: a number > 0"),
+    (SCHEDULER, dict(thresholding=True, sample_max_value=0.5), "sample_max_value = 0.5 is not .*: a number >= 1"),
+    (SCHEDULER, dict(steps_offset=1), "steps_offset = 1 is not .*supported: 0"),
+    (SCHEDULER, dict(set_alpha_to_one=False), "set_alpha_to_one = false is not .*supported: true"),
+    (SCHEDULER, dict(algorithm_type="sde"), 'algorithm_type = "sde" is not .*the fields num_train_timesteps'),
+    (INDEX, {"vqvae": ["diffusers", "VQModel"]}, "a pipeline with vqvae is not supported; supported: one of a unet"),
+    (INDEX, {"../evil": ["os", "system"]}, "a pipeline with ../evil is not supported"),
+]  # fmt: skip
+
+
+class TestRefusedFolders:
+    @pytest.mark.parametrize(("file", "changes", "message"), CONFIGS_NOT_SUPPORTED)
+    def test_what_is_not_supported(self, tmp_path, file, changes, message):
+        saved(tmp_path)
+        edit(tmp_path / file, **changes)
+        with pytest.raises(ValueError, match=message) as error:
+            load_diffusers(tmp_path)
+        assert str(error.value).startswith(f"{tmp_path / file}: ")
+
+    def test_weights_that_do_not_fit(self, tmp_path):
+        saved(tmp_path)
+        tensors = load_file(tmp_path / WEIGHTS)
+        del tensors["conv_in.bias"]
+        tensors["conv_out.bias"] = np.zeros(1, np.int8)
+        tensors["conv_in.weight"] = tensors["conv_in.weight"].transpose(2, 3, 1, 0)
+        tensors["mid_block.attentions.0.query.weight"] = np.zeros((8, 8), np.float32)  # beside to_q
+        save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, tmp_path / WEIGHTS)
+        with pytest.raises(ValueError) as error:
+            load_diffusers(tmp_path)
+        start = f"{tmp_path / WEIGHTS}: the weights do not fit the configuration: "
+        assert str(error.value).startswith(start)
+        assert sorted(str(error.value)[len(start) :].split("; ")) == [
+            "conv_in.bias is missing",
+            "conv_in.weight has shape (3, 3, 1, 4) instead of (4, 1, 3, 3)",
+            "conv_out.bias is of type I8 instead of F64, F32, F16, BF16",
+            "mid_block.attentions.0.query.weight is unknown",
+        ]
+
+    def test_what_is_not_there(self, tmp_path):
+        def refused(message, **settings):
+            with pytest.raises(FileNotFoundError, match=message):
+                load_diffusers(tmp_path / "m", **settings)
+
+        refused("folder: there is no folder .*m")
+        saved(tmp_path / "m")
+        refused("folder: there is no .*diffusion_pytorch_model.ema.safetensors; there are config.json", variant="ema")
+        (tmp_path / "m" / WEIGHTS).rename(tmp_path / "m" / "unet" / "diffusion_pytorch_model.bin")
+        refused(r"there is no .*model.safetensors; there are .*model.bin.* Pickles \(.bin\) are never read.*save_pretr")
+        (tmp_path / "m" / SCHEDULER).unlink()
+        refused("folder: there is no file .*scheduler_config.json")
+        (tmp_path / "m" / UNET).unlink()
+        refused("folder: there is no file .*m/unet/config.json")
+
+    @pytest.mark.parametrize("variant", ["../fp16", "a/b", "..", "", "fp16\n", "a.b"])
+    def test_a_variant_that_is_no_word(self, tmp_path, variant):
+        saved(tmp_path)
+        with pytest.raises(ValueError, match="variant: expected a word such as 'fp16', got"):
+            load_diffusers(tmp_path, variant=variant)
+
+    @pytest.mark.parametrize("file", [UNET, SCHEDULER, INDEX])
+    def test_files_that_are_no_json_object(self, tmp_path, file):
+        saved(tmp_path)
+        for content in (b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, b'{"a": 1}x'):
+            (tmp_path / file).write_bytes(content)
+            with pytest.raises(ValueError, match=f"{file} is not a JSON file: "):
+                load_diffusers(tmp_path)
+        for content, kind in ((b"[{}]", "list"), (b"3", "int"), (b"null", "NoneType"), (b'"{}"', "str")):
+            (tmp_path / file).write_bytes(content)
+            with pytest.raises(ValueError, match=f"{file}: expected a JSON object, got {kind}"):
+                load_diffusers(tmp_path)
+
+    def test_nesting_that_can_just_be_read(self, tmp_path):
+        saved(tmp_path)
+        for depth in range(800, 1000):
+            (tmp_path / UNET).write_text('{"colour": ' + "[" * depth + "]" * depth + "}")
+            with pytest.raises(ValueError, match="config.json"):
+                load_diffusers(tmp_path)
+
+    @pytest.mark.parametrize(
+        "changes",
+        [dict(block_out_channels=[10**6, 10**6]), dict(layers_per_block=1000), dict(layers_per_block=10**6),
+         dict(num_class_embeds=10**6), dict(in_channels=10**6), dict(block_out_channels=[4] * 2000, sample_size=None,
+         down_block_types=["DownBlock2D"] * 2000, up_block_types=["UpBlock2D"] * 2000)],
+    )  # fmt: skip
+    def test_networks_far_larger_than_their_weights(self, tmp_path, changes):
+        saved(tmp_path)
+        edit(tmp_path / UNET, **changes)
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match="of a network many times as large as the weights that are there"):
+                load_diffusers(tmp_path)
+            assert tracemalloc.get_traced_memory()[1] < 3e7
+        finally:
+            tracemalloc.stop()
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda header, data: (2**60).to_bytes(8, "little") + data,
+            lambda header, data: safetensors_file(header | {"x": header["conv_in.bias"]}, data),
+            lambda header, data: safetensors_file(b"[]", data),
+            lambda header, data: safetensors_file(header, data + b"more"),
+            # what the library reads as tensors too: an entry as a list, a type as an object
+            lambda header, data: safetensors_file({n: [*x.values()] for n, x in header.items() if n[0] != "_"}, data),
+            lambda header, data: safetensors_file(
+                header | {"conv_in.bias": header["conv_in.bias"] | {"dtype": {"F32": None}}}, data
+            ),
+        ],
+    )  # fmt: skip
+    def test_weights_that_are_no_safetensors(self, tmp_path, change):
+        saved(tmp_path)
+        (tmp_path / WEIGHTS).write_bytes(change(*header_and_data(tmp_path / WEIGHTS)))
+        with pytest.raises(ValueError, match=f"{WEIGHTS}"):
+            load_diffusers(tmp_path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3) | st.sampled_from(
+        [BIG, 0, 1, 2, 4, 8, 0.5, 1e-5, 1e300, [4, 8], ["UpBlock2D"], "v_prediction", "learned_range", "sigmoid"]
+    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2), max_leaves=4,
+)  # fmt: skip
+
+
+class TestAnything:
+    @given(data=st.data())
+    def test_weights_cut_short_or_junk(self, data, model):
+        folder, _, files = restored(model)
+        cut = files[WEIGHTS][: data.draw(st.integers(0, len(files[WEIGHTS]) - 1))]
+        for content in (cut, data.draw(st.binary(max_size=100))):
+            (folder / WEIGHTS).write_bytes(content)
+            with pytest.raises(ValueError, match=f"{WEIGHTS} is not a readable safetensors file"):
+                load_diffusers(folder)
+
+    @settings(max_examples=120)
+    @given(data=st.data())
+    def test_flipped_bits_in_the_header_of_the_weights(self, data, model):
+        folder, unet, files = restored(model)
+        bad = bytearray(files[WEIGHTS])
+        position = st.integers(0, 7 + int.from_bytes(bad[:8], "little"))
+        for i, bits in data.draw(st.lists(st.tuples(position, st.integers(1, 255)), min_size=1, max_size=3)):
+            bad[i] ^= bits
+        (folder / WEIGHTS).write_bytes(bad)
+        try:
+            assert_same_weights(load_diffusers(folder)[0], unet)
+        except ValueError as error:
+            assert str(folder / WEIGHTS) in str(error)
+
+    @pytest.mark.parametrize(("file", "fields"), [(UNET, UNET_FIELDS), (SCHEDULER, SCHEDULER_FIELDS), (INDEX, [])])
+    @given(data=st.data())
+    @settings(max_examples=100)
+    def test_any_value_in_any_field(self, file, fields, data, model):
+        folder, unet, _ = restored(model)
+        names = st.sampled_from([*fields, "_class_name", "unet", "scheduler", "../evil"]) | st.text(max_size=3)
+        edit(folder / file, **data.draw(st.dictionaries(names, JSON, min_size=1, max_size=3)))
+        try:
+            assert_same_weights(load_diffusers(folder)[0], unet)
+        except ValueError as error:
+            assert str(folder) in str(error)
+
+
+class TestOriginalNames:
+    CONFIG = dict(in_channels=3, out_channels=3, channels=(32, 64), groups=32)
+
+    @pytest.mark.parametrize("variance", ["large", "small"])
+    @pytest.mark.parametrize("prefix", ["", "module."])
+    @pytest.mark.parametrize(
+        "config",
+        [{}, dict(middle_attention=False, attention=(True, False), blocks=2), dict(channels=(32,), attention=(True,))],
+    )
+    def test_a_checkpoint(self, tmp_path, config, prefix, variance):
+        unet = random_unet(**(self.CONFIG | config))
+        tensors = their_tensors(unet, original=True)
+        assert "down.0.block.0.temb_proj.weight" in tensors and "up.0.block.0.nin_shortcut.bias" in tensors
+        save_file({prefix + name: x for name, x in tensors.items()}, tmp_path / "m")
+        again, diffusion = load_original(tmp_path / "m", variance)
+        assert_same_weights(again, unet)
+        assert again.config == unet.config
+        x, t = np.random.default_rng(0).standard_normal((2, 4, 4, 3)).astype(np.float32), np.array([0, 999])
+        np.testing.assert_array_equal(again(x, t).data, unet(x, t).data)
+        np.testing.assert_array_equal(diffusion.schedule.beta, np.linspace(1e-4, 0.02, 1000))
+        assert (diffusion.objective, diffusion.variance, diffusion.clip) == ("eps", variance, True)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"temb.dense.0.bias": None}, "is no checkpoint of Ho et al.'s network: .*temb.dense.0.bias is missing"),
+            ({"extra": np.zeros(3)}, "is no checkpoint of Ho et al.'s network: .*extra is unknown"),
+            ({"conv_out.weight": None}, "has not the names of Ho et al.'s code: expected conv_in.*got conv_in.bias"),
+            ({"down.0.block.0.conv1.weight": np.zeros((33, 32, 3, 3))}, "channels: expected multiples of groups = 32"),
+            ({"down.0.block.0.conv1.weight": np.zeros(())}, "is no checkpoint of Ho et al.'s network"),
+            ({"conv_in.weight": np.zeros(3)}, "is no checkpoint of Ho et al.'s network"),
+            ({"conv_in.bias": np.zeros(32, np.int32)}, "conv_in.bias is of type I32"),
+            ({"down.1.attn.0.q.weight": np.zeros((64, 64, 3, 3))}, r"q.weight has shape \(64, 64, 3, 3\) instead of"),
+            ({"module.conv_in.bias": np.zeros(32)}, "conv_in.bias"),  # a second one: which?
+        ],
+    )  # fmt: skip
+    def test_what_is_refused(self, tmp_path, changes, message):
+        tensors = their_tensors(random_unet(**self.CONFIG), original=True) | changes
+        save_file({name: x for name, x in tensors.items() if x is not None}, tmp_path / "m")
+        with pytest.raises(ValueError, match=f"path: .*m .*{message}"):
+            load_original(tmp_path / "m")
+
+    def test_what_is_no_checkpoint(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="path: there is no file .*nothing"):
+            load_original(tmp_path / "nothing")
+        save_file({}, tmp_path / "empty")
+        with pytest.raises(ValueError, match="path: .*empty has not the names .*got no tensors"):
+            load_original(tmp_path / "empty")
+        save_file(their_tensors(random_unet(**self.CONFIG), original=True), tmp_path / "m")
+        with pytest.raises(ValueError, match="variance: unknown 'medium'; known: small, large"):
+            load_original(tmp_path / "m", "medium")
