@@ -241,6 +241,7 @@ class TestLimit:
             for x0 in (d.denoise(model, x_t, t)[0], d.p_mean_variance(model, x_t, t)[2]):
                 np.testing.assert_array_equal(x0, expected)
             np.testing.assert_array_equal(d.denoise(model, x_t, t, 0.1)[0].max(), 0.1)
+        assert type(Diffusion(linear(10), clip=np.float32(0.5)).clip) is float  # as JSON wants it
         assert Diffusion(linear(10), clip=["dynamic", 0.6, 2]).clip == ("dynamic", 0.6, 2.0)  # as JSON has it
 
     def test_dynamic_threshold(self):

@@ -18,12 +18,15 @@ from safetensors.numpy import load_file, save_file
 from strategies import make, schedules
 
 from tinyddpm import EMA, Diffusion, Schedule, UNet, load_diffusers, load_original, save_diffusers
-from tinyddpm.diffusers_config import SCHEDULER_FIELDS, UNET_FIELDS, diffusion_from, scheduler_config, unet_settings
+from tinyddpm import diffusers_config as config_of
+from tinyddpm.diffusers_config import diffusion_from, scheduler_config, unet_settings
 from tinyddpm.diffusion import OBJECTIVES, SPACINGS, VARIANCES
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
 UNET, SCHEDULER, INDEX = "unet/config.json", "scheduler/scheduler_config.json", "model_index.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+UNET_FIELDS = config_of.UNET_DEFAULTS | config_of.UNET_CHOICES
+SCHEDULER_FIELDS = config_of.SCHEDULER_DEFAULTS | config_of.SCHEDULER_CHOICES
 
 
 def random_unet(seed=0, dtype="float32", **config):
@@ -36,7 +39,9 @@ def random_unet(seed=0, dtype="float32", **config):
 
 def saved(folder, diffusion=None, **config):
     unet = random_unet(**config)
-    save_diffusers(folder, unet, diffusion or Diffusion(make("linear", 10)))
+    learned = unet.config["out_channels"] == 2 * unet.config["in_channels"]
+    variance = dict(variance="learned_range", loss_type="hybrid") if learned else {}
+    save_diffusers(folder, unet, diffusion or Diffusion(make("linear", 10), **variance))
     return unet
 
 
@@ -171,7 +176,7 @@ class TestThereAndBack:
     def test_every_schedule(self, tmp_path, schedule, named):
         saved(tmp_path, Diffusion(schedule, "v"))
         config = json.loads((tmp_path / SCHEDULER).read_text())
-        assert set(config) == {"_class_name", "_diffusers_version", *SCHEDULER_FIELDS} - {"set_alpha_to_one"}
+        assert set(config) == {"_class_name", "_diffusers_version", *SCHEDULER_FIELDS}
         if named:
             assert (config["beta_schedule"], config["trained_betas"]) == (named, None)
         else:
@@ -192,7 +197,7 @@ class TestThereAndBack:
             again = diffusion_from(json.loads(json.dumps(scheduler_config(given))), tmp_path)
             assert again == dataclasses.replace(given, schedule=again.schedule)
             assert type(again.clip) is type(clip)
-        saved(tmp_path, given)
+        saved(tmp_path, given, out_channels=2)
         _, again = load_diffusers(tmp_path)
         assert again == dataclasses.replace(given, schedule=again.schedule)
 
@@ -215,8 +220,7 @@ class TestWhatIsWritten:
             "freq_shift": 1, "center_input_sample": False, "num_class_embeds": None, "sample_size": [4, 8],
             "act_fn": "silu", "mid_block_type": "UNetMidBlock2D", "mid_block_scale_factor": 1,
             "downsample_type": "conv", "upsample_type": "conv", "time_embedding_type": "positional",
-            "time_embedding_dim": None, "resnet_time_scale_shift": "default", "attn_norm_num_groups": None,
-            "class_embed_type": None, "num_train_timesteps": None,
+            "resnet_time_scale_shift": "default", "class_embed_type": None,
         }  # fmt: skip
         assert read(SCHEDULER) == {
             "_class_name": "DDPMScheduler", "_diffusers_version": "0.35.0", "num_train_timesteps": 50,
@@ -277,6 +281,48 @@ class TestWhatIsWritten:
         assert not list(tmp_path.iterdir())
 
 
+class TestRefusedToBeWritten:
+    """Nothing is written then."""
+
+    def refuse(self, error, message, folder, *arguments, **settings):
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(error, match=message):
+            save_diffusers(folder, *arguments, **settings)
+        assert sorted(folder.rglob("*")) == before
+
+    def test_what_diffusers_has_not(self, tmp_path):
+        plain, unet = Diffusion(make("linear", 10)), random_unet()
+        scaled = Diffusion(make("linear", 10, input_scale=0.5))
+        self.refuse(ValueError, "input_scale: diffusers has none, .* has 0.5", tmp_path, unet, scaled)
+        interleaved = random_unet(encoding="interleaved")
+        self.refuse(ValueError, "encoding: diffusers has no 'interleaved'; it has ddpm", tmp_path, interleaved, plain)
+        heads = random_unet(heads=2, attention=(True, True))
+        self.refuse(ValueError, r"heads: .* not 2 heads at levels of 4 and 8 channels", tmp_path, heads, plain)
+        self.refuse(ValueError, "image_size: expected .* multiples of 2", tmp_path, unet, plain, image_size=7)
+
+    def test_what_is_no_model(self, tmp_path):
+        plain, unet = Diffusion(make("linear", 10)), random_unet()
+        self.refuse(TypeError, "unet: expected a UNet, got Diffusion", tmp_path, plain, unet)
+        self.refuse(TypeError, "diffusion: expected a Diffusion, got Schedule", tmp_path, unet, plain.schedule)
+
+    def test_a_folder_in_the_place_of_a_file(self, tmp_path):
+        saved(tmp_path)
+        before = (tmp_path / WEIGHTS).read_bytes()
+        (tmp_path / INDEX).unlink()
+        (tmp_path / INDEX).mkdir()
+        message = "path: cannot write .*model_index.json, which is a folder"
+        self.refuse(IsADirectoryError, message, tmp_path, random_unet(seed=1), Diffusion(make("linear", 10)))
+        assert (tmp_path / WEIGHTS).read_bytes() == before
+
+    def test_what_a_killed_run_left_is_no_obstacle(self, tmp_path):
+        (tmp_path / "unet").mkdir()
+        (tmp_path / (WEIGHTS + ".part")).write_bytes(b"half of it")
+        assert_same_weights(
+            load_diffusers(tmp_path)[0] if (tmp_path / INDEX).exists() else saved(tmp_path), random_unet()
+        )
+        assert not (tmp_path / (WEIGHTS + ".part")).exists()
+
+
 class TestFoldersOfOthers:
     def test_both_files_at_the_top(self, tmp_path):
         unet = saved(tmp_path / "a", Diffusion(make("cosine", 9), variance="large"))
@@ -290,7 +336,8 @@ class TestFoldersOfOthers:
     @pytest.mark.parametrize("learned", [False, True])
     def test_a_network_alone(self, tmp_path, learned):
         unet = saved(tmp_path, in_channels=3, out_channels=6 if learned else 3)
-        again, diffusion = load_diffusers(tmp_path / "unet")
+        with pytest.warns(UserWarning, match="folder: .*unet has no scheduler_config.json, so .* T = 1000, linear"):
+            again, diffusion = load_diffusers(tmp_path / "unet")
         assert_same_weights(again, unet)
         np.testing.assert_array_equal(diffusion.schedule.beta, np.linspace(1e-4, 0.02, 1000))
         expected = ("eps", "learned_range", "hybrid") if learned else ("eps", "small", "simple")
@@ -367,6 +414,11 @@ class TestFoldersOfOthers:
             (dict(thresholding=True, sample_max_value=3), dict(clip=("dynamic", 0.995, 3.0))),
             (dict(timestep_spacing=...), dict(spacing="leading")),
             (dict(num_train_timesteps=...), dict(T=1000)),
+            (dict(tensor_format="pt", timestep_values=None), dict(T=10)),  # of the first versions
+            (dict(predict_epsilon=True, prediction_type=...), dict(objective="eps")),
+            (dict(predict_epsilon=False, prediction_type=...), dict(objective="x0")),
+            (dict(predict_epsilon=False, prediction_type="v_prediction"), dict(objective="v")),  # as they take it
+            (dict(set_alpha_to_one=False), dict(T=10)),  # left of a DDIMScheduler's
         ],
     )
     def test_what_a_scheduler_says(self, tmp_path, changes, attributes):
@@ -391,45 +443,54 @@ BIG = 10**400  # an integer that is no float
 CONFIGS_NOT_SUPPORTED = [
     (UNET, dict(_class_name="UNet2DConditionModel"), '_class_name = "UNet2DConditionModel" .*supported: UNet2DModel'),
     (UNET, dict(act_fn="gelu"), 'act_fn = "gelu" is not supported; supported: "silu" or "swish"'),
-    (UNET, dict(in_channels="3"), 'in_channels = "3" is not .*supported: an integer from 1 to a million'),
-    (UNET, dict(in_channels=True), "in_channels = true is not .*supported: an integer"),
-    (UNET, dict(layers_per_block=0), "layers_per_block = 0 is not .*supported: an integer from 1"),
-    (UNET, dict(layers_per_block=1.0), "layers_per_block = 1.0 is not .*supported: an integer"),
-    (UNET, dict(block_out_channels=[]), r"block_out_channels = \[\] is not .*supported: a list of integers"),
-    (UNET, dict(block_out_channels=[4, None]), r"block_out_channels = \[4, null\] is not .*: a list of integers"),
+    (UNET, dict(in_channels="3"), "in_channels: expected an integer >= 1, got '3'"),
+    (UNET, dict(in_channels=True), "in_channels: expected an integer >= 1, got True"),
+    (UNET, dict(layers_per_block=0), "layers_per_block: expected an integer >= 1, got 0"),
+    (UNET, dict(layers_per_block=1.0), "layers_per_block: expected an integer >= 1, got 1.0"),
+    (UNET, dict(block_out_channels=[]), r"block_out_channels: expected a sequence with .*, got \[\]"),
+    (UNET, dict(block_out_channels=[4, None]), r"multiples of norm_num_groups = 2, got \[4, None\]"),
     (UNET, dict(down_block_types=["DownBlock2D", "SkipDownBlock2D"]), "down_block_types = .*DownBlock2D and AttnDownB"),
-    (UNET, dict(down_block_types=["DownBlock2D"]), "down_block_types = .*supported: 2, as many as block_out_channels"),
+    (UNET, dict(down_block_types=["DownBlock2D"]), "down_block_types = .*supported: 2 of them, as many as block_out"),
     (UNET, dict(up_block_types=["UpBlock2D", "UpBlock2D"]), "up_block_types = .*supported: the mirror image.*AttnUpB"),
-    (UNET, dict(add_attention=1), "add_attention = 1 is not .*supported: true or false"),
-    (UNET, dict(norm_eps=math.nan), "norm_eps = NaN is not .*supported: a number > 0"),
-    (UNET, dict(norm_eps=BIG), r"norm_eps = 10+\.\.\. is not supported; supported: a number > 0"),
+    (UNET, dict(add_attention=1), "add_attention: expected True or False, got 1"),
+    (UNET, dict(norm_eps=math.nan), "norm_eps: expected a number > 0, got nan"),
+    (UNET, dict(norm_eps=BIG), "norm_eps: expected a number > 0, got inf"),
     (UNET, dict(freq_shift=2), "freq_shift = 2 is not .*supported: 0 or 1"),
     (UNET, dict(time_embedding_type="fourier"), 'time_embedding_type = "fourier" is not .*supported: "positional"'),
     (UNET, dict(resnet_time_scale_shift="scale_shift"), 'resnet_time_scale_shift = "scale_shift".*: "default"'),
     (UNET, dict(class_embed_type="timestep"), 'class_embed_type = "timestep" is not .*supported: null'),
-    (UNET, dict(sample_size=1.5), "sample_size = 1.5 is not .*supported: null or an integer or a list of two"),
+    (UNET, dict(sample_size=1.5), "sample_size: expected a height and a width that are multiples of 2.*got 1.5"),
+    (UNET, dict(time_embedding_dim=32), "time_embedding_dim = 32 is not .*supported: null or 16"),
+    (UNET, dict(attn_norm_num_groups=1), "attn_norm_num_groups = 1 is not .*supported: null or 2"),
+    (UNET, dict(colour=False), "colour = false is not .*supported: the fields in_channels, out_channels"),
     (UNET, dict(colour="red"), 'colour = "red" is not .*supported: the fields in_channels, out_channels'),
     (UNET, dict(colour=0), "colour = 0 is not .*supported: the fields in_channels, out_channels"),
     (UNET, dict(sample_size=[4, 4, 4]), r"sample_size: expected a height and a width .*got \[4, 4, 4\]"),
     (UNET, dict(sample_size=3), "sample_size: expected a height and a width that are multiples of 2.*got .*3"),
     (UNET, dict(attention_head_dim=3), "attention_head_dim: 3 does not divide the 8 channels"),
-    (UNET, dict(norm_num_groups=3), "block_out_channels: expected multiples of .*3"),
-    (UNET, dict(dropout=1), r"dropout = 1 is not supported; supported: a number in \[0, 1\)"),
-    (SCHEDULER, dict(_class_name="PNDMScheduler"), '_class_name = "PNDM.*supported: DDPMScheduler and DDIMScheduler'),
+    (UNET, dict(norm_num_groups=3), "block_out_channels: expected multiples of norm_num_groups = 3"),
+    (UNET, dict(dropout=1), r"dropout: expected a probability in \[0, 1\), got 1"),
+    (SCHEDULER, dict(_class_name="PNDMScheduler"), '_class_name = "PNDM.*supported: DDPMScheduler or DDIMScheduler'),
     (SCHEDULER, dict(beta_schedule="exp"), 'beta_schedule = "exp" is not .*supported: "linear" or "scaled_linear"'),
-    (SCHEDULER, dict(beta_start=-1), "beta_start = -1 is not supported; supported: a number > 0"),
-    (SCHEDULER, dict(beta_end=BIG), r"beta_end = 10+\.\.\. is not supported; supported: a number > 0"),
+    (SCHEDULER, dict(beta_start=-1), "beta_start = -1 is not supported; supported: a number from 0 to 1"),
+    (SCHEDULER, dict(beta_end=BIG), "beta_end = Infinity is not supported; supported: a number from 0 to 1"),
+    (SCHEDULER, dict(beta_end=1e-5), "beta_start, beta_end: expected 0 < beta_start.*, got 0.0001, 1e-05"),
+    (SCHEDULER, dict(beta_end="0.02"), 'beta_end = "0.02" is not supported; supported: a number'),
+    (SCHEDULER, dict(num_train_timesteps=10**7), "num_train_timesteps = 10000000 .*supported: a number from 1 to 1e"),
+    (SCHEDULER, dict(num_train_timesteps=9.5), "num_train_timesteps: expected an integer >= 1, got 9.5"),
     (SCHEDULER, dict(trained_betas=[0.1]), "trained_betas: expected num_train_timesteps = 10 numbers, got 1"),
-    (SCHEDULER, dict(trained_betas=[BIG] * 10), r"trained_betas = \[10+.*supported: null or a list of numbers"),
+    (SCHEDULER, dict(trained_betas=[BIG] * 10), "trained_betas: expected a vector of .*got .inf inf"),
+    (SCHEDULER, dict(trained_betas="abc"), "json: could not convert string to float: 'abc'"),
+    (SCHEDULER, dict(trained_betas={"a": 1}), "json: float.. argument must be a string or a real number, not 'dict'"),
     (SCHEDULER, dict(trained_betas=[2] * 10), r"json: trained_betas: expected a vector of .* in \(0, 1\)"),
     (SCHEDULER, dict(trained_betas=[2] * 10, rescale_betas_zero_snr=True, prediction_type="sample"), "trained_betas: "),
     (SCHEDULER, dict(prediction_type="flow"), 'prediction_type = "flow" is not .*"epsilon" or "sample" or "v_pred'),
     (SCHEDULER, dict(rescale_betas_zero_snr=True), "prediction_type: the schedule ends with alpha_bar = 0"),
     (SCHEDULER, dict(variance_type="learned"), 'variance_type = "learned" is not .*"fixed_small" or "fixed_small_log"'),
-    (SCHEDULER, dict(clip_sample_range=0), "clip_sample_range = 0 is not supported; supported: a number > 0"),
-    (SCHEDULER, dict(thresholding=True, sample_max_value=0.5), "sample_max_value = 0.5 is not .*: a number >= 1"),
+    (SCHEDULER, dict(clip_sample_range=0), "clip_sample_range = 0 is not supported; supported: a number from 1e-06"),
+    (SCHEDULER, dict(thresholding=True, sample_max_value=0.5), "sample_max_value = 0.5 .*: a number from 1 to 1e.30"),
     (SCHEDULER, dict(steps_offset=1), "steps_offset = 1 is not .*supported: 0"),
-    (SCHEDULER, dict(set_alpha_to_one=False), "set_alpha_to_one = false is not .*supported: true"),
+    (SCHEDULER, dict(_class_name="DDIMScheduler", set_alpha_to_one=False), "set_alpha_to_one = false .*: true"),
     (SCHEDULER, dict(algorithm_type="sde"), 'algorithm_type = "sde" is not .*the fields num_train_timesteps'),
     (INDEX, {"vqvae": ["diffusers", "VQModel"]}, "a pipeline with vqvae is not supported; supported: one of a unet"),
     (INDEX, {"../evil": ["os", "system"]}, "a pipeline with ../evil is not supported"),
@@ -444,6 +505,42 @@ class TestRefusedFolders:
         with pytest.raises(ValueError, match=message) as error:
             load_diffusers(tmp_path)
         assert str(error.value).startswith(f"{tmp_path / file}: ")
+
+    @pytest.mark.parametrize(
+        ("channels", "variance"),
+        [((1, 1), "learned_range"), ((1, 2), "small"), ((3, 6), "large"), ((2, 3), "learned_range")],
+    )
+    def test_a_variance_that_the_network_does_not_tell(self, tmp_path, channels, variance):
+        loss = "hybrid" if variance == "learned_range" else "simple"
+        diffusion, unet = Diffusion(make("linear", 10), variance=variance, loss_type=loss), random_unet()
+        unet.config |= dict(zip(("in_channels", "out_channels"), channels))
+        message = f"out_channels = {channels[1]} for in_channels = {channels[0]} is not .* variance_type '{variance}'"
+        with pytest.raises(ValueError, match=message):
+            save_diffusers(tmp_path, unet, diffusion)
+        assert not any(tmp_path.iterdir())
+        saved(tmp_path)
+        edit(tmp_path / UNET, in_channels=channels[0], out_channels=channels[1])
+        (tmp_path / SCHEDULER).write_text(json.dumps(scheduler_config(diffusion)))
+        with pytest.raises(ValueError, match=message):
+            load_diffusers(tmp_path)
+
+    @pytest.mark.parametrize(
+        "name", ["diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model-00001-of-00002.safetensors"]
+    )
+    def test_weights_in_several_pieces(self, tmp_path, name):
+        """diffusers would load these, also where one file is beside them."""
+        unet = saved(tmp_path)
+        (tmp_path / "unet" / name).write_text("{}")
+        with pytest.raises(
+            ValueError, match=f"weights in several pieces are not supported, {name}; supported: one file"
+        ):
+            load_diffusers(tmp_path)
+        before = (tmp_path / WEIGHTS).read_bytes()
+        with pytest.raises(
+            FileExistsError, match=f"{name} would stay beside the new weights; remove it or save elsewhere"
+        ):
+            save_diffusers(tmp_path, unet, Diffusion(make("linear", 10)))
+        assert (tmp_path / WEIGHTS).read_bytes() == before
 
     def test_weights_that_do_not_fit(self, tmp_path):
         saved(tmp_path)
@@ -488,11 +585,17 @@ class TestRefusedFolders:
     @pytest.mark.parametrize("file", [UNET, SCHEDULER, INDEX])
     def test_files_that_are_no_json_object(self, tmp_path, file):
         saved(tmp_path)
-        for content in (b"", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, b'{"a": 1}x'):
+        for content in (b"", b"{", b"\xff", b"[" * 100_000, b'{"a": 1}x'):
             (tmp_path / file).write_bytes(content)
             with pytest.raises(ValueError, match=f"{file} is not a JSON file: "):
                 load_diffusers(tmp_path)
-        for content, kind in ((b"[{}]", "list"), (b"3", "int"), (b"null", "NoneType"), (b'"{}"', "str")):
+        for content, kind in (
+            (b"[{}]", "list"),
+            (b"3", "int"),
+            (b"9" * 5000, "float"),
+            (b"null", "NoneType"),
+            (b'"{}"', "str"),
+        ):
             (tmp_path / file).write_bytes(content)
             with pytest.raises(ValueError, match=f"{file}: expected a JSON object, got {kind}"):
                 load_diffusers(tmp_path)

@@ -3,6 +3,7 @@
 Skipped where diffusers is not installed (`pip install 'tinyddpm[peers]'`). Weights are random: nothing is downloaded.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -174,7 +175,8 @@ class TestEveryConfiguration:
 
     def test_back_to_diffusers_and_here_again(self, name, pair, tmp_path):
         theirs, ours = pair
-        save_diffusers(tmp_path / "ours", ours, Diffusion(make_schedule()))
+        learned = dict(variance="learned_range", loss_type="hybrid") if name == "learned variance" else {}
+        save_diffusers(tmp_path / "ours", ours, Diffusion(make_schedule(), **learned))
         again = diffusers.DDPMPipeline.from_pretrained(tmp_path / "ours").unet
         state, before = again.state_dict(), theirs.state_dict()
         assert state.keys() == before.keys()
@@ -186,19 +188,22 @@ class TestEveryConfiguration:
             )
             assert ours_now == before or (field, before, ours_now) == ("sample_size", None, 32), field
         again.save_pretrained(tmp_path / "again")
-        unet, _ = load_diffusers(tmp_path / "again")
+        with pytest.warns(UserWarning, match="no scheduler_config.json"):
+            unet, _ = load_diffusers(tmp_path / "again")
         for key, value in ours.state_dict().items():
             np.testing.assert_array_equal(unet.state_dict()[key], value)
 
 
 def test_the_network_of_cifar10_has_its_size(tmp_path):
     their_unet(CONFIGURATIONS["cifar10-32"]).save_pretrained(tmp_path)
-    unet, diffusion = load_diffusers(tmp_path)  # a model folder, without a scheduler
+    with pytest.warns(UserWarning, match="no scheduler_config.json"):  # a model folder
+        unet, diffusion = load_diffusers(tmp_path)
     assert unet.size == 35_746_307 and len(unet.parameters()) == 328
     assert unet.config["image_size"] == (32, 32) and diffusion.variance == "small" and diffusion.T == 1000
 
 
 @pytest.mark.parametrize(("dtype", "variant"), [("float16", "fp16"), ("bfloat16", None), ("float64", None)])
+@pytest.mark.filterwarnings("ignore:folder. .* has no scheduler_config.json")
 def test_weights_of_other_types(dtype, variant, tmp_path):
     theirs = their_unet(SMALL).to(getattr(torch, dtype))
     theirs.save_pretrained(tmp_path, variant=variant)
@@ -211,6 +216,7 @@ def test_weights_of_other_types(dtype, variant, tmp_path):
         np.testing.assert_array_equal(p.data.transpose(axes), state[their_name].numpy())
 
 
+@pytest.mark.filterwarnings("ignore:folder. .* has no scheduler_config.json")
 def test_what_their_moving_average_saves(tmp_path):
     from diffusers.training_utils import EMAModel
 
@@ -332,6 +338,37 @@ def test_their_pipeline_runs_what_was_made_here(name, tmp_path, monkeypatch):
     np.testing.assert_array_equal(loaded.schedule.beta, diffusion.schedule.beta)
     for field in ("objective", "variance", "loss_type", "clip", "spacing"):
         assert getattr(loaded, field) == getattr(diffusion, field)
+
+
+def test_in_fewer_steps_ddpm_is_theirs_but_for_the_large_variance(tmp_path, monkeypatch):
+    pipeline = saved(tmp_path, {"variance_type": "fixed_small"})
+    unet, diffusion = load_diffusers(tmp_path)
+    assert diffusion.spacing == "leading"
+    share_noise(monkeypatch, 2, diffusers.pipelines.ddpm.pipeline_ddpm, diffusers.schedulers.scheduling_ddpm)
+    expected = pipeline(batch_size=2, num_inference_steps=50, output_type="np").images
+    for variance in ("small", "large"):  # of long steps only the small one gives good pictures
+        diffusion = dataclasses.replace(diffusion, variance=variance)
+        images = sample(diffusion, unet, (2, 8, 8, 1), "ddpm", steps=50)
+        np.testing.assert_allclose((images / 2 + 0.5).clip(0, 1), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.fp16.safetensors"])
+def test_what_they_would_load_instead_is_not_left_beside_ours(name, tmp_path):
+    theirs = their_unet(SMALL)
+    safe = name.endswith("safetensors")
+    theirs.save_pretrained(tmp_path / "unet", safe_serialization=safe, variant="fp16" if safe else None)
+    assert (tmp_path / "unet" / name).exists()
+    with pytest.raises(FileExistsError, match=f"{name} would stay beside the new weights"):
+        save_diffusers(tmp_path, UNet(), Diffusion(make_schedule()))
+
+
+@pytest.mark.filterwarnings("ignore:folder. .* has no scheduler_config.json")
+def test_weights_in_pieces_are_refused(tmp_path):
+    their_unet(SMALL).save_pretrained(tmp_path, max_shard_size="200KB")
+    with pytest.raises(
+        ValueError, match="weights in several pieces are not supported, diffusion_pytorch_model-00001-of"
+    ):
+        load_diffusers(tmp_path)
 
 
 # ------------------------------------------------------------------------------------ the names of Ho et al.'s own code

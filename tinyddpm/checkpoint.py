@@ -63,7 +63,7 @@ def load_model(path: Path) -> tuple[UNet, Diffusion]:
         schedule = Schedule(stored.pop("schedule.beta").read(np.float64), **config["schedule"])
         unet = unet_from(stored, config["unet"])
         return unet, Diffusion(schedule, **config["diffusion"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"path: {path} holds no model that can be built: {error}") from error
 
 
@@ -75,6 +75,8 @@ def replacing(*paths: pathlib.Path) -> Iterator[list[pathlib.Path]]:
     """Yield a path beside each of `paths` to write to; what is there at the end takes their places. After an error
     nothing does, and nothing is left. Raises OSError if a file cannot be written."""
     unfinished = [path.with_name(path.name + ".part") for path in paths]
+    if folders := [str(path) for path in paths if path.is_dir()]:
+        raise IsADirectoryError(f"path: cannot write {', '.join(folders)}, which is a folder")
     try:
         yield unfinished
         for part, path in zip(unfinished, paths):
@@ -180,7 +182,8 @@ def unet_from(stored: Mapping[str, Stored], config: Mapping, layout: Layout = ow
 
 
 class _NoWeights(np.random.Generator):
-    """Initial weights that take no time and no memory: zeros, which are about to be replaced by those `stored`.
+    """What `UNet` draws its initial weights from when they are about to be replaced by those `stored`: it gives zeros
+    that take no time and no memory.
 
     Raises ValueError once a configuration asks for far more than these are, before its network fills the memory.
     """

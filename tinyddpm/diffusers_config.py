@@ -1,18 +1,16 @@
 """diffusers' configurations, and what they mean here: UNet2DModel's is that of a `UNet`, a scheduler's of `Diffusion`.
 
-Each field has a value for when it is not given (diffusers' own) and says what is supported; all else is refused.
+A field that is not given has diffusers' default. One that is unknown, or has a value that is not supported, is refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pathlib
 import re
-import sys
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -22,51 +20,45 @@ from .unet import UNet, checked_config, checked_size
 
 VERSION = "0.35.0"  # of diffusers, whose format this is
 
-
-class Field(NamedTuple):
-    """A field of a configuration: its value where it is not given, what is supported, and whether a value is that."""
-
-    default: object
-    supported: str
-    fits: Callable[[object], bool]
-
-
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 10**6
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
-
-
-def _one_of(default: object, *others: object) -> Field:
-    known = (default, *others)
-    same = lambda a, b: a == b and isinstance(a, bool) == isinstance(b, bool)
-    return Field(default, " or ".join(map(json.dumps, known)), lambda value: any(same(value, v) for v in known))
-
-
-def _or_null(default: object, supported: str, fits: Callable[[object], bool]) -> Field:
-    return Field(default, f"null or {supported}", lambda value: value is None or fits(value))
-
-
-def _list(default: list | None, supported: str, fits: Callable[[object], bool]) -> Field:
-    return Field(default, supported, lambda value: isinstance(value, list) and len(value) > 0 and all(map(fits, value)))
-
-
-def _count(default: int) -> Field:
-    return Field(default, "an integer from 1 to a million", _is_count)
-
-
-def _number(default: float, supported: str, fits: Callable[[float], bool]) -> Field:
-    return Field(default, supported, lambda value: _is_number(value) and fits(value))
-
-
-def _positive(default: float) -> Field:
-    return _number(default, "a number > 0", lambda value: value > 0)
-
-
 # --------------------------------------------------------------------------------------------------------- the network
 
+ARGUMENTS = {  # the fields that are arguments of UNet by another name, and their values where they are not given
+    "in_channels": ("in_channels", 3),
+    "out_channels": ("out_channels", 3),
+    "block_out_channels": ("channels", [224, 448, 672, 896]),
+    "layers_per_block": ("blocks", 2),
+    "attention_head_dim": ("head_channels", 8),
+    "add_attention": ("middle_attention", True),
+    "norm_num_groups": ("groups", 32),
+    "norm_eps": ("norm_eps", 1e-5),
+    "dropout": ("dropout", 0.0),
+    "downsample_padding": ("downsample_padding", 1),
+    "center_input_sample": ("center_input", False),
+    "num_class_embeds": ("classes", None),
+    "sample_size": ("image_size", None),
+}
+UNET_DEFAULTS = {theirs: default for theirs, (_, default) in ARGUMENTS.items()} | {
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"],
+    "time_embedding_dim": None,
+    "attn_norm_num_groups": None,
+}
+UNET_CHOICES = {  # what is supported, the default first
+    "flip_sin_to_cos": [True, False],
+    "freq_shift": [0, 1],
+    "act_fn": ["silu", "swish"],
+    "mid_block_type": ["UNetMidBlock2D"],
+    "mid_block_scale_factor": [1],
+    "downsample_type": ["conv"],
+    "upsample_type": ["conv"],
+    "time_embedding_type": ["positional"],
+    "resnet_time_scale_shift": ["default"],
+    "class_embed_type": [None],
+}
+UNET_IGNORED = [  # acts only on embeddings that are learned; what EMAModel adds
+    "num_train_timesteps",
+    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup",
+]  # fmt: skip
 DOWN = {False: "DownBlock2D", True: "AttnDownBlock2D"}  # by whether the level has attention
 UP = {False: "UpBlock2D", True: "AttnUpBlock2D"}
 ENCODINGS = {  # by flip_sin_to_cos and freq_shift
@@ -75,115 +67,77 @@ ENCODINGS = {  # by flip_sin_to_cos and freq_shift
     (True, 0): "improved",
     (False, 0): "improved_flipped",
 }
-SAME = {  # the fields that are arguments of UNet by another name
-    "in_channels": "in_channels",
-    "out_channels": "out_channels",
-    "block_out_channels": "channels",
-    "layers_per_block": "blocks",
-    "attention_head_dim": "head_channels",
-    "add_attention": "middle_attention",
-    "norm_num_groups": "groups",
-    "norm_eps": "norm_eps",
-    "dropout": "dropout",
-    "downsample_padding": "downsample_padding",
-    "center_input_sample": "center_input",
-    "num_class_embeds": "classes",
-    "sample_size": "image_size",
-}
-UNET_FIELDS = {
-    "in_channels": _count(3),
-    "out_channels": _count(3),
-    "block_out_channels": _list([224, 448, 672, 896], "a list of integers", _is_count),
-    "layers_per_block": _count(2),
-    "down_block_types": _list([DOWN[i > 0] for i in range(4)], "a list of " + " and ".join(DOWN.values()),
-                              lambda kind: kind in list(DOWN.values())),
-    "up_block_types": _list([UP[i < 3] for i in range(4)], "a list of " + " and ".join(UP.values()),
-                            lambda kind: kind in list(UP.values())),
-    "attention_head_dim": _or_null(8, "an integer from 1 to a million", _is_count),
-    "add_attention": _one_of(True, False),
-    "norm_num_groups": _count(32),
-    "norm_eps": _positive(1e-5),
-    "dropout": _number(0.0, "a number in [0, 1)", lambda value: 0 <= value < 1),
-    "downsample_padding": _one_of(1, 0),
-    "flip_sin_to_cos": _one_of(True, False),
-    "freq_shift": _one_of(0, 1),
-    "center_input_sample": _one_of(False, True),
-    "num_class_embeds": _or_null(None, "an integer from 1 to a million", _is_count),
-    "sample_size": _or_null(None, "an integer or a list of two", lambda value: all(
-        map(_is_count, value if isinstance(value, list) else [value]))),
-    "act_fn": _one_of("silu", "swish"),
-    "mid_block_type": _one_of("UNetMidBlock2D"),
-    "mid_block_scale_factor": _one_of(1),
-    "downsample_type": _one_of("conv"),
-    "upsample_type": _one_of("conv"),
-    "time_embedding_type": _one_of("positional"),
-    "time_embedding_dim": _one_of(None),
-    "resnet_time_scale_shift": _one_of("default"),
-    "attn_norm_num_groups": _one_of(None),
-    "class_embed_type": _one_of(None),
-    "num_train_timesteps": _or_null(None, "an integer", _is_count),  # acts only on embeddings that are learned
-}  # fmt: skip
-OF_ITS_AVERAGE = {  # what diffusers' EMAModel adds; nothing of it changes the network
-    "decay", "inv_gamma", "min_decay", "optimization_step", "power", "update_after_step", "use_ema_warmup"
-}  # fmt: skip
 
 
 def unet_settings(config: dict, path: pathlib.Path) -> dict:
-    """The arguments of `UNet` for a configuration of UNet2DModel, read from `path`. Raises ValueError for a field that
-    is unknown or has a value that is not supported."""
-    config = {name: value for name, value in config.items() if name not in OF_ITS_AVERAGE}
-    c = _complete(config, UNET_FIELDS, ("UNet2DModel",), path)
-    levels = len(c["block_out_channels"])
-    attention = [kind == DOWN[True] for kind in c["down_block_types"]]
+    """The configuration of our `UNet` for one of UNet2DModel, read from `path`. Raises ValueError for a field that is
+    unknown or has a value that is not supported."""
+    c = _complete(config, ["UNet2DModel"], UNET_DEFAULTS, UNET_CHOICES, UNET_IGNORED, path)
+    down, up, channels = c["down_block_types"], c["up_block_types"], c["block_out_channels"]
+    if not isinstance(down, list) or not all(kind in list(DOWN.values()) for kind in down):
+        raise _unsupported(path, "down_block_types", down, "a list of DownBlock2D and AttnDownBlock2D")
+    if isinstance(channels, list) and channels and len(down) != len(channels):
+        raise _unsupported(path, "down_block_types", down, f"{len(channels)} of them, as many as block_out_channels")
+    attention = [kind == DOWN[True] for kind in down]
     mirrored = [UP[attends] for attends in reversed(attention)]
-    if len(attention) != levels:
-        raise _unsupported(path, "down_block_types", c["down_block_types"], f"{levels}, as many as block_out_channels")
-    if c["up_block_types"] != mirrored:
-        raise _unsupported(path, "up_block_types", c["up_block_types"], f"the mirror image of the way down, {mirrored}")
-    encoding = ENCODINGS[c["flip_sin_to_cos"], c["freq_shift"]]
-    settings = {ours: c[theirs] for theirs, ours in SAME.items()}
+    if up != mirrored:
+        raise _unsupported(path, "up_block_types", up, f"the mirror image of the way down, {json.dumps(mirrored)}")
+    settings = {ours: c[theirs] for theirs, (ours, _) in ARGUMENTS.items()} | {
+        "attention": attention,
+        "heads": 1,
+        "encoding": ENCODINGS[c["flip_sin_to_cos"], c["freq_shift"]],
+    }
     try:
-        return checked_config(settings | {"attention": attention, "encoding": encoding, "heads": 1})
+        settings = checked_config(settings)
     except ValueError as error:
-        raise ValueError(
-            f"{path}: {_in_their_words(error, {ours: theirs for theirs, ours in SAME.items()})}"
-        ) from error
+        theirs = {ours: theirs for theirs, (ours, _) in ARGUMENTS.items()}
+        raise ValueError(f"{path}: {_in_their_words(error, theirs)}") from error
+    same = {"time_embedding_dim": 4 * settings["channels"][0], "attn_norm_num_groups": settings["groups"]}
+    for name, value in same.items():
+        if c[name] not in (None, value):
+            raise _unsupported(path, name, c[name], f"null or {value}")
+    return settings
 
 
 def unet_config(unet: UNet, image_size: int | tuple[int, int] | None = None) -> dict:
     """The configuration of UNet2DModel for our `unet`; see `tinyddpm.exchange.save_diffusers`."""
-    c, levels = unet.config, len(unet.config["channels"])
-    size = checked_size(c["image_size"] if image_size is None else image_size, levels)
-    if size is None:
-        factor = 2 ** (levels - 1)
-        size = [math.ceil(28 / factor) * factor] * 2
+    c = unet.config
+    factor = 2 ** (len(c["channels"]) - 1)
+    size = c["image_size"] if image_size is None else checked_size(image_size, len(c["channels"]))
+    height, width = size or [math.ceil(28 / factor) * factor] * 2
     if c["encoding"] not in ENCODINGS.values():
         raise ValueError(f"encoding: diffusers has no {c['encoding']!r}; it has {', '.join(ENCODINGS.values())}")
     (flip, shift) = next(key for key, encoding in ENCODINGS.items() if encoding == c["encoding"])
+
+    # they give every head as many channels, null for one head alone
     attention = (*c["attention"], c["middle_attention"])
     widths = {width for width, attends in zip((*c["channels"], c["channels"][-1]), attention) if attends}
     head_channels = c["head_channels"]
+    if c["heads"] > 1 and len(widths) > 1:
+        raise ValueError(
+            f"heads: diffusers has as many channels in every head, not {c['heads']} heads at levels of "
+            f"{' and '.join(map(str, sorted(widths)))} channels; UNet(head_channels=...) is what it has"
+        )
     if c["heads"] > 1 and widths:
-        if len(widths) > 1:
-            raise ValueError(
-                f"heads: diffusers has as many channels in every head, not {c['heads']} heads at levels of "
-                f"{' and '.join(map(str, sorted(widths)))} channels; UNet(head_channels=...) is what it has"
-            )
         head_channels = widths.pop() // c["heads"]
-    return {"_class_name": "UNet2DModel", "_diffusers_version": VERSION} | {
-        name: field.default for name, field in UNET_FIELDS.items()
-    } | {theirs: c[ours] for theirs, ours in SAME.items()} | {
+
+    return {
+        "_class_name": "UNet2DModel",
+        "_diffusers_version": VERSION,
+        **{theirs: c[ours] for theirs, (ours, _) in ARGUMENTS.items()},
+        **{name: values[0] for name, values in UNET_CHOICES.items()},
         "attention_head_dim": head_channels,
         "down_block_types": [DOWN[attends] for attends in c["attention"]],
         "up_block_types": [UP[attends] for attends in reversed(c["attention"])],
         "flip_sin_to_cos": flip,
         "freq_shift": shift,
-        "sample_size": size[0] if size[0] == size[1] else list(size),
-    }  # fmt: skip
+        "sample_size": height if height == width else [height, width],
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- the diffusion
 
+NO_LIMIT = 1e30  # what no number in an image reaches, since JSON has no infinity
 SCHEDULES = {"linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid_beta"}
 OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {
@@ -192,31 +146,46 @@ VARIANCES = {
     "fixed_large": "large",
     "learned_range": "learned_range",
 }
-SCHEDULER_FIELDS = {
-    "num_train_timesteps": _count(1000),
-    "beta_schedule": _one_of(*SCHEDULES),
-    "beta_start": _positive(0.0001),
-    "beta_end": _positive(0.02),
-    "trained_betas": _or_null(None, "a list of numbers", _list(None, "", _is_number).fits),
-    "rescale_betas_zero_snr": _one_of(False, True),
-    "prediction_type": _one_of(*OBJECTIVES),
-    "variance_type": _one_of(*VARIANCES),
-    "clip_sample": _one_of(True, False),
-    "clip_sample_range": _positive(1.0),
-    "thresholding": _one_of(False, True),
-    "dynamic_thresholding_ratio": _number(0.995, "a number in [0, 1]", lambda value: 0 <= value <= 1),
-    "sample_max_value": _number(1.0, "a number >= 1", lambda value: value >= 1),
-    "timestep_spacing": _one_of("leading", "trailing", "linspace"),
-    "steps_offset": _one_of(0),
-    "set_alpha_to_one": _one_of(True),  # of DDIMScheduler
+SCHEDULER_NUMBERS = {  # the default, and the least and most that is supported
+    "num_train_timesteps": (1000, 1, 10**6),
+    "beta_start": (0.0001, 0, 1),
+    "beta_end": (0.02, 0, 1),
+    "clip_sample_range": (1.0, 1e-6, NO_LIMIT),
+    "dynamic_thresholding_ratio": (0.995, 0, 1),
+    "sample_max_value": (1.0, 1, NO_LIMIT),
 }
-NO_LIMIT = 1e30  # as sample_max_value, since JSON has no infinity
+SCHEDULER_DEFAULTS = {name: default for name, (default, _, _) in SCHEDULER_NUMBERS.items()} | {"trained_betas": None}
+SCHEDULER_CHOICES = {  # what is supported, the default first
+    "beta_schedule": list(SCHEDULES),
+    "rescale_betas_zero_snr": [False, True],
+    "prediction_type": list(OBJECTIVES),
+    "variance_type": list(VARIANCES),
+    "clip_sample": [True, False],
+    "thresholding": [False, True],
+    "timestep_spacing": ["leading", "trailing", "linspace"],
+    "steps_offset": [0],
+}
+SCHEDULER_IGNORED = [
+    "tensor_format",
+    "timestep_values",
+    "predict_epsilon",
+]  # of the first versions; the last: see below
 
 
 def diffusion_from(config: dict, path: pathlib.Path) -> Diffusion:
     """The `Diffusion` for a configuration of DDPMScheduler or DDIMScheduler, read from `path`. Raises ValueError for a
     field that is unknown or has a value that is not supported."""
-    c = _complete(config, SCHEDULER_FIELDS, ("DDPMScheduler", "DDIMScheduler"), path)
+    if "predict_epsilon" in config and "prediction_type" not in config:  # before diffusers 0.9
+        config = config | {"prediction_type": "epsilon" if config["predict_epsilon"] else "sample"}
+    if config.get("_class_name") == "DDIMScheduler":
+        choices, ignored = SCHEDULER_CHOICES | {"set_alpha_to_one": [True]}, SCHEDULER_IGNORED
+    else:
+        choices, ignored = SCHEDULER_CHOICES, [*SCHEDULER_IGNORED, "set_alpha_to_one"]
+    c = _complete(config, ["DDPMScheduler", "DDIMScheduler"], SCHEDULER_DEFAULTS, choices, ignored, path)
+    for name, (_, least, most) in SCHEDULER_NUMBERS.items():
+        number = isinstance(c[name], (int, float)) and not isinstance(c[name], bool)
+        if not (number and least <= c[name] <= most):
+            raise _unsupported(path, name, c[name], f"a number from {least:g} to {most:g}")
     variance, clip = VARIANCES[c["variance_type"]], c["clip_sample_range"] if c["clip_sample"] else False
     if c["thresholding"]:
         most = c["sample_max_value"]
@@ -230,19 +199,18 @@ def diffusion_from(config: dict, path: pathlib.Path) -> Diffusion:
             clip={1.0: True, ("dynamic", 0.995, math.inf): "dynamic"}.get(clip, clip),
             spacing=c["timestep_spacing"],
         )
-    except ValueError as error:
-        theirs = {"beta": "trained_betas", "objective": "prediction_type"}
+    except (ValueError, TypeError) as error:
+        theirs = {"T": "num_train_timesteps", "beta": "trained_betas", "objective": "prediction_type"}
         raise ValueError(f"{path}: {_in_their_words(error, theirs)}") from error
 
 
 def _schedule(c: dict) -> Schedule:
     T, zero_snr = c["num_train_timesteps"], c["rescale_betas_zero_snr"]
     if c["trained_betas"] is not None:
-        beta = np.array(c["trained_betas"], dtype=np.float64)
-        if len(beta) != T:
-            raise ValueError(f"trained_betas: expected num_train_timesteps = {T} numbers, got {len(beta)}")
-        schedule = Schedule(beta)
-        return Schedule(rescale_to_zero_terminal_snr(beta)) if zero_snr else schedule
+        schedule = Schedule(np.array(c["trained_betas"], dtype=np.float64))
+        if len(schedule) != T:
+            raise ValueError(f"trained_betas: expected num_train_timesteps = {T} numbers, got {len(schedule)}")
+        return Schedule(rescale_to_zero_terminal_snr(schedule.beta)) if zero_snr else schedule
     name = SCHEDULES[c["beta_schedule"]]
     ends = {} if name == "cosine" else {"beta_start": c["beta_start"], "beta_end": c["beta_end"]}
     with warnings.catch_warnings():
@@ -256,8 +224,11 @@ def scheduler_config(diffusion: Diffusion) -> dict:
     if s.input_scale != 1:
         raise ValueError(f"input_scale: diffusers has none, which is 1; this schedule has {s.input_scale}")
     inverse = lambda table: {ours: theirs for theirs, ours in reversed(table.items())}
-    config = {name: field.default for name, field in SCHEDULER_FIELDS.items() if name != "set_alpha_to_one"}
-    config |= {
+    config = {
+        "_class_name": "DDPMScheduler",
+        "_diffusers_version": VERSION,
+        **SCHEDULER_DEFAULTS,
+        **{name: values[0] for name, values in SCHEDULER_CHOICES.items()},
         "num_train_timesteps": len(s),
         "prediction_type": inverse(OBJECTIVES)[diffusion.objective],
         "variance_type": inverse(VARIANCES)[diffusion.variance],
@@ -273,35 +244,39 @@ def scheduler_config(diffusion: Diffusion) -> dict:
             "dynamic_thresholding_ratio": ratio,
             "sample_max_value": min(most, NO_LIMIT),
         }
-    parameters = dict(s.parameters)
-    named = {
-        "beta_schedule": inverse(SCHEDULES).get(s.name, "trained"),
-        "rescale_betas_zero_snr": parameters.pop("zero_terminal_snr", False),
-        **parameters,
-    }
-    try:
-        same = np.array_equal(diffusion_from(config | named, pathlib.Path()).schedule.beta, s.beta)
-    except ValueError:
-        same = False
-    return {"_class_name": "DDPMScheduler", "_diffusers_version": VERSION} | config | (
-        named if same else {"trained_betas": s.beta.tolist()}
-    )  # fmt: skip
+    parameters, name = dict(s.parameters), inverse(SCHEDULES).get(s.name)
+    if name and parameters.keys() <= {"beta_start", "beta_end", "zero_terminal_snr"}:
+        named = {
+            "beta_schedule": name,
+            "rescale_betas_zero_snr": parameters.pop("zero_terminal_snr", False),
+            **parameters,
+        }
+        with contextlib.suppress(ValueError):  # its name may have been given by hand
+            if np.array_equal(_schedule(config | named).beta, s.beta):
+                return config | named
+    return config | {"trained_betas": s.beta.tolist()}
 
 
 # --------------------------------------------------------------------------------------------------------------- both
 
 
-def _complete(config: dict, fields: dict[str, Field], classes: tuple[str, ...], path: pathlib.Path) -> dict:
-    """`config` with a value for each of `fields`, or ValueError."""
+def _complete(
+    config: dict, classes: list[str], defaults: dict, choices: dict, ignored: list[str], path: pathlib.Path
+) -> dict:
+    """`config` with a value for each field, or ValueError for an unknown class, field or choice."""
     kind = config.get("_class_name", classes[0])
     if kind not in classes:
-        raise _unsupported(path, "_class_name", kind, " and ".join(classes))
+        raise _unsupported(path, "_class_name", kind, " or ".join(classes))
     for name, value in config.items():
-        if name not in fields and name[:1] != "_" and value is not None and value is not False:
-            raise _unsupported(path, name, value, f"the fields {', '.join(fields)}")
-        if name in fields and not fields[name].fits(value):
-            raise _unsupported(path, name, value, fields[name].supported)
-    return {name: config.get(name, field.default) for name, field in fields.items()}
+        if name in choices:
+            same = [
+                v == value and isinstance(v, bool) == isinstance(value, bool) for v in choices[name]
+            ]  # 1 is not True
+            if not any(same):
+                raise _unsupported(path, name, value, " or ".join(map(json.dumps, choices[name])))
+        elif not (name in defaults or name in ignored or name[:1] == "_" or value is None):
+            raise _unsupported(path, name, value, f"the fields {', '.join([*defaults, *choices])}")
+    return defaults | {name: values[0] for name, values in choices.items()} | config
 
 
 def _unsupported(path: pathlib.Path, field: str, value: object, supported: str) -> ValueError:
@@ -314,5 +289,5 @@ def _unsupported(path: pathlib.Path, field: str, value: object, supported: str) 
 
 
 def _in_their_words(error: Exception, ours: dict[str, str]) -> str:
-    """The message of an error about an argument of ours, with diffusers' name for it."""
-    return re.sub(r"^\w+(?=:)", lambda name: ours.get(name[0], name[0]), str(error))
+    """The message of an error about arguments of ours, with diffusers' names for them."""
+    return re.sub(r"^\w+(?=:)|\w+(?= = )", lambda name: ours.get(name[0], name[0]), str(error))

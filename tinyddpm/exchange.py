@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
+import warnings
 
 from .backend import to_numpy
 from .checkpoint import Path, Stored, replacing, stored_tensors, unet_from, write_tensors
@@ -19,52 +20,32 @@ from .schedule import make_schedule
 from .unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the file
-EMPTY = (None, [None, None])  # a part that a pipeline could have, and has not
 
 
 def load_diffusers(folder: Path, variant: str | None = None) -> tuple[UNet, Diffusion]:
     """Return the U-Net and the diffusion of a local folder of diffusers, such as a copy of google/ddpm-cifar10-32.
 
     The folder is that of a pipeline (DDPMPipeline, DDIMPipeline: `unet/` and `scheduler/`, or both at its top) or of a
-    UNet2DModel alone, which then is taken to be trained as Ho et al. did, with diffusers' default scheduler. float16
-    and bfloat16 weights are widened to float32; `variant` names another file of weights, such as "fp16". The loss,
-    which diffusers does not store, is "simple", or "hybrid" where the variance is learned.
+    UNet2DModel alone, for which a warning says that it is taken to be trained as Ho et al. did. float16 and bfloat16
+    weights are widened to float32; `variant` names another file of weights, such as "fp16". The loss, which diffusers
+    does not store, is "simple", or "hybrid" where the variance is learned.
+
+    All T steps of `sample` are those of DDPMPipeline. Two things are otherwise than there in fewer steps: "ddpm" takes
+    the small variance where the scheduler has fixed_large (see `tinyddpm.sample.respace`), and "ddim" derives the noise
+    anew once the image is clipped, as theirs does with use_clipped_model_output=True.
 
     Raises FileNotFoundError for what is not there; ValueError for anything that is not supported, with the field, its
     value and what is, and for weights that do not fit, with every tensor that is missing, unknown or of another shape.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder: there is no folder {folder}")
-    if variant is not None and not re.fullmatch(r"[\w-]+", variant):
-        raise ValueError(f"variant: expected a word such as 'fp16', got {variant!r}")
-    if (folder / "model_index.json").is_file():
-        parts = _read_json(folder / "model_index.json")
-        ours = ("unet", "scheduler")
-        others = [name for name, part in parts.items() if name[:1] != "_" and name not in ours and part not in EMPTY]
-        if others:
-            raise ValueError(
-                f"{folder / 'model_index.json'}: a pipeline with {', '.join(others)} is not supported; supported: one "
-                "of a unet and a scheduler alone, DDPMPipeline or DDIMPipeline"
-            )
+        raise FileNotFoundError(f"folder: there is no folder {folder} here (nothing is downloaded)")
+    _check_parts(folder / "model_index.json")
     home = folder / "unet" if (folder / "unet").is_dir() else folder
-    path = home / "config.json"
-    config = unet_settings(_read_json(path), path)
-    learned = config["out_channels"] == 2 * config["in_channels"]
-    paths = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
-    path = next(filter(pathlib.Path.is_file, paths), paths[0])
-    if path.is_file() or (folder / "model_index.json").is_file():
-        diffusion = diffusion_from(_read_json(path), path)
-    else:
-        diffusion = diffusion_from({"variance_type": "learned_range"} if learned else {}, path)
-
-    path = home / f"{WEIGHTS}{f'.{variant}' if variant else ''}.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"folder: there is no {path}; there are {', '.join(sorted(p.name for p in home.iterdir()))}. Supported: "
-            "weights in one safetensors file. Pickles (.bin) are never read, but diffusers converts them: "
-            "UNet2DModel.from_pretrained(folder).save_pretrained(folder)"
-        )
+    config = unet_settings(_read_json(home / "config.json"), home / "config.json")
+    diffusion = _diffusion_of(folder, config["out_channels"] == 2 * config["in_channels"])
+    _check_variance(config, diffusion)
+    path = _weights_file(home, variant)
     stored, _ = stored_tensors(path)
     try:
         return unet_from(_with_new_names(stored), config, diffusers_layout), diffusion
@@ -79,17 +60,30 @@ def save_diffusers(
 
     Args:
         folder: made if need be; of an earlier model in it, the files are replaced when all new ones are complete.
-        unet: the network; or the `EMA` of one, whose averaged weights are then written. What `train` yields as
-            `state.ema`, and what the example saves, are the averaged ones.
-        diffusion: its loss is not written, for which diffusers has no place.
+        unet: the network; or the `EMA` of one, such as `state.ema` in training, whose averaged weights are then
+            written. What examples/mnist_ddpm.py saves are the averaged ones.
+        diffusion: its loss is not written, for which diffusers has no place. Their pipeline takes 1000 steps unless it
+            is told otherwise, so with another T it wants num_inference_steps=T.
         image_size: (height, width) of the images that the pipeline makes, or one number for both; None: that of the
             U-Net's configuration, and if it has none, 28, rounded up to what the network halves evenly.
 
+    float64 weights are written as such; diffusers makes them float32 unless it is given torch_dtype. A network with
+    classes loads as a UNet2DModel, but their pipeline cannot hand it labels.
+
     Raises ValueError for what diffusers has not: an input scale, interleaved encodings, as many heads at levels of
-    different widths; OSError if a file cannot be written.
+    different widths; FileExistsError if there are other files of weights, which diffusers might load instead; OSError
+    if a file cannot be written.
     """
-    unet = unet.model if isinstance(unet, EMA) else unet
-    folder = pathlib.Path(folder)
+    unet, folder = unet.model if isinstance(unet, EMA) else unet, pathlib.Path(folder)
+    for name, value, kind in (("unet", unet, UNet), ("diffusion", diffusion, Diffusion)):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
+    _check_variance(unet.config, diffusion)
+    own = (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.part")  # the second may be left of a run that was killed
+    if others := [str(path) for path in (folder / "unet").glob(f"{WEIGHTS}*") if path.name not in own]:
+        raise FileExistsError(
+            f"folder: {', '.join(others)} would stay beside the new weights; remove it or save elsewhere"
+        )
     files = {
         "model_index.json": {
             "_class_name": "DDPMPipeline",
@@ -124,6 +118,7 @@ def load_original(path: Path, variance: str = "large") -> tuple[UNet, Diffusion]
 
     Raises FileNotFoundError, or ValueError if it is not such a file.
     """
+    diffusion = Diffusion(make_schedule("linear", 1000), variance=variance)
     stored, _ = stored_tensors(path)
     if all(name.startswith("module.") for name in stored):  # of PyTorch's DataParallel
         stored = {name.removeprefix("module."): tensor for name, tensor in stored.items()}
@@ -148,7 +143,7 @@ def load_original(path: Path, variance: str = "large") -> tuple[UNet, Diffusion]
         unet = unet_from(stored, config, lambda name, ndim: original_layout(name, ndim, len(channels)))
     except (ValueError, IndexError) as error:
         raise ValueError(f"path: {path} is no checkpoint of Ho et al.'s network: {error}") from error
-    return unet, Diffusion(make_schedule("linear", 1000), variance=variance)
+    return unet, diffusion
 
 
 # ------------------------------------------------------------------------------------------------- names and axes
@@ -158,6 +153,7 @@ def _rules(table: str) -> list[list[str]]:
     return [line.split() for line in table.strip().splitlines()]
 
 
+# Rules are applied in this order, each to what the one before left.
 AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # of ours, in the order in which PyTorch has them
 DIFFUSERS = _rules(r"""
     ^time(\d)                      time_embedding.linear_\1
@@ -221,12 +217,73 @@ def _with_new_names(stored: dict[str, Stored]) -> dict[str, Stored]:
     return renamed
 
 
+# ------------------------------------------------------------------------------------------------- a folder's files
+
+
+def _check_parts(path: pathlib.Path) -> None:
+    """Raise ValueError if the folder is a pipeline of more than a U-Net and a scheduler."""
+    parts = _read_json(path) if path.is_file() else {}
+    ours, empty = ("unet", "scheduler"), (None, [None, None])
+    others = [name for name, part in parts.items() if name[:1] != "_" and name not in ours and part not in empty]
+    if others:
+        raise ValueError(
+            f"{path}: a pipeline with {', '.join(others)} is not supported; supported: one of a unet and a scheduler "
+            "alone, DDPMPipeline or DDIMPipeline"
+        )
+
+
+def _diffusion_of(folder: pathlib.Path, learned: bool) -> Diffusion:
+    """The diffusion of the scheduler in `folder`; without one, Ho et al.'s, its variance `learned` or not."""
+    paths = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
+    path = next(filter(pathlib.Path.is_file, paths), paths[0])
+    if path.is_file() or (folder / "model_index.json").is_file():
+        return diffusion_from(_read_json(path), path)
+    warnings.warn(
+        f"folder: {folder} has no scheduler_config.json, so its network is taken to be trained with the defaults of "
+        "diffusers: T = 1000, linear, to predict eps",
+        stacklevel=3,
+    )
+    return diffusion_from({"variance_type": "learned_range"} if learned else {}, path)
+
+
+def _check_variance(config: dict, diffusion: Diffusion) -> None:
+    """Raise ValueError unless the network tells the variance just if the diffusion asks for it."""
+    inputs, outputs = config["in_channels"], config["out_channels"]
+    if (outputs == 2 * inputs) != (diffusion.variance == "learned_range"):
+        raise ValueError(
+            f"out_channels = {outputs} for in_channels = {inputs} is not supported with variance_type "
+            f"{diffusion.variance!r}; supported: twice as many with 'learned_range', and only with that"
+        )
+
+
+def _weights_file(home: pathlib.Path, variant: str | None) -> pathlib.Path:
+    """The file of weights in `home`. Raises FileNotFoundError, or ValueError if there are several pieces."""
+    if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
+        raise ValueError(f"variant: expected a word such as 'fp16', got {variant!r}")
+    path = home / (f"{WEIGHTS}.{variant}.safetensors" if variant else f"{WEIGHTS}.safetensors")
+    names = sorted(path.name for path in home.iterdir())
+    pieces = [name for name in names if re.match(rf"{WEIGHTS}\b.*(-of-|\.index\.json)", name)]
+    if pieces:
+        raise ValueError(
+            f"folder: weights in several pieces are not supported, {', '.join(pieces)}; supported: one file, which "
+            "diffusers saves with a larger max_shard_size"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"folder: there is no {path}; there are {', '.join(names)}. Supported: a safetensors file, or with "
+            "variant='fp16' one of that name. Pickles (.bin) are never read, but diffusers converts them: "
+            "DDPMPipeline.from_pretrained(folder).save_pretrained(another_folder)"
+        )
+    return path
+
+
 def _read_json(path: pathlib.Path) -> dict:
     """The object in a JSON file. Raises FileNotFoundError, or ValueError if there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"folder: there is no file {path}")
     try:
-        content = json.loads(path.read_bytes())
+        whole = lambda digits: int(digits) if len(digits) < 18 else float(digits)  # no integer that a float cannot be
+        content = json.loads(path.read_bytes(), parse_int=whole)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(content, dict):

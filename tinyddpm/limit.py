@@ -37,8 +37,10 @@ def checked_clip(clip: object) -> Clip:
         quantile, most = clip[1:]
         if all(isinstance(n, numbers.Real) for n in (quantile, most)) and 0 <= quantile <= 1 <= most:
             return ("dynamic", float(quantile), float(most))
-    elif isinstance(clip, (bool, numbers.Real)) and (clip is False or 0 < clip < math.inf) or clip == "dynamic":
+    elif isinstance(clip, (bool, str)) and clip in (True, False, "dynamic"):
         return clip
+    elif isinstance(clip, numbers.Real) and 0 < clip < math.inf:
+        return float(clip)
     raise ValueError(
         "clip: expected True, False, a number > 0, 'dynamic' or ('dynamic', quantile, most) with 0 <= quantile <= 1 "
         f"<= most, got {clip!r}"
