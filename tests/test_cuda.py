@@ -17,7 +17,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS
 
-from tinyddpm import Diffusion, UNet, backward, load_digits, load_model, make_schedule, sample, save_model, train
+from tinyddpm import (
+    Diffusion,
+    UNet,
+    backward,
+    load_diffusers,
+    load_digits,
+    load_model,
+    make_schedule,
+    sample,
+    save_diffusers,
+    save_model,
+    train,
+)
 from tinyddpm.backend import array_module, device_of, is_array, like, on_device, to_device, to_numpy
 from tinyddpm.conv import conv2d, convolve
 from tinyddpm.functional import (
@@ -510,6 +522,13 @@ def test_checkpoints_cross_devices(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     loaded, _ = load_model(tmp_path / "b")
     assert loaded.device == "cpu"
+    for folder, model in (("c", unet), ("d", twin)):
+        save_diffusers(tmp_path / folder, model, diffusion)
+    files = [path.relative_to(tmp_path / "c") for path in (tmp_path / "c").rglob("*.*")]
+    assert len(files) == 4 and all(
+        (tmp_path / "c" / f).read_bytes() == (tmp_path / "d" / f).read_bytes() for f in files
+    )
+    assert load_diffusers(tmp_path / "d")[0].device == "cpu"
     loaded.to("cuda")
     x, t = to_cuda(digits(2)), np.array([0, 3])
     assert (to_numpy(loaded(x, t).data) == to_numpy(twin(x, t).data)).all()
@@ -518,6 +537,23 @@ def test_checkpoints_cross_devices(tmp_path):
     assert twin.device == "cuda:0" and all((v == 2 * state[name]).all() for name, v in twin.state_dict().items())
     back = twin.to("cpu")
     assert back is twin and twin.device == "cpu" and isinstance(twin.conv_in.w.data, np.ndarray)
+
+
+def test_labels():
+    unet = awake(UNet(**SMALL, classes=3))
+    diffusion, labels = Diffusion(make_schedule("linear", 10, beta_end=0.7)), np.array([2, 0, 2])
+    twin = awake(UNet(**SMALL, classes=3)).to("cuda")
+    x, t = digits(3), np.array([0, 3, 3])
+    y, y_cuda = unet(x, t, labels=labels), twin(to_cuda(x), t, labels=labels)
+    close(y_cuda.data, y.data)
+    gradients, gradients_cuda = (list(backward((y * y).sum()).values()) for y in (y, y_cuda))
+    for g, g_cuda in zip(gradients, gradients_cuda, strict=True):
+        close(g_cuda, g, more=10)
+    close(
+        sample(diffusion, twin, (3, 8, 8, 1), labels=labels),
+        sample(diffusion, unet, (3, 8, 8, 1), labels=labels),
+        more=10,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- devices
