@@ -61,7 +61,7 @@ def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path):
     with Image.open(out / "denoising.gif") as gif:
         assert gif.n_frames > 10
     unet, diffusion = load_model(out / "model.safetensors")
-    assert unet.config["channels"] == (8, 16) and diffusion.T == 25
+    assert unet.config["channels"] == (8, 16) and unet.config["image_size"] == (28, 28) and diffusion.T == 25
     again = grid(sample(diffusion, unet, (6, 28, 28, 1), rng=0))  # the file is the model that drew the samples
     np.testing.assert_array_equal(np.asarray(again), np.asarray(Image.open(out / "samples.png")))
 
