@@ -1,13 +1,14 @@
 """Sample images from a pretrained model in diffusers' format: `python examples/sample_pretrained.py FOLDER`.
 
-Such as Ho et al.'s own for CIFAR-10 (143 MB), which huggingface-cli fetches (`pip install huggingface_hub`; it is not
-needed for anything else):
+Such as Ho et al.'s own for CIFAR-10, which the tool of the Hugging Face hub fetches (`pip install huggingface_hub`; it
+is not needed for anything else):
 
-    huggingface-cli download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32
+    huggingface-cli download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32 --exclude "*.bin"
     python examples/sample_pretrained.py ddpm-cifar10-32
 
-Others are google/ddpm-celebahq-256, -cat-256, -church-256 and -bedroom-256, or what `save_diffusers` wrote. FOLDER may
-also be a safetensors file with the names of Ho et al.'s code.
+Newer versions of the tool are called by `hf download ...`. Others are google/ddpm-celebahq-256, -cat-256, -church-256
+and -bedroom-256, or what `save_diffusers` wrote. FOLDER may also be a safetensors file with the names of Ho et al.'s
+code.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import sys
 import time
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from tinyddpm import load_diffusers, load_original, sample
@@ -40,13 +42,21 @@ def parse_arguments():
     add("--workers", type=int, help="how many work side by side [one per CPU]")
     add("--out", type=pathlib.Path, default=pathlib.Path("pretrained.png"), help="the picture [%(default)s]")
     args = parser.parse_args()
+    for name in ("samples", "steps", "size", "workers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    if args.seed < 0:
+        parser.error(f"--seed must be 0 or greater, got {args.seed}")
     if not args.folder.exists():
         parser.error(
             f"FOLDER: there is no {args.folder}. To fetch Ho et al.'s model for CIFAR-10: huggingface-cli download "
-            "google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32"
+            "google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32 (with newer versions: hf download ...)"
         )
     if not args.out.parent.is_dir():  # better to know now than after the sampling
         parser.error(f"--out: there is no folder {args.out.parent}")
+    if args.out.is_dir() or args.out.suffix.lower() not in Image.registered_extensions():
+        parser.error(f"--out: expected a picture such as pretrained.png, got {args.out}")
     return args
 
 
@@ -54,11 +64,16 @@ def main():
     args = parse_arguments()
     unet, diffusion = load_original(args.folder) if args.folder.is_file() else load_diffusers(args.folder, args.variant)
     unet.to(args.device, precision=args.precision)
-    height, width = (args.size, args.size) if args.size else unet.config["image_size"] or (32, 32)
+    height, width = (args.size, args.size) if args.size else unet.config["image_size"] or (None, None)
+    if height is None:
+        raise ValueError("--size: this model does not say how large its images are, so it has to be given")
+    if args.label is not None and not unet.config["classes"]:
+        raise ValueError("--label: this model knows no classes, so leave it out")
     steps = (diffusion.T if args.method == "ddpm" else min(50, diffusion.T)) if args.steps is None else args.steps
     print(f"network  U-Net {'-'.join(map(str, unet.config['channels']))}, {unet.size:,} parameters")
     print(f"process  {diffusion.schedule}, the network predicts {diffusion.objective}, variance {diffusion.variance}")
-    print(f"images   {args.samples} of {height} x {width} pixels, {args.method} in {steps} steps", flush=True)
+    how = f"{args.method} in {steps} steps, spacing {diffusion.spacing}, clip {diffusion.clip}"
+    print(f"images   {args.samples} of {height} x {width} pixels, {how}", flush=True)
 
     labels = None if args.label is None else np.full(args.samples, args.label)
     if labels is None and unet.config["classes"]:
@@ -78,3 +93,5 @@ if __name__ == "__main__":
         main()
     except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
         sys.exit(f"sample_pretrained.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nsample_pretrained.py: interrupted")

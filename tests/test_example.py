@@ -336,6 +336,8 @@ class TestSamplePretrained:
         result = self.run(tmp_path / "ema.safetensors", f"--out={tmp_path / 'p.png'}", "--steps=2", "--size=8")
         assert result.returncode == 0, result.stderr
         assert "16 of 8 x 8 pixels" in result.stdout and (tmp_path / "p.png").exists()
+        result = self.run(tmp_path / "ema.safetensors", f"--out={tmp_path / 'q.png'}")
+        assert "--size: this model does not say how large its images are, so it has to be given" in result.stderr
 
     def test_it_says_how_to_fetch_a_model(self, tmp_path):
         for result in (self.run("--help"), self.run(tmp_path / "nowhere")):
@@ -347,10 +349,13 @@ class TestSamplePretrained:
         ("arguments", "message"),
         [
             (["--out=nowhere/p.png"], "--out: there is no folder nowhere"),
-            (["--steps=0"], "steps: expected an integer from 1 to 60"),
-            (["--samples=0"], "shape: expected (N, H, W, C), each at least 1"),
+            (["--steps=0"], "--steps must be at least 1, got 0"),
+            (["--steps=61"], "steps: expected an integer from 1 to 60"),
+            (["--samples=0"], "--samples must be at least 1, got 0"),
+            (["--seed=-1"], "--seed must be 0 or greater, got -1"),
+            (["--out=picture"], "--out: expected a picture such as pretrained.png, got picture"),
             (["--size=7"], "x: height and width must be multiples of 2"),
-            (["--label=1"], "labels: this network knows no classes"),
+            (["--label=1"], "--label: this model knows no classes, so leave it out"),
             (["--variant=fp16"], "diffusion_pytorch_model.fp16.safetensors"),
             (["--variant=../fp16"], "variant: expected a word such as 'fp16', got '../fp16'"),
             (["--device=gpu"], "device: 'gpu' is unknown"),

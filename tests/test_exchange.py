@@ -305,6 +305,23 @@ class TestRefusedToBeWritten:
         self.refuse(TypeError, "unet: expected a UNet, got Diffusion", tmp_path, plain, unet)
         self.refuse(TypeError, "diffusion: expected a Diffusion, got Schedule", tmp_path, unet, plain.schedule)
 
+    def test_a_file_in_the_place_of_the_folder(self, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        message = "folder: expected a folder, or a name for a new one, but .*file is a file"
+        with pytest.raises(NotADirectoryError, match=message):
+            save_diffusers(tmp_path / "file", random_unet(), Diffusion(make("linear", 10)))
+        with pytest.raises(FileNotFoundError, match="file is a file; load_original and load_model read files"):
+            load_diffusers(tmp_path / "file")
+
+    @pytest.mark.parametrize(
+        "name", ["config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"]
+    )
+    def test_another_model_at_the_top_of_the_folder(self, tmp_path, name):
+        """diffusers' UNet2DModel would load that one."""
+        (tmp_path / name).write_text("{}")
+        message = f"folder: .*{name} would stay beside the new weights; remove it or save elsewhere"
+        self.refuse(FileExistsError, message, tmp_path, random_unet(), Diffusion(make("linear", 10)))
+
     def test_a_folder_in_the_place_of_a_file(self, tmp_path):
         saved(tmp_path)
         before = (tmp_path / WEIGHTS).read_bytes()
@@ -492,7 +509,8 @@ CONFIGS_NOT_SUPPORTED = [
     (SCHEDULER, dict(steps_offset=1), "steps_offset = 1 is not .*supported: 0"),
     (SCHEDULER, dict(_class_name="DDIMScheduler", set_alpha_to_one=False), "set_alpha_to_one = false .*: true"),
     (SCHEDULER, dict(algorithm_type="sde"), 'algorithm_type = "sde" is not .*the fields num_train_timesteps'),
-    (INDEX, {"vqvae": ["diffusers", "VQModel"]}, "a pipeline with vqvae is not supported; supported: one of a unet"),
+    (INDEX, {"_class_name": "LDMPipeline"}, '_class_name = "LDMPipeline" is not supported; supported: DDPMPipeline or'),
+    (INDEX, {"vqvae": ["diffusers", "VQModel"]}, "a pipeline with vqvae is not supported; supported: one of unet and"),
     (INDEX, {"../evil": ["os", "system"]}, "a pipeline with ../evil is not supported"),
 ]  # fmt: skip
 
@@ -566,7 +584,7 @@ class TestRefusedFolders:
             with pytest.raises(FileNotFoundError, match=message):
                 load_diffusers(tmp_path / "m", **settings)
 
-        refused("folder: there is no folder .*m")
+        refused("folder: expected a local folder, since nothing is downloaded; .*m is not there")
         saved(tmp_path / "m")
         refused("folder: there is no .*diffusion_pytorch_model.ema.safetensors; there are config.json", variant="ema")
         (tmp_path / "m" / WEIGHTS).rename(tmp_path / "m" / "unet" / "diffusion_pytorch_model.bin")
@@ -713,6 +731,15 @@ class TestOriginalNames:
         assert (diffusion.objective, diffusion.variance, diffusion.clip) == ("eps", variance, True)
 
     @pytest.mark.parametrize(
+        ("levels", "size", "variance"), [(4, (32, 32), "large"), (6, (256, 256), "small"), (2, None, "large")]
+    )
+    def test_which_of_their_models_it_is(self, tmp_path, levels, size, variance):
+        unet = UNet(3, 3, [32] * levels, 1, [False] * levels, groups=32)
+        save_file(their_tensors(unet, original=True), tmp_path / "m")
+        again, diffusion = load_original(tmp_path / "m")
+        assert (again.config["image_size"], diffusion.variance) == (size, variance)
+
+    @pytest.mark.parametrize(
         ("changes", "message"),
         [
             ({"temb.dense.0.bias": None}, "is no checkpoint of Ho et al.'s network: .*temb.dense.0.bias is missing"),
@@ -739,5 +766,5 @@ class TestOriginalNames:
         with pytest.raises(ValueError, match="path: .*empty has not the names .*got no tensors"):
             load_original(tmp_path / "empty")
         save_file(their_tensors(random_unet(**self.CONFIG), original=True), tmp_path / "m")
-        with pytest.raises(ValueError, match="variance: unknown 'medium'; known: small, large"):
+        with pytest.raises(ValueError, match="variance: expected 'small', 'large' or None, got 'medium'"):
             load_original(tmp_path / "m", "medium")

@@ -129,8 +129,10 @@ def stored_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     try:
         with safe_open(path, framework="numpy") as file:  # checks that the tensors fill the file and do not overlap
             metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise ValueError(f"path: {path} is not a readable safetensors file: {error}") from error
+    except SafetensorError as error:  # cut short by a download, a pointer of Git LFS, or something else altogether
+        raise ValueError(
+            f"path: {path} is not a readable safetensors file: {error} (it has {path.stat().st_size:,} bytes)"
+        ) from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))

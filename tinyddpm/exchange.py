@@ -20,15 +20,17 @@ from .schedule import make_schedule
 from .unet import UNet
 
 WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the file
+PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 
 
 def load_diffusers(folder: Path, variant: str | None = None) -> tuple[UNet, Diffusion]:
     """Return the U-Net and the diffusion of a local folder of diffusers, such as a copy of google/ddpm-cifar10-32.
 
     The folder is that of a pipeline (DDPMPipeline, DDIMPipeline: `unet/` and `scheduler/`, or both at its top) or of a
-    UNet2DModel alone, for which a warning says that it is taken to be trained as Ho et al. did. float16 and bfloat16
-    weights are widened to float32; `variant` names another file of weights, such as "fp16". The loss, which diffusers
-    does not store, is "simple", or "hybrid" where the variance is learned.
+    UNet2DModel alone, for which a warning says that it is taken to be trained with diffusers' defaults. float16 and
+    bfloat16 weights are widened to float32; `variant` names another file of weights, such as "fp16". The loss, which
+    diffusers does not store, is "simple", or "hybrid" where the variance is learned. How predicted images are clipped,
+    and how fewer steps are spaced, become `diffusion.clip` and `diffusion.spacing`, which `sample` follows.
 
     All T steps of `sample` are those of DDPMPipeline. Two things are otherwise than there in fewer steps: "ddpm" takes
     the small variance where the scheduler has fixed_large (see `tinyddpm.sample.respace`), and "ddim" derives the noise
@@ -39,7 +41,8 @@ def load_diffusers(folder: Path, variant: str | None = None) -> tuple[UNet, Diff
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"folder: there is no folder {folder} here (nothing is downloaded)")
+        fault = "is a file; load_original and load_model read files" if folder.is_file() else "is not there"
+        raise FileNotFoundError(f"folder: expected a local folder, since nothing is downloaded; {folder} {fault}")
     _check_parts(folder / "model_index.json")
     home = folder / "unet" if (folder / "unet").is_dir() else folder
     config = unet_settings(_read_json(home / "config.json"), home / "config.json")
@@ -59,16 +62,19 @@ def save_diffusers(
     """Write `unet` and `diffusion` as a folder that diffusers' DDPMPipeline.from_pretrained loads, weights to the bit.
 
     Args:
-        folder: made if need be; of an earlier model in it, the files are replaced when all new ones are complete.
+        folder: made if need be; the files of a model that was saved so before are replaced when all new ones are
+            complete.
         unet: the network; or the `EMA` of one, such as `state.ema` in training, whose averaged weights are then
             written. What examples/mnist_ddpm.py saves are the averaged ones.
-        diffusion: its loss is not written, for which diffusers has no place. Their pipeline takes 1000 steps unless it
-            is told otherwise, so with another T it wants num_inference_steps=T.
+        diffusion: what diffusers has no place for is not written, its loss, or written as `trained_betas`, schedules
+            that it does not know by name. Their pipeline takes 1000 steps unless it is told otherwise, so with another
+            T call it with num_inference_steps=T.
         image_size: (height, width) of the images that the pipeline makes, or one number for both; None: that of the
             U-Net's configuration, and if it has none, 28, rounded up to what the network halves evenly.
 
     float64 weights are written as such; diffusers makes them float32 unless it is given torch_dtype. A network with
-    classes loads as a UNet2DModel, but their pipeline cannot hand it labels.
+    classes loads as a UNet2DModel, but their pipeline cannot hand it labels. What samplers do otherwise in diffusers,
+    `load_diffusers` tells.
 
     Raises ValueError for what diffusers has not: an input scale, interleaved encodings, as many heads at levels of
     different widths; FileExistsError if there are other files of weights, which diffusers might load instead; OSError
@@ -79,10 +85,14 @@ def save_diffusers(
         if not isinstance(value, kind):
             raise TypeError(f"{name}: expected a {kind.__name__}, got {type(value).__name__}")
     _check_variance(unet.config, diffusion)
+    if folder.is_file():
+        raise NotADirectoryError(f"folder: expected a folder, or a name for a new one, but {folder} is a file")
     own = (f"{WEIGHTS}.safetensors", f"{WEIGHTS}.safetensors.part")  # the second may be left of a run that was killed
-    if others := [str(path) for path in (folder / "unet").glob(f"{WEIGHTS}*") if path.name not in own]:
+    others = [path for path in (folder / "unet").glob(f"{WEIGHTS}*") if path.name not in own]
+    others += [*folder.glob(f"{WEIGHTS}*"), *folder.glob("config.json")]  # of a model at the top of the folder
+    if others:
         raise FileExistsError(
-            f"folder: {', '.join(others)} would stay beside the new weights; remove it or save elsewhere"
+            f"folder: {', '.join(map(str, others))} would stay beside the new weights; remove it or save elsewhere"
         )
     files = {
         "model_index.json": {
@@ -106,19 +116,21 @@ def save_diffusers(
             part.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def load_original(path: Path, variance: str = "large") -> tuple[UNet, Diffusion]:
+def load_original(path: Path, variance: str | None = None) -> tuple[UNet, Diffusion]:
     """Return the U-Net and the diffusion of a checkpoint with the names of Ho et al.'s code, as safetensors.
 
     They are `temb.dense.0`, `down.0.block.0.conv1`, `nin_shortcut` and so on, as in the PyTorch versions of that code
     by which its weights circulate, pesser/pytorch_diffusion and ermongroup/ddim. The configuration follows from the
-    shapes and, where these do not tell, from the paper: one head, 32 groups, T = 1000, linear.
+    shapes and, where these do not tell, from the paper and its code: one head, 32 groups, T = 1000, linear; four levels
+    are for the 32 x 32 pixels of CIFAR-10 with the large variance, six for 256 x 256 with the small one.
 
     Args:
-        path: the file. variance: "large" for CIFAR-10, "small" for the models of 256 x 256 pixels (Ho et al.'s code).
+        path: the file. variance: "large" or "small"; None: as said, and large for other numbers of levels.
 
     Raises FileNotFoundError, or ValueError if it is not such a file.
     """
-    diffusion = Diffusion(make_schedule("linear", 1000), variance=variance)
+    if variance not in (None, "small", "large"):
+        raise ValueError(f"variance: expected 'small', 'large' or None, got {variance!r}")
     stored, _ = stored_tensors(path)
     if all(name.startswith("module.") for name in stored):  # of PyTorch's DataParallel
         stored = {name.removeprefix("module."): tensor for name, tensor in stored.items()}
@@ -128,7 +140,8 @@ def load_original(path: Path, variance: str = "large") -> tuple[UNet, Diffusion]
     if not channels or not {"conv_in.weight", "conv_out.weight"} <= set(stored):
         raise ValueError(
             f"path: {path} has not the names of Ho et al.'s code: expected conv_in.weight, conv_out.weight, "
-            f"down.0.block.0.conv1.weight and so on, got {', '.join(sorted(stored)[:10]) or 'no tensors'}"
+            f"down.0.block.0.conv1.weight and so on, got {', '.join(sorted(stored)[:10]) or 'no tensors'}. "
+            "load_model reads what save_model wrote, load_diffusers the folders of diffusers"
         )
     try:
         config = {
@@ -139,11 +152,13 @@ def load_original(path: Path, variance: str = "large") -> tuple[UNet, Diffusion]
             "attention": [f"down.{i}.attn.0.norm.weight" in stored for i in range(len(channels))],
             "middle_attention": "mid.attn_1.norm.weight" in stored,
             "groups": 32,
+            "image_size": {4: 32, 6: 256}.get(len(channels)),
         }
         unet = unet_from(stored, config, lambda name, ndim: original_layout(name, ndim, len(channels)))
     except (ValueError, IndexError) as error:
         raise ValueError(f"path: {path} is no checkpoint of Ho et al.'s network: {error}") from error
-    return unet, diffusion
+    variance = variance or ("small" if len(channels) == 6 else "large")
+    return unet, Diffusion(make_schedule("linear", 1000), variance=variance)
 
 
 # ------------------------------------------------------------------------------------------------- names and axes
@@ -223,12 +238,15 @@ def _with_new_names(stored: dict[str, Stored]) -> dict[str, Stored]:
 def _check_parts(path: pathlib.Path) -> None:
     """Raise ValueError if the folder is a pipeline of more than a U-Net and a scheduler."""
     parts = _read_json(path) if path.is_file() else {}
+    if (kind := parts.get("_class_name", PIPELINES[0])) not in PIPELINES:
+        raise ValueError(
+            f"{path}: _class_name = {json.dumps(kind)} is not supported; supported: {' or '.join(PIPELINES)}"
+        )
     ours, empty = ("unet", "scheduler"), (None, [None, None])
     others = [name for name, part in parts.items() if name[:1] != "_" and name not in ours and part not in empty]
     if others:
         raise ValueError(
-            f"{path}: a pipeline with {', '.join(others)} is not supported; supported: one of a unet and a scheduler "
-            "alone, DDPMPipeline or DDIMPipeline"
+            f"{path}: a pipeline with {', '.join(others)} is not supported; supported: one of unet and scheduler alone"
         )
 
 
@@ -280,7 +298,7 @@ def _weights_file(home: pathlib.Path, variant: str | None) -> pathlib.Path:
 def _read_json(path: pathlib.Path) -> dict:
     """The object in a JSON file. Raises FileNotFoundError, or ValueError if there is none."""
     if not path.is_file():
-        raise FileNotFoundError(f"folder: there is no file {path}")
+        raise FileNotFoundError(f"folder: there is no file {path}, which diffusers saves in a folder with a model")
     try:
         whole = lambda digits: int(digits) if len(digits) < 18 else float(digits)  # no integer that a float cannot be
         content = json.loads(path.read_bytes(), parse_int=whole)

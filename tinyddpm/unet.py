@@ -121,7 +121,8 @@ class UNet(Module):
         norm_eps: what the group norms add to the variance.
         downsample_padding: of the convolutions that halve: 0, on the right and at the bottom (Ho et al.); 1, all round.
         center_input: images come in [0, 1], and x_t is taken as 2 x_t - 1.
-        classes: number of classes of images; the network then learns a vector for each and is told the `labels`.
+        classes: number of classes of images; the network then has a vector for each and is told the `labels`. `sample`
+            hands them over, `train` does not yet.
         image_size: (height, width) of the images it is for, or one number for both. The network takes other sizes too;
             this is for those who get it in a file and want to sample.
 
