@@ -38,7 +38,7 @@ import tinyddpm.tensor
 from tinyddpm import Diffusion, UNet, backward, make_schedule, no_grad, sample, train
 from tinyddpm.backend import on_device, to_device, to_numpy
 from tinyddpm.diffusers_config import unet_config
-from tinyddpm.exchange import diffusers_layout
+from tinyddpm.layouts import diffusers_layout
 from tinyddpm.parallel import blas_name, cpu_count, shards, worker_threads
 from tinyddpm.tensor import as_array
 from tinyddpm.winograd import ConstantFilters

@@ -75,8 +75,10 @@ def main():
     how = f"{args.method} in {steps} steps, spacing {diffusion.spacing}, clip {diffusion.clip}"
     print(f"images   {args.samples} of {height} x {width} pixels, {how}", flush=True)
 
-    labels = None if args.label is None else np.full(args.samples, args.label)
-    if labels is None and unet.config["classes"]:
+    labels = None
+    if args.label is not None:
+        labels = np.full(args.samples, args.label)
+    elif unet.config["classes"]:
         labels = np.arange(args.samples) % unet.config["classes"]
 
     began = time.monotonic()

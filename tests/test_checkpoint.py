@@ -1,5 +1,6 @@
 """A model goes into one file and comes out as it was; what is no such file is refused."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule, sample, save_diffusers, save_model
-from tinyddpm.exchange import original_layout
+from tinyddpm.checkpoint import Stored
+from tinyddpm.layouts import original_layout
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2, heads=2, dropout=0.1)
 DIFFUSION = Diffusion(make_schedule("linear", 25, beta_start=1e-3, beta_end=0.4), "v", variance="large")
@@ -198,3 +200,27 @@ class TestBadInput:
         save_file(state | {"conv_in.b": np.zeros(4, np.int32)}, tmp_path / "m", metadata=metadata)
         with pytest.raises(ValueError, match="holds no model that can be built"):
             load_model(tmp_path / "m")
+
+
+def test_a_model_that_takes_its_place_while_it_is_read(tmp_path, monkeypatch):
+    """As in training, which saves now and then: all weights are of one of them."""
+    first, second = UNet(**TINY, rng=1), UNet(**TINY, rng=2)
+    save_model(tmp_path / "m", first, DIFFUSION)
+    read, count = Stored.read, itertools.count()
+
+    def interrupted(tensor, dtype):
+        if next(count) == 10:
+            save_model(tmp_path / "m", second, DIFFUSION)
+        return read(tensor, dtype)
+
+    monkeypatch.setattr(Stored, "read", interrupted)
+    loaded, _ = load_model(tmp_path / "m")
+    for name, x in first.state_dict().items():
+        np.testing.assert_array_equal(loaded.state_dict()[name], x)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions are POSIX's")
+def test_others_may_read_it_as_any_new_file(tmp_path):
+    save_model(tmp_path / "m", UNet(**TINY), DIFFUSION)
+    (tmp_path / "other").touch()
+    assert (tmp_path / "m").stat().st_mode == (tmp_path / "other").stat().st_mode

@@ -242,7 +242,18 @@ class TestLimit:
                 np.testing.assert_array_equal(x0, expected)
             np.testing.assert_array_equal(d.denoise(model, x_t, t, 0.1)[0].max(), 0.1)
         assert type(Diffusion(linear(10), clip=np.float32(0.5)).clip) is float  # as JSON wants it
+        dynamic = Diffusion(linear(10), clip=("dynamic", np.float32(0.5), np.int64(2))).clip
+        assert dynamic == ("dynamic", 0.5, 2.0) and all(type(n) is float for n in dynamic[1:])
         assert Diffusion(linear(10), clip=["dynamic", 0.6, 2]).clip == ("dynamic", 0.6, 2.0)  # as JSON has it
+
+    def test_the_bound_is_of_the_diffusion_too(self):
+        levels = np.random.default_rng(0).integers(0, 256, (2, 2, 2, 1)) / 127.5 - 1
+        bits = lambda own, **told: Diffusion(linear(10), clip=own).bits_per_dim(
+            lambda x, t: 3 * x, levels, progress=False, **told
+        )
+        own, told, plain = bits(0.25), bits(True, clip=0.25), bits(True)
+        np.testing.assert_array_equal(own.terms, told.terms)
+        assert np.abs(np.subtract(own.terms, plain.terms)).max() > 1e-6
 
     def test_dynamic_threshold(self):
         rng = np.random.default_rng(0)

@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 
 import tinyddpm
 from tinyddpm import Diffusion, UNet, load_digits, load_model, make_schedule, no_grad, sample, save_diffusers
-from tinyddpm.exchange import original_layout
 from tinyddpm.image import grid
+from tinyddpm.layouts import original_layout
 
 EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "mnist_ddpm.py"
 TINY = [

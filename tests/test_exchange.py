@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import pathlib
+import re
 import shutil
 import tracemalloc
 
@@ -19,6 +20,7 @@ from strategies import make, schedules
 
 from tinyddpm import EMA, Diffusion, Schedule, UNet, load_diffusers, load_original, save_diffusers
 from tinyddpm import diffusers_config as config_of
+from tinyddpm.checkpoint import Stored, _NoWeights
 from tinyddpm.diffusers_config import diffusion_from, scheduler_config, unet_settings
 from tinyddpm.diffusion import OBJECTIVES, SPACINGS, VARIANCES
 
@@ -127,6 +129,7 @@ class TestThereAndBack:
             dict(attention=(False, False), encoding="ddpm_flipped", image_size=16, norm_eps=1e-5),
             dict(downsample_padding=1, center_input=True, classes=3, in_channels=3, out_channels=6),
             dict(channels=(8, 4, 6, 4), attention=(True, False, True, False), blocks=2, image_size=(8, 8)),
+            dict(channels=(4,), attention=(True,), blocks=11),  # attentions.10
             dict(channels=(8,), attention=(True,), groups=1, blocks=3, middle_attention=False, image_size=(5, 3)),
         ],
     )
@@ -148,6 +151,27 @@ class TestThereAndBack:
         assert (again.config["heads"], again.config["head_channels"]) == (1, 4)
         x, t = np.random.default_rng(0).standard_normal((2, 4, 4, 1)).astype(np.float32), np.array([0, 9])
         np.testing.assert_array_equal(again(x, t).data, unet(x, t).data)
+
+    def test_heads_of_the_middle_alone(self, tmp_path):
+        saved(tmp_path, heads=2, attention=(False, False))
+        assert load_diffusers(tmp_path)[0].config["head_channels"] == 4
+
+    @pytest.mark.parametrize(
+        ("encoding", "flip", "shift"),
+        [("ddpm", False, 1), ("ddpm_flipped", True, 1), ("improved", True, 0), ("improved_flipped", False, 0)],
+    )
+    def test_what_they_call_an_encoding(self, encoding, flip, shift):
+        config = config_of.unet_config(random_unet(encoding=encoding))
+        assert (config["flip_sin_to_cos"], config["freq_shift"]) == (flip, shift)
+
+    @pytest.mark.parametrize(
+        ("variance", "theirs"),
+        [("small", "fixed_small"), ("large", "fixed_large"), ("learned_range", "learned_range")],
+    )
+    def test_what_they_call_a_variance(self, variance, theirs):
+        loss = "hybrid" if variance == "learned_range" else "simple"
+        config = scheduler_config(Diffusion(make("linear", 10), variance=variance, loss_type=loss))
+        assert config["variance_type"] == theirs
 
     @pytest.mark.parametrize(("levels", "size"), [(1, 28), (3, 28), (4, 32), (6, 32), (7, 64)])
     def test_the_size_of_images(self, tmp_path, levels, size):
@@ -171,6 +195,7 @@ class TestThereAndBack:
             (make("sigmoid", 7, zero_terminal_snr=True), None),
             (Schedule([0.1, 0.7, 1.0]), None),
             (Schedule([0.1, 0.7], name="linear", parameters={"beta_start": 0.1}), None),  # which it is not
+            (dataclasses.replace(make("linear", 7), beta=make("linear", 7).beta * (1 + 1e-9)), None),  # nor is this
         ],
     )
     def test_every_schedule(self, tmp_path, schedule, named):
@@ -290,15 +315,18 @@ class TestRefusedToBeWritten:
             save_diffusers(folder, *arguments, **settings)
         assert sorted(folder.rglob("*")) == before
 
-    def test_what_diffusers_has_not(self, tmp_path):
-        plain, unet = Diffusion(make("linear", 10)), random_unet()
-        scaled = Diffusion(make("linear", 10, input_scale=0.5))
-        self.refuse(ValueError, "input_scale: diffusers has none, .* has 0.5", tmp_path, unet, scaled)
-        interleaved = random_unet(encoding="interleaved")
-        self.refuse(ValueError, "encoding: diffusers has no 'interleaved'; it has ddpm", tmp_path, interleaved, plain)
-        heads = random_unet(heads=2, attention=(True, True))
-        self.refuse(ValueError, r"heads: .* not 2 heads at levels of 4 and 8 channels", tmp_path, heads, plain)
-        self.refuse(ValueError, "image_size: expected .* multiples of 2", tmp_path, unet, plain, image_size=7)
+    @pytest.mark.parametrize(
+        ("name", "clip"),
+        [("clip_sample_range", 1e-7), ("clip_sample_range", 1e31), ("sample_max_value", ("dynamic", 0.9, 2e30))],
+    )
+    def test_what_could_not_be_read_again(self, tmp_path, name, clip):
+        diffusion = Diffusion(make("linear", 10), clip=clip)
+        if name == "sample_max_value":  # so large that it is as good as infinite
+            saved(tmp_path, diffusion)
+            assert load_diffusers(tmp_path)[1].clip == ("dynamic", 0.9, math.inf)
+        else:
+            message = re.escape(f"diffusion: {name} would be {clip:g}, expected 1e-06 to 1e+30")
+            self.refuse(ValueError, message, tmp_path, random_unet(), diffusion)
 
     def test_what_is_no_model(self, tmp_path):
         plain, unet = Diffusion(make("linear", 10)), random_unet()
@@ -334,9 +362,8 @@ class TestRefusedToBeWritten:
     def test_what_a_killed_run_left_is_no_obstacle(self, tmp_path):
         (tmp_path / "unet").mkdir()
         (tmp_path / (WEIGHTS + ".part")).write_bytes(b"half of it")
-        assert_same_weights(
-            load_diffusers(tmp_path)[0] if (tmp_path / INDEX).exists() else saved(tmp_path), random_unet()
-        )
+        unet = saved(tmp_path)
+        assert_same_weights(load_diffusers(tmp_path)[0], unet)
         assert not (tmp_path / (WEIGHTS + ".part")).exists()
 
 
@@ -349,6 +376,24 @@ class TestFoldersOfOthers:
         again, diffusion = load_diffusers(tmp_path / "b")
         assert_same_weights(again, unet)
         assert (diffusion.T, diffusion.variance, diffusion.schedule.name) == (9, "large", "cosine")
+
+    def test_a_second_scheduler_at_the_top(self, tmp_path):
+        """The pipeline's is the one in scheduler/."""
+        saved(tmp_path)
+        shutil.copy(tmp_path / SCHEDULER, tmp_path)
+        edit(tmp_path / "scheduler_config.json", num_train_timesteps=7)
+        assert load_diffusers(tmp_path)[1].T == 10
+
+    def test_parts_that_are_left_out(self, tmp_path):
+        unet = saved(tmp_path)
+        edit(tmp_path / INDEX, vae=None, text_encoder=[None, None])
+        assert_same_weights(load_diffusers(tmp_path)[0], unet)
+
+    def test_the_warning_is_about_the_line_that_loads(self, tmp_path):
+        saved(tmp_path)
+        with pytest.warns(UserWarning, match="has no scheduler_config.json") as warned:
+            load_diffusers(tmp_path / "unet")
+        assert warned[0].filename == __file__
 
     @pytest.mark.parametrize("learned", [False, True])
     def test_a_network_alone(self, tmp_path, learned):
@@ -428,6 +473,7 @@ class TestFoldersOfOthers:
             (dict(_class_name="DDIMScheduler", set_alpha_to_one=True, variance_type=...), dict(variance="small")),
             (dict(clip_sample_range=0.5), dict(clip=0.5)),
             (dict(clip_sample_range=0.5, clip_sample=False), dict(clip=False)),
+            (dict(thresholding=True, clip_sample=False, sample_max_value=3), dict(clip=("dynamic", 0.995, 3.0))),
             (dict(thresholding=True, sample_max_value=3), dict(clip=("dynamic", 0.995, 3.0))),
             (dict(timestep_spacing=...), dict(spacing="leading")),
             (dict(num_train_timesteps=...), dict(T=1000)),
@@ -472,6 +518,8 @@ CONFIGS_NOT_SUPPORTED = [
     (UNET, dict(add_attention=1), "add_attention: expected True or False, got 1"),
     (UNET, dict(norm_eps=math.nan), "norm_eps: expected a number > 0, got nan"),
     (UNET, dict(norm_eps=BIG), "norm_eps: expected a number > 0, got inf"),
+    (UNET, dict(freq_shift=True), "freq_shift = true is not .*supported: 0 or 1"),
+    (UNET, dict(colour="x" * 1000), r'colour = "x{199}\.\.\. is not supported'),
     (UNET, dict(freq_shift=2), "freq_shift = 2 is not .*supported: 0 or 1"),
     (UNET, dict(time_embedding_type="fourier"), 'time_embedding_type = "fourier" is not .*supported: "positional"'),
     (UNET, dict(resnet_time_scale_shift="scale_shift"), 'resnet_time_scale_shift = "scale_shift".*: "default"'),
@@ -491,6 +539,10 @@ CONFIGS_NOT_SUPPORTED = [
     (SCHEDULER, dict(beta_schedule="exp"), 'beta_schedule = "exp" is not .*supported: "linear" or "scaled_linear"'),
     (SCHEDULER, dict(beta_start=-1), "beta_start = -1 is not supported; supported: a number from 0 to 1"),
     (SCHEDULER, dict(beta_end=BIG), "beta_end = Infinity is not supported; supported: a number from 0 to 1"),
+    (SCHEDULER, dict(beta_end=True), "beta_end = true is not supported; supported: a number from 0 to 1"),
+    (SCHEDULER, dict(dynamic_thresholding_ratio=1.5), "dynamic_thresholding_ratio = 1.5 .*: a number from 0 to 1"),
+    (SCHEDULER, dict(dynamic_thresholding_ratio=-0.5), "dynamic_thresholding_ratio = -0.5 .*: a number from 0 to 1"),
+    (SCHEDULER, dict(clip_sample=1), "clip_sample = 1 is not .*supported: true or false"),
     (SCHEDULER, dict(beta_end=1e-5), "beta_start, beta_end: expected 0 < beta_start.*, got 0.0001, 1e-05"),
     (SCHEDULER, dict(beta_end="0.02"), 'beta_end = "0.02" is not supported; supported: a number'),
     (SCHEDULER, dict(num_train_timesteps=10**7), "num_train_timesteps = 10000000 .*supported: a number from 1 to 1e"),
@@ -567,6 +619,10 @@ class TestRefusedFolders:
         tensors["conv_out.bias"] = np.zeros(1, np.int8)
         tensors["conv_in.weight"] = tensors["conv_in.weight"].transpose(2, 3, 1, 0)
         tensors["mid_block.attentions.0.query.weight"] = np.zeros((8, 8), np.float32)  # beside to_q
+        tensors["mid_block.my_query.weight"] = np.zeros(1, np.float32)  # no older name
+        tensors["conv_norm_out.bias"] = tensors["conv_norm_out.bias"][
+            :, None, None
+        ]  # of filters alone, 1 x 1 is no matter
         save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, tmp_path / WEIGHTS)
         with pytest.raises(ValueError) as error:
             load_diffusers(tmp_path)
@@ -575,8 +631,10 @@ class TestRefusedFolders:
         assert sorted(str(error.value)[len(start) :].split("; ")) == [
             "conv_in.bias is missing",
             "conv_in.weight has shape (3, 3, 1, 4) instead of (4, 1, 3, 3)",
+            "conv_norm_out.bias has shape (4, 1, 1) instead of (4,)",
             "conv_out.bias is of type I8 instead of F64, F32, F16, BF16",
             "mid_block.attentions.0.query.weight is unknown",
+            "mid_block.my_query.weight is unknown",
         ]
 
     def test_what_is_not_there(self, tmp_path):
@@ -627,9 +685,12 @@ class TestRefusedFolders:
 
     @pytest.mark.parametrize(
         "changes",
-        [dict(block_out_channels=[10**6, 10**6]), dict(layers_per_block=1000), dict(layers_per_block=10**6),
-         dict(num_class_embeds=10**6), dict(in_channels=10**6), dict(block_out_channels=[4] * 2000, sample_size=None,
-         down_block_types=["DownBlock2D"] * 2000, up_block_types=["UpBlock2D"] * 2000)],
+        [
+            dict(block_out_channels=[10**6, 10**6]), dict(layers_per_block=1000), dict(layers_per_block=10**6),
+            dict(num_class_embeds=10**6), dict(in_channels=10**6, out_channels=10**6),
+            dict(block_out_channels=[4] * 2000, sample_size=None, down_block_types=["DownBlock2D"] * 2000,
+                 up_block_types=["UpBlock2D"] * 2000),
+        ],
     )  # fmt: skip
     def test_networks_far_larger_than_their_weights(self, tmp_path, changes):
         saved(tmp_path)
@@ -641,6 +702,15 @@ class TestRefusedFolders:
             assert tracemalloc.get_traced_memory()[1] < 3e7
         finally:
             tracemalloc.stop()
+
+    def test_weights_to_come_take_no_memory(self):
+        unet = UNet(**TINY, classes=3, rng=_NoWeights({}))
+        assert all(not any(p.data.strides) for p in unet.parameters() if p.ndim > 1)
+
+    def test_a_network_of_more_parameters_than_there_are_tensors(self):
+        few = dict.fromkeys("abcdefghij", Stored(pathlib.Path(), 0, (1,), "F32"))
+        with pytest.raises(ValueError, match="many times as large as the weights"):
+            UNet(**TINY | {"channels": (4,), "attention": (False,), "blocks": 600}, rng=_NoWeights(few))
 
     @pytest.mark.parametrize(
         "change",
@@ -744,7 +814,7 @@ class TestOriginalNames:
         [
             ({"temb.dense.0.bias": None}, "is no checkpoint of Ho et al.'s network: .*temb.dense.0.bias is missing"),
             ({"extra": np.zeros(3)}, "is no checkpoint of Ho et al.'s network: .*extra is unknown"),
-            ({"conv_out.weight": None}, "has not the names of Ho et al.'s code: expected conv_in.*got conv_in.bias"),
+            ({"conv_out.weight": None}, "does not have the names .*: expected conv_in.*got conv_in.bias"),
             ({"down.0.block.0.conv1.weight": np.zeros((33, 32, 3, 3))}, "channels: expected multiples of groups = 32"),
             ({"down.0.block.0.conv1.weight": np.zeros(())}, "is no checkpoint of Ho et al.'s network"),
             ({"conv_in.weight": np.zeros(3)}, "is no checkpoint of Ho et al.'s network"),
@@ -763,8 +833,11 @@ class TestOriginalNames:
         with pytest.raises(FileNotFoundError, match="path: there is no file .*nothing"):
             load_original(tmp_path / "nothing")
         save_file({}, tmp_path / "empty")
-        with pytest.raises(ValueError, match="path: .*empty has not the names .*got no tensors"):
+        with pytest.raises(ValueError, match="path: .*empty does not have the names .*got no tensors"):
             load_original(tmp_path / "empty")
+        save_file({f"x{i:02}": np.zeros(1) for i in range(20)}, tmp_path / "other")
+        with pytest.raises(ValueError, match="got x00, .*, x09. What"):
+            load_original(tmp_path / "other")
         save_file(their_tensors(random_unet(**self.CONFIG), original=True), tmp_path / "m")
         with pytest.raises(ValueError, match="variance: expected 'small', 'large' or None, got 'medium'"):
             load_original(tmp_path / "m", "medium")

@@ -20,7 +20,7 @@ from tinyddpm import (
     sample,
     save_diffusers,
 )
-from tinyddpm.exchange import diffusers_layout
+from tinyddpm.layouts import diffusers_layout
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

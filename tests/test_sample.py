@@ -240,6 +240,13 @@ class TestRespacing:
         assert timesteps(10, 4).tolist() == timesteps(10, 4, "trailing").tolist() == [1, 4, 7, 9]
         assert timesteps(10, 4, "leading").tolist() == [0, 2, 4, 6]
         assert timesteps(10, 4, "linspace").tolist() == [0, 3, 6, 9]
+        assert timesteps(10, 5, "linspace").tolist() == [0, 2, 4, 7, 9]  # of 0, 2.25, 4.5, 6.75, 9
+        assert timesteps(10, 1, "linspace").tolist() == timesteps(10, 1, "leading").tolist() == [0]
+        for bad in (0, 11, 2.0, "3"):
+            with pytest.raises(ValueError, match="steps: expected an integer from 1 to 10, .*, got"):
+                timesteps(10, bad)
+        with pytest.raises(ValueError, match="spacing: unknown 'karras'; known: trailing, leading, linspace"):
+            timesteps(10, 4, "karras")
 
     @pytest.mark.parametrize("method", sorted(SAMPLERS))
     def test_spacing_and_clip_are_those_of_the_diffusion_unless_told_otherwise(self, method):

@@ -36,9 +36,10 @@ MAY_IMPORT = {
     "data": {"backend"},
     "image": {"backend"},
     "train": {"backend", "tensor", "nn", "diffusion", "optim", "parallel", "data"},
-    "checkpoint": NETWORK | {"schedule", "diffusion"},
+    "layouts": set(),
+    "checkpoint": NETWORK | {"schedule", "diffusion", "layouts"},
     "diffusers_config": {"unet", "schedule", "diffusion"},
-    "exchange": {"backend", "checkpoint", "diffusers_config", "optim", "unet", "schedule", "diffusion"},
+    "exchange": {"backend", "checkpoint", "diffusers_config", "layouts", "optim", "unet", "schedule", "diffusion"},
 }
 # other packages, and the only files that may import them
 ONLY_IN = {"cupy": {"backend", "cuda"}, "cupy_backends": {"cuda"}, "cupyx": {"cuda"}, "concurrent": {"parallel"},

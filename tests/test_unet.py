@@ -1,5 +1,6 @@
 """The U-Net: its shapes, what reaches what, its whole gradient, and the sizes it refuses."""
 
+import json
 import math
 
 import numpy as np
@@ -112,6 +113,19 @@ def test_the_size_of_its_images_is_remembered():
     assert UNet(**TINY, image_size=28).config["image_size"] == (28, 28)
     assert UNet(**TINY, image_size=np.array([28, 30])).config["image_size"] == (28, 30)
     assert UNet(**TINY, image_size=28)(*batch(size=8)).shape == (2, 8, 8, 1)
+
+
+def test_its_configuration_is_json_whatever_numbers_it_is_given():
+    numpy = dict(classes=np.int64(3), head_channels=np.int64(4), norm_eps=np.float32(0.5), image_size=np.int64(8),
+                 downsample_padding=np.int64(1), middle_attention=np.True_, center_input=np.False_)  # fmt: skip
+    plain = {name: value.item() for name, value in numpy.items()} | {"image_size": [8, 8]}
+    config = json.loads(json.dumps(UNet(**TINY, **numpy).config))
+    assert {name: config[name] for name in plain} == plain
+
+
+def test_a_class_begins_as_a_vector_of_variance_1():
+    w = UNet(**(TINY | {"channels": (32, 32), "classes": 64})).class_embedding.w.data
+    assert w.shape == (64, 128) and abs(w.std() - 1) < 0.02 and abs(w.mean()) < 0.05
 
 
 def test_the_generator_for_dropout_reaches_every_block():
@@ -379,6 +393,8 @@ class TestBadInput:
             with pytest.raises(ValueError, match="labels: expected 2 integers in 0 ... 2, one for each image, got"):
                 unet(x, t, labels=np.array(bad))
         assert unet(x, t, labels=np.array([0, 2])).shape == x.shape
+        unsigned = unet(x, t, labels=np.array([0, 2], np.uint8))
+        np.testing.assert_array_equal(unsigned.data, unet(x, t, labels=np.array([0, 2])).data)
 
     def test_heads_must_always_fit_the_middle(self):
         with pytest.raises(ValueError, match="heads: 4 does not divide the 6 channels"):

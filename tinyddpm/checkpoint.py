@@ -11,13 +11,15 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from typing import BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .diffusion import Diffusion
+from .layouts import Layout, own_layout
 from .schedule import Schedule
 from .unet import UNet
 
@@ -55,16 +57,16 @@ def load_model(path: Path) -> tuple[UNet, Diffusion]:
 
     Raises FileNotFoundError, or ValueError if it is not such a file or its weights do not fit its configuration.
     """
-    stored, metadata = stored_tensors(path)
-    if "tinyddpm" not in metadata:
-        raise ValueError(f"path: {path} was not written by save_model: its metadata has no entry 'tinyddpm'")
-    try:
-        config = json.loads(metadata["tinyddpm"])
-        schedule = Schedule(stored.pop("schedule.beta").read(np.float64), **config["schedule"])
-        unet = unet_from(stored, config["unet"])
-        return unet, Diffusion(schedule, **config["diffusion"])
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise ValueError(f"path: {path} holds no model that can be built: {error}") from error
+    with stored_tensors(path) as (stored, metadata):
+        if "tinyddpm" not in metadata:
+            raise ValueError(f"path: {path} was not written by save_model: its metadata has no entry 'tinyddpm'")
+        try:
+            config = json.loads(metadata["tinyddpm"])
+            schedule = Schedule(stored.pop("schedule.beta").read(np.float64), **config["schedule"])
+            unet = unet_from(stored, config["unet"])
+            return unet, Diffusion(schedule, **config["diffusion"])
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(f"path: {path} holds no model that can be built: {error}") from error
 
 
 # ------------------------------------------------------------------------------------------------ into a file, whole
@@ -72,8 +74,9 @@ def load_model(path: Path) -> tuple[UNet, Diffusion]:
 
 @contextlib.contextmanager
 def replacing(*paths: pathlib.Path) -> Iterator[list[pathlib.Path]]:
-    """Yield a path beside each of `paths` to write to; what is there at the end takes their places. After an error
-    nothing does, and nothing is left. Raises OSError if a file cannot be written."""
+    """Yield a path beside each of `paths`, with ".part" appended, to write to; at the end, when all are complete, they
+    are moved to `paths`. An error before that leaves everything as it was. One writer at a time. Raises OSError if a
+    file cannot be written."""
     unfinished = [path.with_name(path.name + ".part") for path in paths]
     if folders := [str(path) for path in paths if path.is_dir()]:
         raise IsADirectoryError(f"path: cannot write {', '.join(folders)}, which is a folder")
@@ -90,8 +93,11 @@ def replacing(*paths: pathlib.Path) -> Iterator[list[pathlib.Path]]:
 
 def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Write a safetensors file, within `replacing`."""
+    path.touch()
+    mode = path.stat().st_mode
     # the library writes memory as it lies, whatever the strides
     save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path, metadata=metadata)
+    path.chmod(mode)  # that of any new file, and not for its owner alone
 
 
 # ----------------------------------------------------------------------------------------- out of a file, one by one
@@ -101,7 +107,7 @@ def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadat
 class Stored:
     """One tensor of a safetensors file, not yet read: where it is and what it is."""
 
-    path: pathlib.Path
+    file: BinaryIO
     offset: int
     shape: tuple[int, ...]
     format: str
@@ -109,7 +115,8 @@ class Stored:
     def read(self, dtype: np.dtype) -> np.ndarray:
         """Return it as an array of its own of `dtype`, float32 or float64."""
         # not mapped but read: pages of a mapped file would count as memory in use beside the weights
-        x = np.fromfile(self.path, FORMATS[self.format], math.prod(self.shape), offset=self.offset)
+        self.file.seek(self.offset)
+        x = np.fromfile(self.file, FORMATS[self.format], math.prod(self.shape))
         if self.format == "BF16":  # the upper half of a float32
             x = (x.astype(np.uint32) << 16).view(np.float32)
         return x.reshape(self.shape).astype(dtype, copy=False)
@@ -118,53 +125,48 @@ class Stored:
 FORMATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
 
-def stored_tensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Return what a safetensors file holds, {name: tensor}, and its metadata; of the tensors nothing is read yet.
+@contextlib.contextmanager
+def stored_tensors(path: Path) -> Iterator[tuple[dict[str, Stored], dict[str, str]]]:
+    """Yield what a safetensors file holds, {name: tensor}, and its metadata; of the tensors nothing is read yet. The
+    file is opened once, so that all are of one model, even if another takes its place meanwhile.
 
     Raises FileNotFoundError, or ValueError unless it is a whole and sound file.
     """
     path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: there is no file {path}")
-    try:
-        with safe_open(path, framework="numpy") as file:  # checks that the tensors fill the file and do not overlap
-            metadata = file.metadata() or {}
-    except SafetensorError as error:  # cut short by a download, a pointer of Git LFS, or something else altogether
-        raise ValueError(
-            f"path: {path} is not a readable safetensors file: {error} (it has {path.stat().st_size:,} bytes)"
-        ) from error
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    try:
-        return {
-            name: Stored(path, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), str(entry["dtype"]))
-            for name, entry in header.items()
-        }, metadata
-    except TypeError as error:  # lists in the place of objects, which the check above lets pass
-        raise ValueError(f"path: {path} is not a readable safetensors file: {error}") from error
-
-
-Layout = Callable[[str, int], tuple[str, tuple[int, ...]]]
-
-
-def own_layout(name: str, ndim: int) -> tuple[str, tuple[int, ...]]:
-    """What a file calls the parameter `name`, and which of its axes are there in which place: here, all as it is."""
-    return name, tuple(range(ndim))
+        try:
+            with safe_open(path, framework="numpy") as checked:  # that the tensors fill the file and do not overlap
+                metadata = checked.metadata() or {}
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            stored = {
+                name: Stored(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), str(entry["dtype"]))
+                for name, entry in header.items()
+            }
+        except (
+            SafetensorError,
+            TypeError,
+        ) as error:  # TypeError: of lists in the place of objects, which pass the check
+            raise ValueError(
+                f"path: {path} is not a readable safetensors file: {error} (it has {path.stat().st_size:,} bytes)"
+            ) from error
+        yield stored, metadata
 
 
 def unet_from(stored: Mapping[str, Stored], config: Mapping, layout: Layout = own_layout) -> UNet:
     """Build the U-Net of this configuration and read its weights, each straight to where it stays.
 
-    `layout` says how the file has them, see `own_layout`. A 1x1 filter will do for the weights of a dense layer, 16-bit
-    floats are widened, and the network is float64 if any tensor is. Raises ValueError, which lists them all, if tensors
-    are missing, unknown, of another shape or not floats; and what `UNet` does of a configuration that makes none.
+    `layout` says how the file has them. A 1x1 filter will do for the weights of a dense layer, 16-bit floats are
+    widened, and the network is float64 if any tensor is. Raises ValueError, which lists them all, if tensors are
+    missing, unknown, of another shape or not floats; and what `UNet` does of a configuration that makes none.
     """
     unet = UNet(**config, rng=_NoWeights(stored))
     left, wrong, found = dict(stored), [], []
-    for name, p in unet.named_parameters().items():
-        name, axes = layout(name, p.ndim)
+    for ours, p in unet.named_parameters().items():
+        name, axes = layout(ours, p.ndim)
         shape, tensor = tuple(p.shape[axis] for axis in axes), left.pop(name, None)
         if tensor is None:
             wrong.append(f"{name} is missing")
@@ -173,13 +175,13 @@ def unet_from(stored: Mapping[str, Stored], config: Mapping, layout: Layout = ow
         elif tensor.shape != shape and not (len(shape) == 2 and tensor.shape == (*shape, 1, 1)):
             wrong.append(f"{name} has shape {tensor.shape} instead of {shape}")
         else:
-            found.append((p, tensor, shape, np.argsort(axes)))
+            found.append((p, tensor, shape, np.argsort(axes)))  # which puts the axes back
     wrong += [f"{name} is unknown" for name in left]
     if wrong:
         raise ValueError(f"the weights do not fit the configuration: {'; '.join(wrong)}")
-    dtype = np.float64 if any(tensor.format == "F64" for _, tensor, _, _ in found) else np.float32
-    for p, tensor, shape, axes in found:
-        p.data = np.ascontiguousarray(tensor.read(dtype).reshape(shape).transpose(axes))
+    dtype = np.float64 if any(tensor.format == "F64" for tensor in stored.values()) else np.float32
+    for p, tensor, shape, back in found:
+        p.data = np.ascontiguousarray(tensor.read(dtype).reshape(shape).transpose(back))
     return unet
 
 

@@ -1,6 +1,8 @@
 """diffusers' configurations, and what they mean here: UNet2DModel's is that of a `UNet`, a scheduler's of `Diffusion`.
 
 A field that is not given has diffusers' default. One that is unknown, or has a value that is not supported, is refused.
+The tables give the defaults; of the fields for which only some values are supported, all of these, the default first;
+and the fields that change nothing.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ UNET_IGNORED = [  # acts only on embeddings that are learned; what EMAModel adds
 ]  # fmt: skip
 DOWN = {False: "DownBlock2D", True: "AttnDownBlock2D"}  # by whether the level has attention
 UP = {False: "UpBlock2D", True: "AttnUpBlock2D"}
-ENCODINGS = {  # by flip_sin_to_cos and freq_shift
+ENCODING_OF = {  # by flip_sin_to_cos and freq_shift
     (False, 1): "ddpm",
     (True, 1): "ddpm_flipped",
     (True, 0): "improved",
@@ -85,7 +87,7 @@ def unet_settings(config: dict, path: pathlib.Path) -> dict:
     settings = {ours: c[theirs] for theirs, (ours, _) in ARGUMENTS.items()} | {
         "attention": attention,
         "heads": 1,
-        "encoding": ENCODINGS[c["flip_sin_to_cos"], c["freq_shift"]],
+        "encoding": ENCODING_OF[c["flip_sin_to_cos"], c["freq_shift"]],
     }
     try:
         settings = checked_config(settings)
@@ -105,9 +107,9 @@ def unet_config(unet: UNet, image_size: int | tuple[int, int] | None = None) -> 
     factor = 2 ** (len(c["channels"]) - 1)
     size = c["image_size"] if image_size is None else checked_size(image_size, len(c["channels"]))
     height, width = size or [math.ceil(28 / factor) * factor] * 2
-    if c["encoding"] not in ENCODINGS.values():
-        raise ValueError(f"encoding: diffusers has no {c['encoding']!r}; it has {', '.join(ENCODINGS.values())}")
-    (flip, shift) = next(key for key, encoding in ENCODINGS.items() if encoding == c["encoding"])
+    if c["encoding"] not in ENCODING_OF.values():
+        raise ValueError(f"encoding: diffusers has no {c['encoding']!r}; it has {', '.join(ENCODING_OF.values())}")
+    flip, shift = next(key for key, encoding in ENCODING_OF.items() if encoding == c["encoding"])
 
     # they give every head as many channels, null for one head alone
     attention = (*c["attention"], c["middle_attention"])
@@ -166,10 +168,11 @@ SCHEDULER_CHOICES = {  # what is supported, the default first
     "steps_offset": [0],
 }
 SCHEDULER_IGNORED = [
-    "tensor_format",
+    "set_alpha_to_one",  # of DDIMScheduler, see diffusion_from
+    "predict_epsilon",  # until diffusers 0.9, see diffusion_from
+    "tensor_format",  # of its first versions
     "timestep_values",
-    "predict_epsilon",
-]  # of the first versions; the last: see below
+]
 
 
 def diffusion_from(config: dict, path: pathlib.Path) -> Diffusion:
@@ -177,17 +180,15 @@ def diffusion_from(config: dict, path: pathlib.Path) -> Diffusion:
     field that is unknown or has a value that is not supported."""
     if "predict_epsilon" in config and "prediction_type" not in config:  # before diffusers 0.9
         config = config | {"prediction_type": "epsilon" if config["predict_epsilon"] else "sample"}
-    if config.get("_class_name") == "DDIMScheduler":
-        choices, ignored = SCHEDULER_CHOICES | {"set_alpha_to_one": [True]}, SCHEDULER_IGNORED
-    else:
-        choices, ignored = SCHEDULER_CHOICES, [*SCHEDULER_IGNORED, "set_alpha_to_one"]
-    c = _complete(config, ["DDPMScheduler", "DDIMScheduler"], SCHEDULER_DEFAULTS, choices, ignored, path)
+    ddim = config.get("_class_name") == "DDIMScheduler"
+    choices = SCHEDULER_CHOICES | ({"set_alpha_to_one": [True]} if ddim else {})
+    c = _complete(config, ["DDPMScheduler", "DDIMScheduler"], SCHEDULER_DEFAULTS, choices, SCHEDULER_IGNORED, path)
     for name, (_, least, most) in SCHEDULER_NUMBERS.items():
         number = isinstance(c[name], (int, float)) and not isinstance(c[name], bool)
         if not (number and least <= c[name] <= most):
             raise _unsupported(path, name, c[name], f"a number from {least:g} to {most:g}")
     variance, clip = VARIANCES[c["variance_type"]], c["clip_sample_range"] if c["clip_sample"] else False
-    if c["thresholding"]:
+    if c["thresholding"]:  # which diffusers asks for first
         most = c["sample_max_value"]
         clip = ("dynamic", c["dynamic_thresholding_ratio"], most if most < NO_LIMIT else math.inf)
     try:
@@ -244,6 +245,9 @@ def scheduler_config(diffusion: Diffusion) -> dict:
             "dynamic_thresholding_ratio": ratio,
             "sample_max_value": min(most, NO_LIMIT),
         }
+    for name, (_, least, most) in SCHEDULER_NUMBERS.items():
+        if not least <= config[name] <= most:
+            raise ValueError(f"diffusion: {name} would be {config[name]:g}, expected {least:g} to {most:g}")
     parameters, name = dict(s.parameters), inverse(SCHEDULES).get(s.name)
     if name and parameters.keys() <= {"beta_start", "beta_end", "zero_terminal_snr"}:
         named = {
@@ -269,10 +273,7 @@ def _complete(
         raise _unsupported(path, "_class_name", kind, " or ".join(classes))
     for name, value in config.items():
         if name in choices:
-            same = [
-                v == value and isinstance(v, bool) == isinstance(value, bool) for v in choices[name]
-            ]  # 1 is not True
-            if not any(same):
+            if not any(v == value and isinstance(v, bool) == isinstance(value, bool) for v in choices[name]):
                 raise _unsupported(path, name, value, " or ".join(map(json.dumps, choices[name])))
         elif not (name in defaults or name in ignored or name[:1] == "_" or value is None):
             raise _unsupported(path, name, value, f"the fields {', '.join([*defaults, *choices])}")
@@ -288,6 +289,6 @@ def _unsupported(path: pathlib.Path, field: str, value: object, supported: str) 
     return ValueError(f"{path}: {field} = {shown} is not supported; supported: {supported}")
 
 
-def _in_their_words(error: Exception, ours: dict[str, str]) -> str:
-    """The message of an error about arguments of ours, with diffusers' names for them."""
-    return re.sub(r"^\w+(?=:)|\w+(?= = )", lambda name: ours.get(name[0], name[0]), str(error))
+def _in_their_words(error: Exception, theirs: dict[str, str]) -> str:
+    """The message of an error, with their names for our arguments, which it has as "name:" or "name = "."""
+    return re.sub(r"^\w+(?=:)|\w+(?= = )", lambda word: theirs.get(word[0], word[0]), str(error))

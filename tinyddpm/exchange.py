@@ -1,20 +1,22 @@
 """Models of others, and models for others: diffusers' folders, and checkpoints with the names of Ho et al.'s code.
 
-Their U-Net is ours with other names, and with PyTorch's order of axes: filters are (O, C, kh, kw) instead of (kh, kw,
-C, O), dense layers (O, C) instead of (C, O). What ours cannot be is refused by name, never passed over.
+What layouts.py says of weights, and diffusers_config.py of configurations, meets files here. What ours cannot be is
+refused by name, never passed over.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 import re
 import warnings
 
 from .backend import to_numpy
-from .checkpoint import Path, Stored, replacing, stored_tensors, unet_from, write_tensors
+from .checkpoint import Path, replacing, stored_tensors, unet_from, write_tensors
 from .diffusers_config import VERSION, diffusion_from, scheduler_config, unet_config, unet_settings
 from .diffusion import Diffusion
+from .layouts import diffusers_layout, original_layout, with_new_names
 from .optim import EMA
 from .schedule import make_schedule
 from .unet import UNet
@@ -49,11 +51,11 @@ def load_diffusers(folder: Path, variant: str | None = None) -> tuple[UNet, Diff
     diffusion = _diffusion_of(folder, config["out_channels"] == 2 * config["in_channels"])
     _check_variance(config, diffusion)
     path = _weights_file(home, variant)
-    stored, _ = stored_tensors(path)
-    try:
-        return unet_from(_with_new_names(stored), config, diffusers_layout), diffusion
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    with stored_tensors(path) as (stored, _):
+        try:
+            return unet_from(with_new_names(stored), config, diffusers_layout), diffusion
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
 
 def save_diffusers(
@@ -76,9 +78,9 @@ def save_diffusers(
     classes loads as a UNet2DModel, but their pipeline cannot hand it labels. What samplers do otherwise in diffusers,
     `load_diffusers` tells.
 
-    Raises ValueError for what diffusers has not: an input scale, interleaved encodings, as many heads at levels of
-    different widths; FileExistsError if there are other files of weights, which diffusers might load instead; OSError
-    if a file cannot be written.
+    Raises TypeError for what is no model; ValueError for what diffusers has not: an input scale, interleaved encodings,
+    as many heads at levels of different widths; FileExistsError if there are other files of weights, which diffusers
+    might load instead; OSError if a file cannot be written.
     """
     unet, folder = unet.model if isinstance(unet, EMA) else unet, pathlib.Path(folder)
     for name, value, kind in (("unet", unet, UNet), ("diffusion", diffusion, Diffusion)):
@@ -131,105 +133,35 @@ def load_original(path: Path, variance: str | None = None) -> tuple[UNet, Diffus
     """
     if variance not in (None, "small", "large"):
         raise ValueError(f"variance: expected 'small', 'large' or None, got {variance!r}")
-    stored, _ = stored_tensors(path)
-    if all(name.startswith("module.") for name in stored):  # of PyTorch's DataParallel
-        stored = {name.removeprefix("module."): tensor for name, tensor in stored.items()}
-    channels = []
-    while (name := f"down.{len(channels)}.block.0.conv1.weight") in stored:
-        channels.append(max(stored[name].shape[:1], default=0))
-    if not channels or not {"conv_in.weight", "conv_out.weight"} <= set(stored):
-        raise ValueError(
-            f"path: {path} has not the names of Ho et al.'s code: expected conv_in.weight, conv_out.weight, "
-            f"down.0.block.0.conv1.weight and so on, got {', '.join(sorted(stored)[:10]) or 'no tensors'}. "
-            "load_model reads what save_model wrote, load_diffusers the folders of diffusers"
+    with stored_tensors(path) as (stored, _):
+        if all(name.startswith("module.") for name in stored):  # of PyTorch's DataParallel
+            stored = {name.removeprefix("module."): tensor for name, tensor in stored.items()}
+        if not {"conv_in.weight", "conv_out.weight", "down.0.block.0.conv1.weight"} <= set(stored):
+            raise ValueError(
+                f"path: {path} does not have the names of Ho et al.'s code: expected conv_in.weight, conv_out.weight, "
+                f"down.0.block.0.conv1.weight and so on, got {', '.join(sorted(stored)[:10]) or 'no tensors'}. What "
+                "save_model wrote load_model reads, and load_diffusers the folders of diffusers"
+            )
+        levels, blocks = (
+            next(n for n in itertools.count() if name.format(n) not in stored)
+            for name in ("down.{}.block.0.conv1.weight", "down.0.block.{}.conv1.weight")
         )
-    try:
-        config = {
-            "in_channels": stored["conv_in.weight"].shape[1],
-            "out_channels": stored["conv_out.weight"].shape[0],
-            "channels": channels,
-            "blocks": sum(f"down.0.block.{i}.conv1.weight" in stored for i in range(len(stored))),
-            "attention": [f"down.{i}.attn.0.norm.weight" in stored for i in range(len(channels))],
-            "middle_attention": "mid.attn_1.norm.weight" in stored,
-            "groups": 32,
-            "image_size": {4: 32, 6: 256}.get(len(channels)),
-        }
-        unet = unet_from(stored, config, lambda name, ndim: original_layout(name, ndim, len(channels)))
-    except (ValueError, IndexError) as error:
-        raise ValueError(f"path: {path} is no checkpoint of Ho et al.'s network: {error}") from error
-    variance = variance or ("small" if len(channels) == 6 else "large")
+        try:
+            config = {
+                "in_channels": stored["conv_in.weight"].shape[1],
+                "out_channels": stored["conv_out.weight"].shape[0],
+                "channels": [stored[f"down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)],
+                "blocks": blocks,
+                "attention": [f"down.{i}.attn.0.norm.weight" in stored for i in range(levels)],
+                "middle_attention": "mid.attn_1.norm.weight" in stored,
+                "groups": 32,
+                "image_size": {4: 32, 6: 256}.get(levels),
+            }
+            unet = unet_from(stored, config, lambda name, ndim: original_layout(name, ndim, levels))
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"path: {path} is no checkpoint of Ho et al.'s network: {error}") from error
+    variance = variance or ("small" if levels == 6 else "large")
     return unet, Diffusion(make_schedule("linear", 1000), variance=variance)
-
-
-# ------------------------------------------------------------------------------------------------- names and axes
-
-
-def _rules(table: str) -> list[list[str]]:
-    return [line.split() for line in table.strip().splitlines()]
-
-
-# Rules are applied in this order, each to what the one before left.
-AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # of ours, in the order in which PyTorch has them
-DIFFUSERS = _rules(r"""
-    ^time(\d)                      time_embedding.linear_\1
-    ^norm_out                      conv_norm_out
-    ^(up|down)(.*)resize           \1\2\1samplers.0.conv
-    ^(up|down)\.                   \1_blocks.
-    ^middle1                       mid_block.resnets.0
-    ^middle2                       mid_block.resnets.1
-    ^middle_attention              mid_block.attentions.0
-    \.res\.                        .resnets.
-    \.attention\.(\d)              .attentions.\1
-    (attentions\.\d+)\.norm        \1.group_norm
-    \.attention\.([qkv])           .to_\1
-    \.attention\.out               .to_out.0
-    \.time\.                       .time_emb_proj.
-    \.shortcut                     .conv_shortcut
-    (\bw|gamma)$                   weight
-    (\bb|beta)$                    bias
-""")
-ORIGINAL = _rules(r"""
-    ^time1                         temb.dense.0
-    ^time2                         temb.dense.1
-    ^middle(\d)                    mid.block_\1
-    ^middle_attention              mid.attn_1
-    ^(up|down)(.*)resize           \1\2\1sample.conv
-    \.res\.                        .block.
-    \.attention\.(\d)              .attn.\1
-    \.attention\.out               .proj_out
-    \.attention\.([qkv])           .\1
-    \.time\.                       .temb_proj.
-    \.shortcut                     .nin_shortcut
-    (\bw|gamma)$                   weight
-    (\bb|beta)$                    bias
-""")
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.15
-
-
-def _renamed(name: str, rules: list[list[str]]) -> str:
-    for ours, theirs in rules:
-        name = re.sub(ours, theirs, name)
-    return name
-
-
-def diffusers_layout(name: str, ndim: int) -> tuple[str, tuple[int, ...]]:
-    """What diffusers calls our parameter `name`, and which of its axes are there in which place."""
-    return _renamed(name, DIFFUSERS), (0, 1) if name == "class_embedding.w" else AXES[ndim]
-
-
-def original_layout(name: str, ndim: int, levels: int) -> tuple[str, tuple[int, ...]]:
-    """The same for Ho et al.'s code, which numbers the levels of the way up as on the way down."""
-    name = re.sub(r"^up\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
-    return _renamed(name, ORIGINAL), AXES[ndim]
-
-
-def _with_new_names(stored: dict[str, Stored]) -> dict[str, Stored]:
-    """The tensors, with the attention's as diffusers names them now; where both are there, they stay to be refused."""
-    renamed = {}
-    for name, tensor in stored.items():
-        new = re.sub(r"(?<=\.)(query|key|value|proj_attn)(?=\.\w+$)", lambda m: OLD_ATTENTION[m[0]], name)
-        renamed[name if new in stored else new] = tensor
-    return renamed
 
 
 # ------------------------------------------------------------------------------------------------- a folder's files
@@ -265,12 +197,12 @@ def _diffusion_of(folder: pathlib.Path, learned: bool) -> Diffusion:
 
 
 def _check_variance(config: dict, diffusion: Diffusion) -> None:
-    """Raise ValueError unless the network tells the variance just if the diffusion asks for it."""
+    """Raise ValueError unless the network returns what the diffusion wants: the prediction, and a learned variance."""
     inputs, outputs = config["in_channels"], config["out_channels"]
-    if (outputs == 2 * inputs) != (diffusion.variance == "learned_range"):
+    if outputs != inputs * (2 if diffusion.variance == "learned_range" else 1):
         raise ValueError(
             f"out_channels = {outputs} for in_channels = {inputs} is not supported with variance_type "
-            f"{diffusion.variance!r}; supported: twice as many with 'learned_range', and only with that"
+            f"{diffusion.variance!r}; supported: as many, or twice as many with 'learned_range'"
         )
 
 
@@ -280,7 +212,7 @@ def _weights_file(home: pathlib.Path, variant: str | None) -> pathlib.Path:
         raise ValueError(f"variant: expected a word such as 'fp16', got {variant!r}")
     path = home / (f"{WEIGHTS}.{variant}.safetensors" if variant else f"{WEIGHTS}.safetensors")
     names = sorted(path.name for path in home.iterdir())
-    pieces = [name for name in names if re.match(rf"{WEIGHTS}\b.*(-of-|\.index\.json)", name)]
+    pieces = [name for name in names if re.match(rf"{WEIGHTS}.*(-of-|\.index\.json)", name)]
     if pieces:
         raise ValueError(
             f"folder: weights in several pieces are not supported, {', '.join(pieces)}; supported: one file, which "
@@ -300,7 +232,9 @@ def _read_json(path: pathlib.Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"folder: there is no file {path}, which diffusers saves in a folder with a model")
     try:
-        whole = lambda digits: int(digits) if len(digits) < 18 else float(digits)  # no integer that a float cannot be
+        whole = lambda digits: (
+            int(digits) if len(digits) < 18 else float(digits)
+        )  # int(1e400) would overflow as a float
         content = json.loads(path.read_bytes(), parse_int=whole)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error

@@ -140,11 +140,11 @@ def linear(x, w, b=None, *, precision: str = "float32"):
 
 @op
 def embedding(w, *, index: np.ndarray):
-    """Rows of a table: w (K, C) and integers index (N,) in 0 ... K-1 -> w[index] (N, C)."""
-    rows = np.asarray(index) == np.arange(len(w))[:, None]  # (K, N): a row's gradient is the sum over its uses
+    """Rows of a table: w (K, C) and integers index (N,), of which each must be in 0 ... K-1, -> w[index] (N, C)."""
 
-    def pull(g):
-        return product(to_device(rows, device_of(g)).astype(g.dtype), g)
+    def pull(g):  # the gradient of a row is the sum over its uses
+        uses = np.asarray(index) == np.arange(len(w))[:, None]  # (K, N)
+        return product(to_device(uses, device_of(g)).astype(g.dtype), g)
 
     return w[to_device(index, device_of(w))], pull
 

@@ -106,7 +106,7 @@ def timesteps(T: int, steps: int, spacing: str = "trailing") -> np.ndarray:
 
         "trailing"    round((i + 1) T / steps) - 1      ends at T-1, so that sampling starts from nothing but noise
         "leading"     i floor(T / steps)                begins at 0
-        "linspace"    round(i (T - 1) / (steps - 1))    both
+        "linspace"    round(i (T - 1) / (steps - 1))    both; one step is 0
 
     Raises ValueError for another spacing, or unless 1 <= steps <= T.
     """
@@ -149,8 +149,8 @@ def guided(unconditional: Callable, conditional: Callable, scale: float) -> Call
     """
     scale = float(scale)
 
-    def model(x_t: Array, t: np.ndarray) -> Array:
-        u, c = (as_array(predict(x_t, t)) for predict in (unconditional, conditional))
+    def model(x_t: Array, t: np.ndarray, **labels: np.ndarray) -> Array:
+        u, c = as_array(unconditional(x_t, t)), as_array(conditional(x_t, t, **labels))
         channels = x_t.shape[-1]
         prediction = u[..., :channels] + scale * (c[..., :channels] - u[..., :channels])
         return array_module(c).concatenate([prediction, c[..., channels:]], axis=-1)

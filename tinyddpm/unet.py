@@ -122,7 +122,7 @@ class UNet(Module):
         downsample_padding: of the convolutions that halve: 0, on the right and at the bottom (Ho et al.); 1, all round.
         center_input: images come in [0, 1], and x_t is taken as 2 x_t - 1.
         classes: number of classes of images; the network then has a vector for each and is told the `labels`. `sample`
-            hands them over, `train` does not yet.
+            hands them over; `train` and `bits_per_dim` do not yet.
         image_size: (height, width) of the images it is for, or one number for both. The network takes other sizes too;
             this is for those who get it in a file and want to sample.
 
@@ -149,9 +149,8 @@ class UNet(Module):
         classes: int | None = None,
         image_size: int | tuple[int, int] | None = None,
     ):
-        self.config = checked_config(
-            {name: value for name, value in locals().items() if name not in ("self", "rng")}  # all that describes it
-        )
+        arguments = locals()  # before there are other names
+        self.config = checked_config({name: arguments[name] for name in arguments if name not in ("self", "rng")})
         channels, attention, blocks = (self.config[name] for name in ("channels", "attention", "blocks"))
         self.dropout = dropout
         rng = np.random.default_rng(rng)
@@ -258,10 +257,10 @@ class UNet(Module):
             raise TypeError(f"t: expected a NumPy array of integers, got {getattr(t, 'dtype', type(t).__name__)}")
         if t.shape != x.shape[:1] or t.min() < 0:
             raise ValueError(f"t: expected {x.shape[0]} timesteps >= 0, one for each image, got shape {t.shape}, {t}")
-        if classes is None and labels is None:
-            return
         if classes is None:
-            raise ValueError("labels: this network knows no classes; make one with UNet(classes=...)")
+            if labels is not None:
+                raise ValueError("labels: this network knows no classes; make one with UNet(classes=...)")
+            return
         if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
             got = getattr(labels, "dtype", type(labels).__name__)
             raise TypeError(
