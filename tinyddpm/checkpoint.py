@@ -75,8 +75,10 @@ def load_model(path: Path) -> tuple[UNet, Diffusion]:
 @contextlib.contextmanager
 def replacing(*paths: pathlib.Path) -> Iterator[list[pathlib.Path]]:
     """Yield a path beside each of `paths`, with ".part" appended, to write to; at the end, when all are complete, they
-    are moved to `paths`. An error before that leaves everything as it was. One writer at a time. Raises OSError if a
-    file cannot be written."""
+    are moved to `paths`. An error before that leaves everything as it was. One writer at a time.
+
+    Raises OSError if a file cannot be written.
+    """
     unfinished = [path.with_name(path.name + ".part") for path in paths]
     if folders := [str(path) for path in paths if path.is_dir()]:
         raise IsADirectoryError(f"path: cannot write {', '.join(folders)}, which is a folder")
@@ -146,10 +148,7 @@ def stored_tensors(path: Path) -> Iterator[tuple[dict[str, Stored], dict[str, st
                 name: Stored(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), str(entry["dtype"]))
                 for name, entry in header.items()
             }
-        except (
-            SafetensorError,
-            TypeError,
-        ) as error:  # TypeError: of lists in the place of objects, which pass the check
+        except (SafetensorError, TypeError) as error:  # TypeError: a list for an object passes the check
             raise ValueError(
                 f"path: {path} is not a readable safetensors file: {error} (it has {path.stat().st_size:,} bytes)"
             ) from error
