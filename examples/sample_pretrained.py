@@ -3,7 +3,7 @@
 Such as Ho et al.'s own for CIFAR-10, which the tool of the Hugging Face hub fetches (`pip install huggingface_hub`; it
 is not needed for anything else):
 
-    huggingface-cli download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32 --exclude "*.bin"
+    huggingface-cli download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32
     python examples/sample_pretrained.py ddpm-cifar10-32
 
 Newer versions of the tool are called by `hf download ...`. Others are google/ddpm-celebahq-256, -cat-256, -church-256
