@@ -235,7 +235,7 @@ class TestLimit:
 
     def test_of_the_diffusion(self):
         x_t, t, model = 3 * self.x0, np.array([5]), lambda x, t: np.zeros_like(x)
-        for clip in (True, False, 0.3, "dynamic", ("dynamic", 0.6, 1.5)):
+        for clip in (True, False, 0.3, "dynamic", ("dynamic", 0.6, 1.5), ("dynamic", 0, 1), ("dynamic", 1, 1)):
             d = Diffusion(linear(10), clip=clip)
             expected = limit(d.predict_x0(x_t, t, model(x_t, t)), clip)
             for x0 in (d.denoise(model, x_t, t)[0], d.p_mean_variance(model, x_t, t)[2]):
