@@ -185,6 +185,7 @@ class TestThereAndBack:
         ("schedule", "named"),
         [
             (make("linear", 7, beta_start=0.001, beta_end=0.3), "linear"),
+            (make("linear", 7, beta_start=0.001, beta_end=0.3, zero_terminal_snr=True), "linear"),
             (make("quadratic", 7, beta_end=0.3), "scaled_linear"),
             (make("sigmoid_beta", 7, beta_end=0.3, zero_terminal_snr=True), "sigmoid"),
             (make("cosine", 7), "squaredcos_cap_v2"),
@@ -477,7 +478,7 @@ class TestFoldersOfOthers:
             (dict(thresholding=True, sample_max_value=3), dict(clip=("dynamic", 0.995, 3.0))),
             (dict(timestep_spacing=...), dict(spacing="leading")),
             (dict(num_train_timesteps=...), dict(T=1000)),
-            (dict(tensor_format="pt", timestep_values=None), dict(T=10)),  # of the first versions
+            (dict(tensor_format="pt", timestep_values=[3, 1]), dict(T=10)),  # of the first versions
             (dict(predict_epsilon=True, prediction_type=...), dict(objective="eps")),
             (dict(predict_epsilon=False, prediction_type=...), dict(objective="x0")),
             (dict(predict_epsilon=False, prediction_type="v_prediction"), dict(objective="v")),  # as they take it
