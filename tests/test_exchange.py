@@ -415,8 +415,15 @@ class TestFoldersOfOthers:
         save_file(tensors, tmp_path / WEIGHTS)
         average = dict(decay=0.9999, inv_gamma=1.0, min_decay=0.0, optimization_step=1, power=0.75)
         edit(
-            tmp_path / UNET, **average, update_after_step=0, use_ema_warmup=True, _name_or_path="/elsewhere", news=None
+            tmp_path / UNET,
+            **average,
+            update_after_step=0,
+            use_ema_warmup=True,
+            _name_or_path="/elsewhere",
+            news=None,
+            num_train_timesteps=1000,
         )
+        edit(tmp_path / INDEX, _class_name="DDIMPipeline")
         assert_same_weights(load_diffusers(tmp_path)[0], unet)
 
     def test_16_bits_are_widened_exactly(self, tmp_path):
@@ -786,7 +793,12 @@ class TestOriginalNames:
     @pytest.mark.parametrize("prefix", ["", "module."])
     @pytest.mark.parametrize(
         "config",
-        [{}, dict(middle_attention=False, attention=(True, False), blocks=2), dict(channels=(32,), attention=(True,))],
+        [
+            {},
+            dict(middle_attention=False, attention=(True, False), blocks=2),
+            dict(channels=(32,), attention=(True,)),
+            dict(in_channels=1, out_channels=1),
+        ],
     )
     def test_a_checkpoint(self, tmp_path, config, prefix, variance):
         unet = random_unet(**(self.CONFIG | config))
@@ -796,7 +808,8 @@ class TestOriginalNames:
         again, diffusion = load_original(tmp_path / "m", variance)
         assert_same_weights(again, unet)
         assert again.config == unet.config
-        x, t = np.random.default_rng(0).standard_normal((2, 4, 4, 3)).astype(np.float32), np.array([0, 999])
+        shape = (2, 4, 4, unet.config["in_channels"])
+        x, t = np.random.default_rng(0).standard_normal(shape).astype(np.float32), np.array([0, 999])
         np.testing.assert_array_equal(again(x, t).data, unet(x, t).data)
         np.testing.assert_array_equal(diffusion.schedule.beta, np.linspace(1e-4, 0.02, 1000))
         assert (diffusion.objective, diffusion.variance, diffusion.clip) == ("eps", variance, True)
