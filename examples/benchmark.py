@@ -38,7 +38,7 @@ import tinyddpm.tensor
 from tinyddpm import Diffusion, UNet, backward, make_schedule, no_grad, sample, train
 from tinyddpm.backend import on_device, to_device, to_numpy
 from tinyddpm.diffusers_config import unet_config
-from tinyddpm.layouts import diffusers_layout
+from tinyddpm.layouts import diffusers_layout, laid_out
 from tinyddpm.parallel import blas_name, cpu_count, shards, worker_threads
 from tinyddpm.tensor import as_array
 from tinyddpm.winograd import ConstantFilters
@@ -177,11 +177,8 @@ def import_peers(threads):
 def their_model(unet, size):
     """diffusers' network with the weights of ours."""
     model = diffusers.UNet2DModel.from_config(unet_config(unet, size))
-    state = {}
-    for name, w in unet.state_dict().items():
-        name, axes = diffusers_layout(name, w.ndim)
-        state[name] = torch.tensor(w.transpose(axes)).contiguous()
-    model.load_state_dict(state)
+    state = laid_out(unet.state_dict(), diffusers_layout)
+    model.load_state_dict({name: torch.tensor(w).contiguous() for name, w in state.items()})
     return model
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule, sample, save_diffusers, save_model
 from tinyddpm.checkpoint import Stored
-from tinyddpm.layouts import original_layout
+from tinyddpm.layouts import laid_out, original_layout
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2, heads=2, dropout=0.1)
 DIFFUSION = Diffusion(make_schedule("linear", 25, beta_start=1e-3, beta_end=0.4), "v", variance="large")
@@ -115,8 +115,8 @@ def test_loading_takes_little_more_memory_than_the_weights(load, tmp_path):
     elif load == "load_diffusers":
         save_diffusers(tmp_path / "m", unet, diffusion)
     else:
-        layout = [(original_layout(name, p.ndim, 4), p.data) for name, p in unet.named_parameters().items()]
-        save_file({name: np.ascontiguousarray(w.transpose(axes)) for (name, axes), w in layout}, tmp_path / "m")
+        state = laid_out(unet.state_dict(), lambda name, ndim: original_layout(name, ndim, 4))
+        save_file({name: np.ascontiguousarray(w) for name, w in state.items()}, tmp_path / "m")
     result = subprocess.run(
         [sys.executable, "-c", PEAK, load, tmp_path / "m"], capture_output=True, text=True, check=True
     )

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 import tinyddpm
 from tinyddpm import Diffusion, UNet, load_digits, load_model, make_schedule, no_grad, sample, save_diffusers
 from tinyddpm.image import grid
-from tinyddpm.layouts import original_layout
+from tinyddpm.layouts import laid_out, original_layout
 
 EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "mnist_ddpm.py"
 TINY = [
@@ -328,10 +328,8 @@ class TestSamplePretrained:
 
     def test_a_file_with_the_original_names(self, tmp_path):
         unet = UNet(1, 1, (32, 32), 1, (False, True), groups=32)
-        state = {}
-        for name, w in unet.state_dict().items():
-            name, axes = original_layout(name, w.ndim, 2)
-            state[name] = np.ascontiguousarray(w.transpose(axes))
+        state = laid_out(unet.state_dict(), lambda name, ndim: original_layout(name, ndim, 2))
+        state = {name: np.ascontiguousarray(w) for name, w in state.items()}
         save_file(state, tmp_path / "ema.safetensors")
         result = self.run(tmp_path / "ema.safetensors", f"--out={tmp_path / 'p.png'}", "--steps=2", "--size=8")
         assert result.returncode == 0, result.stderr

@@ -20,7 +20,7 @@ from tinyddpm import (
     sample,
     save_diffusers,
 )
-from tinyddpm.layouts import diffusers_layout
+from tinyddpm.layouts import diffusers_layout, laid_out
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -118,11 +118,8 @@ def their_output(model, x, t, labels):
 
 def gradients_in_their_layout(unet, loss):
     """{their name: gradient, its axes in their order}"""
-    gradients, found = backward(loss), {}
-    for name, p in unet.named_parameters().items():
-        name, axes = diffusers_layout(name, p.ndim)
-        found[name] = gradients[p].transpose(axes)
-    return found
+    gradients = backward(loss)
+    return laid_out({name: gradients[p] for name, p in unet.named_parameters().items()}, diffusers_layout)
 
 
 def distance(a, b):
@@ -211,9 +208,8 @@ def test_weights_of_other_types(dtype, variant, tmp_path):
     wide = theirs.double() if dtype == "float64" else theirs.float()
     assert ours.dtype == ("float64" if dtype == "float64" else "float32")
     state = wide.state_dict()
-    for name, p in ours.named_parameters().items():
-        their_name, axes = diffusers_layout(name, p.ndim)
-        np.testing.assert_array_equal(p.data.transpose(axes), state[their_name].numpy())
+    for name, value in laid_out(ours.state_dict(), diffusers_layout).items():
+        np.testing.assert_array_equal(value, state[name].numpy())
 
 
 @pytest.mark.filterwarnings("ignore:folder. .* has no scheduler_config.json")

@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "train": {"backend", "tensor", "nn", "diffusion", "optim", "parallel", "data"},
     "layouts": set(),
     "checkpoint": NETWORK | {"schedule", "diffusion", "layouts"},
-    "diffusers_config": {"unet", "schedule", "diffusion"},
+    "diffusers_config": {"unet", "schedule", "limit", "diffusion"},
     "exchange": {"backend", "checkpoint", "diffusers_config", "layouts", "optim", "unet", "schedule", "diffusion"},
 }
 # other packages, and the only files that may import them

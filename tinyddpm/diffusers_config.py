@@ -17,6 +17,7 @@ import warnings
 import numpy as np
 
 from .diffusion import Diffusion
+from .limit import DYNAMIC
 from .schedule import Schedule, make_schedule, rescale_to_zero_terminal_snr
 from .unet import UNet, checked_config, checked_size
 
@@ -109,7 +110,7 @@ def unet_config(unet: UNet, image_size: int | tuple[int, int] | None = None) -> 
     height, width = size or [math.ceil(28 / factor) * factor] * 2
     if c["encoding"] not in ENCODING_OF.values():
         raise ValueError(f"encoding: diffusers has no {c['encoding']!r}; it has {', '.join(ENCODING_OF.values())}")
-    flip, shift = next(key for key, encoding in ENCODING_OF.items() if encoding == c["encoding"])
+    flip, shift = _inverse(ENCODING_OF)[c["encoding"]]
 
     # they give every head as many channels, null for one head alone
     attention = (*c["attention"], c["middle_attention"])
@@ -197,7 +198,7 @@ def diffusion_from(config: dict, path: pathlib.Path) -> Diffusion:
             OBJECTIVES[c["prediction_type"]],
             variance,
             loss_type="hybrid" if variance == "learned_range" else "simple",
-            clip={1.0: True, ("dynamic", 0.995, math.inf): "dynamic"}.get(clip, clip),
+            clip={1.0: True, DYNAMIC: "dynamic"}.get(clip, clip),
             spacing=c["timestep_spacing"],
         )
     except (ValueError, TypeError) as error:
@@ -224,31 +225,32 @@ def scheduler_config(diffusion: Diffusion) -> dict:
     s, clip = diffusion.schedule, diffusion.clip
     if s.input_scale != 1:
         raise ValueError(f"input_scale: diffusers has none, which is 1; this schedule has {s.input_scale}")
-    inverse = lambda table: {ours: theirs for theirs, ours in reversed(table.items())}
     config = {
         "_class_name": "DDPMScheduler",
         "_diffusers_version": VERSION,
         **SCHEDULER_DEFAULTS,
         **{name: values[0] for name, values in SCHEDULER_CHOICES.items()},
         "num_train_timesteps": len(s),
-        "prediction_type": inverse(OBJECTIVES)[diffusion.objective],
-        "variance_type": inverse(VARIANCES)[diffusion.variance],
+        "prediction_type": _inverse(OBJECTIVES)[diffusion.objective],
+        "variance_type": _inverse(VARIANCES)[diffusion.variance],
         "timestep_spacing": diffusion.spacing,
         "clip_sample": clip is not False,
     }
-    if isinstance(clip, (int, float)) and not isinstance(clip, bool):
-        config["clip_sample_range"] = float(clip)
-    elif not isinstance(clip, bool):
-        _, ratio, most = ("dynamic", 0.995, math.inf) if clip == "dynamic" else clip
+    if clip == "dynamic":
+        clip = DYNAMIC
+    if isinstance(clip, tuple):
+        _, ratio, most = clip
         config |= {
             "thresholding": True,
             "dynamic_thresholding_ratio": ratio,
             "sample_max_value": min(most, NO_LIMIT),
         }
+    elif clip is not False:
+        config["clip_sample_range"] = float(clip)  # True: 1
     for name, (_, least, most) in SCHEDULER_NUMBERS.items():
         if not least <= config[name] <= most:
             raise ValueError(f"diffusion: {name} would be {config[name]:g}, expected {least:g} to {most:g}")
-    parameters, name = dict(s.parameters), inverse(SCHEDULES).get(s.name)
+    parameters, name = dict(s.parameters), _inverse(SCHEDULES).get(s.name)
     if name and parameters.keys() <= {"beta_start", "beta_end", "zero_terminal_snr"}:
         named = {
             "beta_schedule": name,
@@ -262,6 +264,11 @@ def scheduler_config(diffusion: Diffusion) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------------------- both
+
+
+def _inverse(table: dict) -> dict:
+    """{ours: theirs} of {theirs: ours}, where of several that mean the same the first is taken."""
+    return {ours: theirs for theirs, ours in reversed(table.items())}
 
 
 def _complete(

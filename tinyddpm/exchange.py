@@ -16,7 +16,7 @@ from .backend import to_numpy
 from .checkpoint import Path, replacing, stored_tensors, unet_from, write_tensors
 from .diffusers_config import VERSION, diffusion_from, scheduler_config, unet_config, unet_settings
 from .diffusion import Diffusion
-from .layouts import diffusers_layout, original_layout, with_new_names
+from .layouts import diffusers_layout, laid_out, original_layout, with_new_names
 from .optim import EMA
 from .schedule import make_schedule
 from .unet import UNet
@@ -106,10 +106,7 @@ def save_diffusers(
         "unet/config.json": unet_config(unet, image_size),
         "scheduler/scheduler_config.json": scheduler_config(diffusion),
     }
-    weights = {}
-    for name, p in unet.named_parameters().items():
-        name, axes = diffusers_layout(name, p.ndim)
-        weights[name] = to_numpy(p.data).transpose(axes)
+    weights = laid_out({name: to_numpy(p.data) for name, p in unet.named_parameters().items()}, diffusers_layout)
     for name in ("unet", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"unet/{WEIGHTS}.safetensors", *(folder / name for name in files)) as (first, *others):

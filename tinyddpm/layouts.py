@@ -11,6 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 
+import numpy as np
+
 Layout = Callable[[str, int], tuple[str, tuple[int, ...]]]
 AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # PyTorch's, by how many there are
 
@@ -76,6 +78,15 @@ def original_layout(name: str, ndim: int, levels: int) -> tuple[str, tuple[int, 
     """That of Ho et al.'s code in PyTorch, which numbers the levels of the way up as on the way down."""
     name = re.sub(r"^up\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", name)
     return _renamed(name, ORIGINAL), AXES[ndim]
+
+
+def laid_out(arrays: Mapping[str, np.ndarray], layout: Layout) -> dict[str, np.ndarray]:
+    """{their name: array with their axes} for {our name: array}."""
+    there = {}
+    for ours, x in arrays.items():
+        theirs, axes = layout(ours, x.ndim)
+        there[theirs] = x.transpose(axes)
+    return there
 
 
 def with_new_names(tensors: Mapping[str, object]) -> dict[str, object]:

@@ -10,6 +10,7 @@ import numpy as np
 from .backend import Array, array_module
 
 Clip = bool | float | str | tuple[str, float, float]  # see `limit`
+DYNAMIC = ("dynamic", 0.995, math.inf)  # what "dynamic" is short for
 
 
 def limit(x0: Array, clip: Clip) -> Array:
@@ -24,10 +25,10 @@ def limit(x0: Array, clip: Clip) -> Array:
     clip = checked_clip(clip)
     if clip is False:
         return x0
+    if clip == "dynamic":
+        clip = DYNAMIC
     if isinstance(clip, tuple):
         return dynamic_threshold(x0, *clip[1:])
-    if clip == "dynamic":
-        return dynamic_threshold(x0)
     return x0.clip(-float(clip), float(clip))
 
 
@@ -47,7 +48,7 @@ def checked_clip(clip: object) -> Clip:
     )
 
 
-def dynamic_threshold(x0: Array, quantile: float = 0.995, most: float = math.inf) -> Array:
+def dynamic_threshold(x0: Array, quantile: float = DYNAMIC[1], most: float = DYNAMIC[2]) -> Array:
     """Clip each image to [-s, s] and divide it by s = its quantile of |x_0|, but at least 1 and at most `most`, so that
     strong guidance does not saturate it (Saharia et al. 2022, Imagen, section 2.3)."""
     s = array_module(x0).quantile(np.abs(x0), quantile, axis=tuple(range(1, x0.ndim)), keepdims=True)

@@ -205,8 +205,9 @@ def sample(
         raise TypeError(f"settings: {method!r} takes {', '.join(takes) or 'none'}, got {', '.join(settings)}")
     if np.ndim(shape) != 1 or len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape}")
-    if labels is not None and np.shape(labels) != (shape[0],):
-        raise ValueError(f"labels: expected {shape[0]}, one for each image, got shape {np.shape(labels)}")
+    labels = None if labels is None else np.asarray(labels)
+    if labels is not None and labels.shape != (shape[0],):
+        raise ValueError(f"labels: expected {shape[0]}, one for each image, got shape {labels.shape}")
     T = diffusion.T
     ts = timesteps(T, T if steps is None else steps, diffusion.spacing if spacing is None else spacing)
     if len(ts) < T:
@@ -222,7 +223,7 @@ def sample(
 
         def in_shards(x: Array, t: np.ndarray) -> Array:
             def predict(shard: slice) -> Array:
-                of_class = {} if labels is None else {"labels": np.asarray(labels)[shard]}
+                of_class = {} if labels is None else {"labels": labels[shard]}
                 with no_grad(), filters.in_force():
                     return as_array(model(x[shard], ts[t[shard]], **of_class))
 
