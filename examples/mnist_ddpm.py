@@ -30,6 +30,7 @@ def parse_arguments():
     add("--channels", type=int, nargs="+", default=[16, 32, 64], help="of the U-Net's levels [16 32 64]")
     add("--blocks", type=int, default=1, help="residual blocks per level [%(default)s]")
     add("--timesteps", type=int, default=300, help="T, the number of diffusion steps [%(default)s]")
+    add("--labels", action="store_true", help="tell the network which digit each is, to ask for digits later [off]")
     add("--objective", default="eps", choices=OBJECTIVES, help="what the network predicts [%(default)s]")
     add("--samples", type=int, default=64, help="digits in the final grid [%(default)s]")
     add("--sample-every", type=int, default=1000, help="training steps between sample grids [%(default)s]")
@@ -69,7 +70,10 @@ def main():
 
     # The network that predicts the noise in an image, with attention at the lowest resolution.
     attention = [False] * (len(args.channels) - 1) + [True]
-    unet = UNet(1, 1, args.channels, args.blocks, attention, rng=args.seed, image_size=images.shape[1:3])
+    # With --labels it is also told which digit it is, but for one in five: so it learns both p(x | digit) and p(x), and
+    # can be guided away from the latter when it is asked for a digit.
+    classes = {"classes": 10, "label_dropout": 0.2} if args.labels else {}
+    unet = UNet(1, 1, args.channels, args.blocks, attention, rng=args.seed, image_size=images.shape[1:3], **classes)
     unet.to(args.device, precision=args.precision)
     print(f"device   {args.device}, {args.workers} workers, BLAS {blas_name()}")
     print(f"network  U-Net {'-'.join(map(str, args.channels))}, {unet.size:,} parameters")
@@ -94,6 +98,7 @@ def main():
 
     steps, seconds = args.steps or sys.maxsize, 60 * (args.minutes or float("inf"))
     settings = {"lr": args.lr, "decay_steps": (args.steps or 0) // 2, "workers": args.workers, "seed": args.seed}
+    settings["labels"] = labels if args.labels else None
     training = train(unet, diffusion, images, steps, args.batch, **settings)
     states, began, busy = [], time.monotonic(), 0.0  # `busy`: seconds of training, without those of drawing
 

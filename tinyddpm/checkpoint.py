@@ -24,12 +24,15 @@ from .schedule import Schedule
 from .unet import UNet
 
 Path = str | pathlib.Path
+DIGITS_MODEL = pathlib.Path(__file__).parent / "digits" / "model.safetensors"
 
 
-def save_model(path: Path, unet: UNet, diffusion: Diffusion) -> None:
+def save_model(path: Path, unet: UNet, diffusion: Diffusion, dtype: np.dtype | str | None = None) -> None:
     """Write the weights of `unet` and the configuration of both to `path`, replacing it in one move.
 
-    Raises FileNotFoundError if the folder does not exist, OSError if it cannot be written.
+    `dtype` is that of the weights in the file: None, as they are; "float16" halves it, for 3 digits will do to draw
+    samples. Raises FileNotFoundError if the folder does not exist, OSError if it cannot be written, ValueError for
+    another dtype than float16, 32 or 64, or weights too large for it.
     """
     path, schedule = pathlib.Path(path), diffusion.schedule
     if not path.parent.is_dir():
@@ -47,13 +50,27 @@ def save_model(path: Path, unet: UNet, diffusion: Diffusion) -> None:
             if field.name != "schedule"
         },
     }
-    tensors = {**unet.state_dict(), "schedule.beta": schedule.beta}
+    tensors = unet.state_dict()
+    if dtype is not None:
+        tensors = {name: _rounded(name, w, dtype) for name, w in tensors.items()}
+    tensors["schedule.beta"] = schedule.beta
     with replacing(path) as (unfinished,):
         write_tensors(unfinished, tensors, {"tinyddpm": json.dumps(config)})
 
 
-def load_model(path: Path) -> tuple[UNet, Diffusion]:
-    """Return the U-Net and the diffusion that `save_model` wrote to `path`.
+def _rounded(name: str, w: np.ndarray, dtype: np.dtype | str) -> np.ndarray:
+    if dtype not in ("float16", "float32", "float64"):
+        raise ValueError(f"dtype: expected 'float16', 'float32' or 'float64', got {dtype!r}")
+    with np.errstate(over="ignore"):
+        rounded = w.astype(dtype)
+    if np.isinf(rounded).any():
+        raise ValueError(f"dtype: {name} has weights of up to {np.abs(w).max():.3g}, too large for {dtype}")
+    return rounded
+
+
+def load_model(path: Path = DIGITS_MODEL) -> tuple[UNet, Diffusion]:
+    """Return the U-Net and the diffusion that `save_model` wrote to `path`; by default those of the digits that come
+    with the package, made as digits/README.txt says.
 
     Raises FileNotFoundError, or ValueError if it is not such a file or its weights do not fit its configuration.
     """

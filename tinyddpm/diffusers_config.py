@@ -88,6 +88,7 @@ def unet_settings(config: dict, path: pathlib.Path) -> dict:
     settings = {ours: c[theirs] for theirs, (ours, _) in ARGUMENTS.items()} | {
         "attention": attention,
         "heads": 1,
+        "label_dropout": 0.0,  # that the last of their embeddings is of no label, nothing says
         "encoding": ENCODING_OF[c["flip_sin_to_cos"], c["freq_shift"]],
     }
     try:
@@ -130,6 +131,7 @@ def unet_config(unet: UNet, image_size: int | tuple[int, int] | None = None) -> 
         **{theirs: c[ours] for theirs, (ours, _) in ARGUMENTS.items()},
         **{name: values[0] for name, values in UNET_CHOICES.items()},
         "attention_head_dim": head_channels,
+        "num_class_embeds": c["classes"] and c["classes"] + (c["label_dropout"] > 0),  # the last: no label
         "down_block_types": [DOWN[attends] for attends in c["attention"]],
         "up_block_types": [UP[attends] for attends in reversed(c["attention"])],
         "flip_sin_to_cos": flip,

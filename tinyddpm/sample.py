@@ -2,7 +2,8 @@
 
 A sampler works on plain arrays and on the whole batch. `sample` hands it a model that cuts the batch into shards and
 runs them on worker threads, and noise in which every image has a random stream of its own: the same seed gives the same
-image i, to the bit for any number of threads, up to rounding for any number of other images.
+image i, to the bit for any number of threads, up to rounding for any number of other images. What starts from pictures
+instead of noise is in editing.py.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import dataclasses
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+from tqdm import tqdm
 
-from .backend import Array, array_module, on_device, to_device
+from .backend import Array, array_module, is_array, on_device, to_device
 from .diffusion import SPACINGS, Diffusion
 from .limit import Clip
 from .parallel import shards, worker_threads
@@ -101,15 +103,23 @@ def dpm_solver(diffusion: Diffusion, model: Callable, x: Array, noise: Callable,
 SAMPLERS = {"ddpm": ddpm, "ddim": ddim, "dpm++": dpm_solver}
 
 
-def timesteps(T: int, steps: int, spacing: str = "trailing") -> np.ndarray:
+def timesteps(T: int, steps: int | Sequence[int], spacing: str = "trailing") -> np.ndarray:
     """Which `steps` of T timesteps to visit, ascending (Lin et al. 2023, table 2; i = 0 ... steps - 1):
 
         "trailing"    round((i + 1) T / steps) - 1      ends at T-1, so that sampling starts from nothing but noise
         "leading"     i floor(T / steps)                begins at 0
         "linspace"    round(i (T - 1) / (steps - 1))    both; one step is 0
 
-    Raises ValueError for another spacing, or unless 1 <= steps <= T.
+    Instead of how many, `steps` may say which, in either direction.
+    Raises ValueError for another spacing, or unless 1 <= steps <= T, or they are timesteps in order, each once.
     """
+    if np.ndim(steps) > 0:
+        ts = np.asarray(steps)
+        if ts.ndim == 1 and ts.size and ts.dtype.kind in "iu":
+            ts = ts[::-1] if ts[0] > ts[-1] else ts
+            if 0 <= ts[0] and ts[-1] < T and np.all(ts[:-1] < ts[1:]):
+                return ts.astype(int)
+        raise ValueError(f"steps: expected timesteps within 0 ... {T - 1} in order, each once, got {steps}")
     if not (isinstance(steps, numbers.Integral) and 1 <= steps <= T):
         raise ValueError(f"steps: expected an integer from 1 to {T}, the steps of the schedule, got {steps!r}")
     if spacing not in SPACINGS:
@@ -145,9 +155,19 @@ def guided(unconditional: Callable, conditional: Callable, scale: float) -> Call
         prediction_u + scale (prediction_c - prediction_u)
 
     0 is the unconditional model, 1 the conditional one, and more exaggerates what sets them apart. Of a learned
-    variance, the conditional model's is taken as it is. The dtype and device are those of the conditional model.
+    variance, the conditional model's is taken as it is. The dtype and device are those of the conditional model, and it
+    alone is handed labels. A U-Net with `label_dropout` is both at once; `sample` then takes `guidance`. One that knows
+    no label by another number, as the last of diffusers' embeddings often is, can be guided so:
+
+        guided(lambda x, t: unet(x, t, labels=np.full(len(t), 10)), unet, scale)
+
+    Raises ValueError unless the scale is a number.
     """
+    if not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
+        raise ValueError(f"guidance: expected a number, such as 2, got {scale!r}")
     scale = float(scale)
+    if scale == 1:
+        return conditional
 
     def model(x_t: Array, t: np.ndarray, **labels: np.ndarray) -> Array:
         u, c = as_array(unconditional(x_t, t)), as_array(conditional(x_t, t, **labels))
@@ -163,15 +183,19 @@ def sample(
     diffusion: Diffusion,
     model: Callable,
     shape: tuple[int, int, int, int],
-    method: str = "ddpm",
-    steps: int | None = None,
+    method: str | Callable = "ddpm",
+    steps: int | Sequence[int] | None = None,
     rng: int | np.random.Generator = 0,
     clip: Clip | None = None,
     spacing: str | None = None,
     callback: Callable[[int, Array, Array], None] | None = None,
     workers: int | None = None,
     labels: np.ndarray | None = None,
-    **settings: float,
+    guidance: float | None = None,
+    start: Array | None = None,
+    trajectory: bool = False,
+    progress: bool = False,
+    **settings: object,
 ) -> Array:
     """Draw images from the model.
 
@@ -180,9 +204,9 @@ def sample(
         model: callable (x_t, t) -> prediction, see `Diffusion`; its `dtype` and `device`, if any, are those of the
             images.
         shape: (N, H, W, C) of the images to make.
-        method: "ddpm", "ddim" or "dpm++": the functions of this file.
+        method: "ddpm", "ddim" or "dpm++": the functions of this file; or another function that is called as they are.
         steps: how many steps to take; None for all T. Which these are, `timesteps` tells, and `respace` what becomes of
-            the diffusion.
+            the diffusion. Or the timesteps themselves.
         rng: seed or generator; the same seed gives the same images, whatever N and the number of workers. With the
             default a second call repeats the first; None draws other images every time.
         clip: how to keep the predicted x_0 where images are, at every step, see `tinyddpm.limit.limit`; None: as
@@ -191,16 +215,23 @@ def sample(
         callback: called as callback(t, x_{t-1}, predicted x_0) after every step; x_{t-1} is still b times as large.
         workers: threads; None for one per CPU. A GPU has one.
         labels: (N,) integers, the class of each image, for a model that takes them: it is called (x_t, t, labels=...).
+        guidance: how much more like its label than like any image each is to be, see `guided`: from 1, by the model
+            alone, to 2 or 4. It takes twice the time, and a model that can be called without labels too.
+        start: (N, H, W, C), what to start from in place of standard normal noise; x_t of the first timestep visited.
+        trajectory: return every x_t on the way as well, divided by b.
+        progress: show a bar.
         settings: of the method: "ddim" takes eta, 0 ... 1, how much of `ddpm`'s noise it adds.
 
-    Returns (N, H, W, C), within [-1, 1] if clipped. Raises ValueError for an unknown method, a shape, steps or settings
-    that do not fit, TypeError for an unknown setting, FloatingPointError if what comes out is not finite.
+    Returns (N, H, W, C), within [-1, 1] if clipped; with `trajectory`, (steps + 1, N, H, W, C), from the start to the
+    images. Raises ValueError for an unknown method, a shape, steps, labels, guidance or start that do not fit,
+    TypeError for an unknown setting, FloatingPointError if what comes out is not finite.
     """
     if not isinstance(diffusion, Diffusion):
         raise TypeError(f"diffusion: expected a Diffusion, got {type(diffusion).__name__}")
-    if not isinstance(method, str) or method not in SAMPLERS:
+    sampler = SAMPLERS.get(method) if isinstance(method, str) else method
+    if not callable(sampler):
         raise ValueError(f"method: unknown sampler {method!r}; known: {', '.join(SAMPLERS)}")
-    takes = list(inspect.signature(SAMPLERS[method]).parameters)[5:]  # after diffusion, model, x, noise, clip
+    takes = list(inspect.signature(sampler).parameters)[5:]  # after diffusion, model, x, noise, clip
     if not settings.keys() <= set(takes):
         raise TypeError(f"settings: {method!r} takes {', '.join(takes) or 'none'}, got {', '.join(settings)}")
     if np.ndim(shape) != 1 or len(shape) != 4 or min(shape) < 1:
@@ -208,6 +239,11 @@ def sample(
     labels = None if labels is None else np.asarray(labels)
     if labels is not None and labels.shape != (shape[0],):
         raise ValueError(f"labels: expected {shape[0]}, one for each image, got shape {labels.shape}")
+    if guidance is not None and labels is None:
+        raise ValueError(f"guidance: {guidance!r} towards which labels? Give labels too")
+    if start is not None and not (is_array(start) and start.shape == tuple(shape)):
+        got = start.shape if is_array(start) else type(start).__name__
+        raise ValueError(f"start: expected an array of the shape of the images, {tuple(shape)}, got {got}")
     T = diffusion.T
     ts = timesteps(T, T if steps is None else steps, diffusion.spacing if spacing is None else spacing)
     if len(ts) < T:
@@ -219,20 +255,25 @@ def sample(
         return to_device(np.stack([stream.standard_normal(shape[1:], dtype=dtype) for stream in streams]), device)
 
     filters, cut = ConstantFilters(model), shards(shape, device)
+    predictor = model if guidance is None else guided(model, model, guidance)
     with on_device(device), worker_threads(workers, most=len(cut)) as run:
 
         def in_shards(x: Array, t: np.ndarray) -> Array:
             def predict(shard: slice) -> Array:
                 of_class = {} if labels is None else {"labels": labels[shard]}
                 with no_grad(), filters.in_force():
-                    return as_array(model(x[shard], ts[t[shard]], **of_class))
+                    return as_array(predictor(x[shard], ts[t[shard]], **of_class))
 
             return array_module(x).concatenate(list(run(predict, cut)))
 
-        for t, x, x0 in SAMPLERS[method](diffusion, in_shards, noise(), noise, clip=clip, **settings):
+        x = noise() if start is None else to_device(start.astype(dtype, copy=False), device)
+        path = [x]
+        of_steps = sampler(diffusion, in_shards, x, noise, clip=clip, **settings)
+        for t, x, x0 in tqdm(of_steps, desc="sampling", total=len(ts), unit="step", disable=not progress):
             if callback:
                 callback(int(ts[t]), x, x0)
-        x = x / diffusion.schedule.input_scale
+            if trajectory:
+                path.append(x)
         if not array_module(x).isfinite(x).all():  # only here is a GPU waited for
             raise FloatingPointError("model: it led to images that are not finite; are its weights?")
-        return x
+        return (array_module(x).stack(path) if trajectory else x) / diffusion.schedule.input_scale

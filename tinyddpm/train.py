@@ -70,11 +70,12 @@ def train(
     ema_decay: float = 0.995,
     workers: int | None = None,
     seed: int = 0,
+    labels: np.ndarray | None = None,
 ) -> Iterator[TrainState]:
     """Train `model` in place with Adam, yielding a `TrainState` after each of `steps` steps.
 
     Args:
-        model: a Module (x_t, t) -> prediction; if it has dropout, called as model(x_t, t, rng=...).
+        model: a Module (x_t, t) -> prediction; if it has dropout, of labels or otherwise, called with rng=..., too.
         images: (M, H, W, C) floats in [-1, 1], of the model's dtype.
         batch: images per step.
         micro_batch: images a worker takes at a time; None for what `parallel.shard_size` says on a CPU, the whole batch
@@ -87,6 +88,7 @@ def train(
             notes down about itself stays in the copy, unless there is only one worker. On a GPU there are none: this
             process does it all.
         seed: of batches, timesteps, noise and dropout.
+        labels: (M,) integers, the class of each image, for a model that takes them: it is called with labels=..., too.
 
     Being a generator, it raises what follows when its first state is asked for: TypeError or ValueError if an argument
     is of the wrong type or out of range, FloatingPointError if the loss or the gradient is not finite, RuntimeError if
@@ -110,6 +112,9 @@ def train(
         raise TypeError(f"images: expected a NumPy array, got {type(images)}")
     if images.ndim != 4 or images.size == 0 or images.dtype != model.dtype:
         raise ValueError(f"images: expected {model.dtype} (M, H, W, C) with M >= 1, got {images.dtype} {images.shape}")
+    labels = None if labels is None else np.asarray(labels)
+    if labels is not None and labels.shape != images.shape[:1]:
+        raise ValueError(f"labels: expected {len(images)}, one for each image, got shape {labels.shape}")
     if not on_cpu:  # there `loss` does not look, for it would have to wait for the device
         warn_if_out_of_range("images", images)
     if micro_batch is None:
@@ -133,7 +138,9 @@ def train(
         for start in groups[group]:
             chosen = indices[start : start + micro_batch]
             rng = random_stream(seed, "noise", step, start)
-            net = functools.partial(model, rng=rng) if getattr(model, "dropout", 0) else model
+            drops = getattr(model, "dropout", 0) or getattr(model, "label_dropout", 0)
+            settings = ({"rng": rng} if drops else {}) | ({} if labels is None else {"labels": labels[chosen]})
+            net = functools.partial(model, **settings) if settings else model
             loss = diffusion.loss(net, to_device(images[chosen], device), rng) * (scale * len(chosen) / batch)
             gradient = backward(loss, copy=False)
             total += loss.data.astype(np.float64)

@@ -21,6 +21,7 @@ from .nn import Attention, Conv2d, Embedding, GroupNorm, Linear, Module
 from .tensor import Tensor, as_array
 
 ENCODINGS = ("ddpm", "ddpm_flipped", "improved", "improved_flipped", "interleaved")
+NO_LABEL = -1  # what a dropped label becomes
 
 
 def timestep_encoding(t: np.ndarray, channels: int, form: str = "ddpm") -> np.ndarray:
@@ -121,8 +122,10 @@ class UNet(Module):
         norm_eps: what the group norms add to the variance.
         downsample_padding: of the convolutions that halve: 0, on the right and at the bottom (Ho et al.); 1, all round.
         center_input: images come in [0, 1], and x_t is taken as 2 x_t - 1.
-        classes: number of classes of images; the network then has a vector for each and is told the `labels`. `sample`
-            hands them over; `train` and `bits_per_dim` do not yet.
+        classes: number of classes of images; the network then has a vector for each and is told the `labels`.
+        label_dropout: probability with which an image's label is dropped in calls that are handed a generator. If it is
+            not 0, the network has one more vector, for "no label", and so is an unconditional model as well, which
+            classifier-free guidance needs (Ho & Salimans 2022, algorithm 1).
         image_size: (height, width) of the images it is for, or one number for both. The network takes other sizes too;
             this is for those who get it in a file and want to sample.
 
@@ -148,11 +151,12 @@ class UNet(Module):
         center_input: bool = False,
         classes: int | None = None,
         image_size: int | tuple[int, int] | None = None,
+        label_dropout: float = 0.0,
     ):
         arguments = locals()  # before there are other names
         self.config = checked_config({name: arguments[name] for name in arguments if name not in ("self", "rng")})
         channels, attention, blocks = (self.config[name] for name in ("channels", "attention", "blocks"))
-        self.dropout = dropout
+        self.dropout, self.label_dropout = dropout, label_dropout
         rng = np.random.default_rng(rng)
         time = 4 * channels[0]
         last = len(channels) - 1
@@ -172,7 +176,7 @@ class UNet(Module):
         self.time1 = Linear(channels[0], time, rng)
         self.time2 = Linear(time, time, rng)
         if classes:
-            self.class_embedding = Embedding(classes, time, rng)
+            self.class_embedding = Embedding(classes + (label_dropout > 0), time, rng)
         self.conv_in = Conv2d(in_channels, channels[0], 3, rng, padding=1)
         width, skips = channels[0], [channels[0]]  # of the activation, and of what has been laid aside
 
@@ -207,16 +211,21 @@ class UNet(Module):
         Args:
             x: (N, H, W, in_channels) noisy images of the parameters' dtype, H and W divisible by 2^(levels - 1).
             t: (N,) integer timesteps, counted from 0.
-            rng: generator for dropout; none, no dropout.
-            labels: (N,) integers, the class of each image, counted from 0; for a network made for `classes`.
+            rng: generator for dropout, of labels too; none, no dropout.
+            labels: (N,) integers, the class of each image, counted from 0; for a network made for `classes`. If it has
+                `label_dropout`, -1 is no label, and None is none for any image.
 
         Returns (N, H, W, out_channels). Raises ValueError if the shapes do not fit, TypeError if a dtype does not.
         """
+        if labels is None and self.label_dropout:
+            labels = np.full(np.shape(t), NO_LABEL)
         self._check_input(as_array(x), t, labels)
         encoding = like(timestep_encoding(t, self.config["channels"][0], self.config["encoding"]), self.time1.w.data)
         temb = self.time2(silu(self.time1(encoding)))
         if labels is not None:
-            temb = temb + self.class_embedding(labels)
+            if rng is not None and self.label_dropout:
+                labels = np.where(rng.random(len(labels)) < self.label_dropout, NO_LABEL, labels)
+            temb = temb + self.class_embedding(labels % len(self.class_embedding.w.data))  # of "no label", the last
         temb = silu(temb)  # every block takes SiLU of the embedding: once is enough
         h = self.conv_in(2 * x - 1 if self.config["center_input"] else x)
         skips = [h]
@@ -266,9 +275,10 @@ class UNet(Module):
             raise TypeError(
                 f"labels: expected a NumPy array of integers, one of {classes} classes for each image, got {got}"
             )
-        if labels.shape != t.shape or labels.min() < 0 or labels.max() >= classes:
+        least = NO_LABEL if self.label_dropout else 0
+        if labels.shape != t.shape or labels.min() < least or labels.max() >= classes:
             raise ValueError(
-                f"labels: expected {len(t)} integers in 0 ... {classes - 1}, one for each image, got shape "
+                f"labels: expected {len(t)} integers in {least} ... {classes - 1}, one for each image, got shape "
                 f"{labels.shape}, {labels}"
             )
 
@@ -301,8 +311,11 @@ def checked_config(config: dict) -> dict:
         for c, attends in zip((*channels, channels[-1]), (*attention, config["middle_attention"])):
             if attends and c % (config[name] or 1):
                 raise ValueError(f"{name}: {config[name]} does not divide the {c} channels of a level with attention")
-    if not isinstance(config["dropout"], numbers.Real) or not 0 <= config["dropout"] < 1:
-        raise ValueError(f"dropout: expected a probability in [0, 1), got {config['dropout']!r}")
+    for name in ("dropout", "label_dropout"):
+        if not isinstance(config[name], numbers.Real) or not 0 <= config[name] < 1:
+            raise ValueError(f"{name}: expected a probability in [0, 1), got {config[name]!r}")
+    if config["label_dropout"] and not config["classes"]:
+        raise ValueError(f"label_dropout: {config['label_dropout']} of what labels? Give classes too")
     if config["encoding"] not in ENCODINGS:
         raise ValueError(f"encoding: unknown {config['encoding']!r}; known: {', '.join(ENCODINGS)}")
     if not isinstance(config["norm_eps"], numbers.Real) or not 0 < config["norm_eps"] < math.inf:
@@ -318,6 +331,7 @@ def checked_config(config: dict) -> dict:
         "middle_attention": bool(config["middle_attention"]),
         "center_input": bool(config["center_input"]),
         "dropout": float(config["dropout"]),
+        "label_dropout": float(config["label_dropout"]),
         "norm_eps": float(config["norm_eps"]),
         "downsample_padding": int(config["downsample_padding"]),
         "image_size": checked_size(config["image_size"], len(channels)),

@@ -1,0 +1,295 @@
+"""What starts from pictures instead of noise. All of it is `sample`, begun half way, run backwards, or held in places:
+
+    denoise         a picture with noise of a known strength    ->  the picture
+    sdedit          a picture, a sketch                         ->  pictures like it: noise is added, and taken away
+    invert          a picture                                   ->  the noise of which `ddim` makes it
+    interpolate     two pictures                                ->  those between them, by way of their noise
+    inpaint         a picture of which only a part is known     ->  the whole
+
+Pictures are (N, H, W, C) floats in [-1, 1]. `settings` are those of `sample`: rng, labels, guidance, clip, workers ...
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Callable
+
+import numpy as np
+
+from .backend import Array, array_module, device_of, is_array, like, to_device, to_numpy
+from .diffusion import Diffusion
+from .limit import Clip
+from .sample import Steps, sample, timesteps
+
+# ----------------------------------------------------------------------------------------------- begun half way
+
+
+def denoise(
+    diffusion: Diffusion,
+    model: Callable,
+    noisy: Array,
+    sigma: float,
+    method: str | Callable = "ddim",
+    steps: int | None = None,
+    **settings: object,
+) -> Array:
+    """Take Gaussian noise out of pictures: noisy = x_0 + sigma eps is x_t but for a factor, at the t (Song et al. 2021,
+    appendix B) where
+
+        sqrt(1 - alpha_bar_t) / (b sqrt(alpha_bar_t)) = sigma,    x_t = b sqrt(alpha_bar_t) noisy
+
+    so that sampling starts there. How it goes on is a matter of taste: one step gives E[x_0 | x_t], which has the least
+    squared error and is blurred where the picture cannot be known; more steps, a sharp picture that might have been it.
+
+    Args:
+        noisy: (N, H, W, C), images in [-1, 1] with noise added, not clipped.
+        sigma: the standard deviation of the noise, in the same scale; the nearest t is taken.
+        method, steps: see `sample`; None for every timestep from t to 0, which there are t + 1.
+
+    Returns (N, H, W, C). Raises ValueError if sigma is not > 0, or more than the schedule has at the end, or the values
+    of `noisy` are out of the range that it leads to.
+    """
+    s = diffusion.schedule
+    if not (isinstance(sigma, numbers.Real) and 0 < sigma < math.inf):
+        raise ValueError(f"sigma: expected a number > 0, got {sigma!r}")
+    noisy = _checked("noisy", noisy, model, 1 + 10 * sigma)
+    with np.errstate(divide="ignore"):  # no signal at all: infinity
+        sigmas = np.sqrt(s.one_minus_alpha_bar / s.alpha_bar) / s.input_scale
+    if sigma > sigmas[-1] * 1.01:
+        raise ValueError(f"sigma: {sigma} is more noise than this schedule knows; it ends at {sigmas[-1]:.4g}")
+    t = int(np.abs(np.log(sigmas / sigma)).argmin())
+    x_t = float(s.input_scale * np.sqrt(s.alpha_bar[t])) * noisy
+    return sample(diffusion, model, noisy.shape, method, _until(t, steps), start=x_t, **settings)
+
+
+def sdedit(
+    diffusion: Diffusion,
+    model: Callable,
+    images: Array,
+    strength: float,
+    method: str | Callable = "ddpm",
+    steps: int | None = None,
+    rng: int | np.random.Generator = 0,
+    **settings: object,
+) -> Array:
+    """Make pictures that are like `images`: noise them to t = strength T, sample from there (Meng et al. 2022, SDEdit,
+    algorithm 1). What a sketch lacks is made up; the greater the strength, the more.
+
+    Args: images: (N, H, W, C) in [-1, 1]. strength: in (0, 1]. method, steps, rng: see `sample`; steps None for every
+    timestep. Returns (N, H, W, C). Raises ValueError if images or strength are out of range.
+    """
+    images = _checked("images", images, model)
+    if not (isinstance(strength, numbers.Real) and 0 < strength <= 1):
+        raise ValueError(f"strength: expected a number above 0 and up to 1, got {strength!r}")
+    t = max(1, round(strength * diffusion.T)) - 1
+    of_start, rng = np.random.default_rng(rng).spawn(2)
+    eps = np.stack([stream.standard_normal(images.shape[1:], images.dtype) for stream in of_start.spawn(len(images))])
+    x_t = diffusion.q_sample(images, np.full(len(images), t), like(eps, images))
+    return sample(diffusion, model, images.shape, method, _until(t, steps), rng, start=x_t, **settings)
+
+
+def _until(t: int, steps: int | None) -> np.ndarray:
+    """So many timesteps from 0 to t, t among them."""
+    if steps is not None and not (isinstance(steps, numbers.Integral) and 1 <= steps <= t + 1):
+        raise ValueError(f"steps: expected an integer from 1 to {t + 1}, as t = {t} is where to begin, got {steps!r}")
+    return timesteps(t + 1, t + 1 if steps is None else steps)
+
+
+# ----------------------------------------------------------------------------------------------- run backwards
+
+
+def ddim_inversion(
+    diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: Clip | None = None, iterations: int = 1
+) -> Steps:
+    """`ddim` with eta = 0 the other way round, from the image to x_{T-1} (Dhariwal & Nichol 2021, appendix F):
+
+        x_t = sqrt(alpha_bar_t / alpha_bar_{t-1}) (x_{t-1} - sqrt(1 - alpha_bar_{t-1}) eps) + sqrt(1 - alpha_bar_t) eps
+
+    where eps should be what the model finds in x_t, which is not there yet. In the first iteration x_{t-1} stands in
+    for it, and each further one takes what came out before (Pan et al. 2023, equation 10).
+    """
+    s = diffusion.schedule
+    for t in range(diffusion.T):
+        ts, x_t = np.full(len(x), t), x
+        ratio = math.sqrt(s.alpha_bar[t] / s.alpha_bar_prev[t])
+        for _ in range(iterations):
+            x0, _ = diffusion.denoise(model, x_t, ts, clip)
+            eps = diffusion.eps_from_x0(x_t, ts, x0)
+            x_t = (
+                ratio * x
+                + (math.sqrt(s.one_minus_alpha_bar[t]) - ratio * math.sqrt(s.one_minus_alpha_bar_prev[t])) * eps
+            )
+        x = x_t
+        yield t, x, x0
+
+
+def invert(
+    diffusion: Diffusion,
+    model: Callable,
+    images: Array,
+    steps: int | None = None,
+    iterations: int = 1,
+    clip: Clip = False,
+    **settings: object,
+) -> Array:
+    """The noise x_T of which `ddim` makes `images`, to be handed to `sample` as `start`, with as many steps and clip
+    False: see `ddim_inversion`. The more steps or iterations, the closer it comes.
+
+    Args: images: (N, H, W, C) in [-1, 1]. steps: see `sample`. iterations: evaluations of the model for each. Returns
+    (N, H, W, C). Raises ValueError for images out of range, or iterations that are not an integer >= 1.
+    """
+    images = _checked("images", images, model)
+    if not (isinstance(iterations, numbers.Integral) and iterations >= 1):
+        raise ValueError(f"iterations: expected an integer >= 1, got {iterations!r}")
+    b = diffusion.schedule.input_scale
+    settings |= {"clip": clip, "start": b * images, "iterations": iterations}
+    return b * sample(diffusion, model, images.shape, ddim_inversion, steps, **settings)
+
+
+def interpolate(
+    diffusion: Diffusion,
+    model: Callable,
+    a: Array,
+    b: Array,
+    count: int = 8,
+    steps: int | None = None,
+    labels: np.ndarray | None = None,
+    iterations: int = 1,
+    **settings: object,
+) -> Array:
+    """`count` pictures from each of a to that of b, evenly spaced (Song et al. 2021, section 5.3): the noise of which
+    `ddim` makes one is turned into that of the other, along the sphere on which noise lies, see `slerp`.
+
+    Args: a, b: (N, H, W, C) in [-1, 1]. count: at least 2; the first and the last are a and b as `ddim` remakes them.
+    steps, iterations: see `invert`. labels: (N,). Returns (N, count, H, W, C). Raises ValueError if the shapes differ
+    or an argument is out of range.
+    """
+    a, b = _checked("a", a, model), _checked("b", b, model)
+    if a.shape != b.shape:
+        raise ValueError(f"a, b: expected two arrays of one shape, got {a.shape} and {b.shape}")
+    if not (isinstance(count, numbers.Integral) and count >= 2):
+        raise ValueError(f"count: expected an integer >= 2, got {count!r}")
+    twice, often = (None if labels is None else f(labels, n) for f, n in ((np.tile, 2), (np.repeat, count)))
+    both = array_module(a).concatenate([a, b])
+    ends = invert(diffusion, model, both, steps, iterations, labels=twice, **settings)
+    between = slerp(ends[: len(a)], ends[len(a) :], np.linspace(0, 1, count)).reshape(-1, *a.shape[1:])
+    settings |= {"clip": False, "start": between, "labels": often}
+    return (
+        sample(diffusion, model, between.shape, "ddim", steps, **settings)
+        .clip(-1, 1)
+        .reshape(len(a), count, *a.shape[1:])
+    )
+
+
+def slerp(a: Array, b: Array, fractions: np.ndarray) -> Array:
+    """Spherical interpolation (Shoemake 1985): of vectors at an angle w to each other,
+
+        sin((1 - f) w) / sin(w) a + sin(f w) / sin(w) b
+
+    which keeps their length, as a straight line between two samples of noise does not. Args: a, b: (N, ...). fractions:
+    (M,) in [0, 1]. Returns (N, M, ...).
+    """
+    flat = [to_numpy(x).reshape(len(x), -1).astype(float) for x in (a, b)]
+    unit_a, unit_b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in flat)
+    w = np.arccos((unit_a * unit_b).sum(1, keepdims=True).clip(-1, 1))
+    w = np.maximum(w, 1e-6)  # where they are parallel, all but the straight line
+    of_a, of_b = (like((np.sin(f * w) / np.sin(w)).reshape(len(a), -1, *[1] * (a.ndim - 1)), a)
+                  for f in (1 - fractions, fractions))  # fmt: skip
+    return of_a * a[:, None] + of_b * b[:, None]
+
+
+# ----------------------------------------------------------------------------------------------- held in places
+
+
+def repaint(
+    diffusion: Diffusion,
+    model: Callable,
+    x: Array,
+    noise: Callable,
+    clip: Clip | None = None,
+    images: Array | None = None,
+    mask: Array | None = None,
+    jump: int = 1,
+    resamplings: int = 1,
+) -> Steps:
+    """`ddpm` where `mask` (N, H, W, 1) is False, the forward process of `images` where it is True (Lugmayr et al. 2022,
+    RePaint, algorithm 1):
+
+        x_{t-1} = m (sqrt(alpha_bar_{t-1}) b x_0 + sqrt(1 - alpha_bar_{t-1}) eps) + (1 - m) (mu_theta + sigma_t z)
+
+    So that what is made up has time to fit what is known, every `jump` steps are undone by as many of the forward
+    process and taken again, until they were taken `resamplings` times (section 4.2 there).
+    """
+    xp, s = array_module(x), diffusion.schedule
+    for top in range(diffusion.T, 0, -jump):
+        bottom = max(top - jump, 0)
+        for last in [False] * (resamplings - 1) * (bottom > 0) + [True]:
+            for t in reversed(range(bottom, top)):
+                x, log_variance, x0 = diffusion.p_mean_variance(model, x, np.full(len(x), t), clip)
+                known = s.input_scale * images
+                if t > 0:
+                    x = x + np.exp(0.5 * log_variance) * noise()
+                    known = diffusion.q_sample(images, np.full(len(x), t - 1), noise())
+                x = xp.where(mask, known, x)
+                if last:
+                    yield t, x, x0
+            if not last:
+                for t in range(bottom, top):
+                    x = diffusion.q_step(x, np.full(len(x), t), noise())
+
+
+def inpaint(
+    diffusion: Diffusion,
+    model: Callable,
+    images: Array,
+    mask: np.ndarray,
+    steps: int | None = None,
+    jump: int = 5,
+    resamplings: int = 5,
+    **settings: object,
+) -> Array:
+    """Make up the pixels that are not known, to fit those that are, which stay as they are to the bit: see `repaint`.
+
+    Args:
+        images: (N, H, W, C) in [-1, 1]; what they are where the mask is False does not matter.
+        mask: (H, W) or (N, H, W) booleans, True where pixels are known.
+        steps: see `sample`. The model is evaluated about `resamplings` times for each.
+        jump, resamplings: integers >= 1, see `repaint`; `resamplings` 1 is the quick way, with poorer seams.
+
+    Returns (N, H, W, C). Raises ValueError for images out of range or a mask of another shape, TypeError unless it is
+    of booleans.
+    """
+    images = _checked("images", images, model)
+    N, H, W, _ = images.shape
+    mask = np.asarray(mask)
+    if mask.dtype != bool:
+        raise TypeError(f"mask: expected booleans, True where pixels are known, got {mask.dtype}")
+    if mask.shape not in ((H, W), (N, H, W)):
+        raise ValueError(f"mask: expected shape {(H, W)} or {(N, H, W)}, as the images have, got {mask.shape}")
+    for name, value in (("jump", jump), ("resamplings", resamplings)):
+        if not (isinstance(value, numbers.Integral) and value >= 1):
+            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    mask = np.broadcast_to(mask[..., None], (N, H, W, 1))
+    settings |= {"images": images, "mask": to_device(mask, device_of(images)), "jump": jump, "resamplings": resamplings}
+    made = sample(diffusion, model, images.shape, repaint, steps, **settings)
+    last = made[-1] if settings.get("trajectory") else made
+    last[...] = array_module(last).where(settings["mask"], images, last)  # b x / b need not be x
+    return made
+
+
+def _checked(name: str, images: Array, model: Callable, most: float = 1.0) -> Array:
+    """`images` of the model's dtype and on its device, or an error unless they are a batch within [-most, most]."""
+    if not is_array(images) or images.dtype.kind != "f":
+        got = images.dtype if is_array(images) else type(images).__name__
+        raise TypeError(f"{name}: expected an array of floats, images in [-1, 1], got {got}")
+    if images.ndim != 4 or images.size == 0:
+        raise ValueError(f"{name}: expected one or more images (N, H, W, C), got shape {images.shape}")
+    low, high = float(images.min()), float(images.max())
+    if not (-most - 0.01 <= low and high <= most + 0.01):
+        raise ValueError(
+            f"{name}: expected values within [{-most:g}, {most:g}], got {low:.4g} to {high:.4g}; of 8-bit levels k, "
+            "images are k / 127.5 - 1"
+        )
+    images = images.astype(getattr(model, "dtype", np.dtype("float32")), copy=False)
+    return to_device(images, getattr(model, "device", "cpu"))
