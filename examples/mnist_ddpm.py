@@ -1,6 +1,7 @@
 """Train a DDPM on handwritten digits and watch them appear: `python examples/mnist_ddpm.py`.
 
-Read from top to bottom, this is the tutorial. What is not in here is in the package, one idea to a file.
+Read from top to bottom, this is the tutorial. What is not in here is in the package, one idea to a file. A network that
+was trained with --labels draws the digits it is asked for, as often as you like: --digits 2026 --guidance 2.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from tinyddpm import Diffusion, UNet, load_digits, make_schedule, sample, save_model, train
+from tinyddpm import Diffusion, UNet, load_digits, load_model, make_schedule, sample, save_model, train
 from tinyddpm.backend import to_numpy
 from tinyddpm.diffusion import OBJECTIVES
 from tinyddpm.image import grid, noising_strip, save_gif, save_loss_curve
@@ -31,6 +32,8 @@ def parse_arguments():
     add("--blocks", type=int, default=1, help="residual blocks per level [%(default)s]")
     add("--timesteps", type=int, default=300, help="T, the number of diffusion steps [%(default)s]")
     add("--labels", action="store_true", help="tell the network which digit each is, to ask for digits later [off]")
+    add("--digits", help="draw these, with --labels after training, else with the model in --out, e.g. 2026 [none]")
+    add("--guidance", type=float, default=2.0, help="how clearly --digits are those, from 1 [%(default)s]")
     add("--objective", default="eps", choices=OBJECTIVES, help="what the network predicts [%(default)s]")
     add("--samples", type=int, default=64, help="digits in the final grid [%(default)s]")
     add("--sample-every", type=int, default=1000, help="training steps between sample grids [%(default)s]")
@@ -50,6 +53,10 @@ def parse_arguments():
         parser.error(f"--timesteps must be greater than 20 to get from an image to noise, got {args.timesteps}")
     if args.seed < 0:
         parser.error(f"--seed must be 0 or greater, got {args.seed}")
+    if args.digits is not None and not (args.digits.isascii() and args.digits.isdecimal()):
+        parser.error(f"--digits must be digits such as 2026, got {args.digits!r}")
+    if args.digits and not (args.labels or (args.out / "model.safetensors").exists()):
+        parser.error(f"--digits: there is no model in {args.out} yet; to train one, give --labels")
     try:  # better to know now than after the training
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
@@ -58,8 +65,7 @@ def parse_arguments():
     return args
 
 
-def main():
-    args = parse_arguments()
+def train_and_sample(args):
     images, labels = load_digits()  # (10000, 28, 28, 1) floats in [-1, 1]
 
     # The forward process: T steps, each adding a little noise. Ho et al. take T = 1000 and beta from 1e-4 to 0.02; with
@@ -100,10 +106,13 @@ def main():
     settings = {"lr": args.lr, "decay_steps": (args.steps or 0) // 2, "workers": args.workers, "seed": args.seed}
     settings["labels"] = labels if args.labels else None
     training = train(unet, diffusion, images, steps, args.batch, **settings)
+    columns = 10 if args.labels else None  # of the grids: one for each digit, or about a square
     states, began, busy = [], time.monotonic(), 0.0  # `busy`: seconds of training, without those of drawing
 
     def draw(n, callback=None):  # from the averaged weights, always starting from the same noise
         settings = {"rng": args.seed, "workers": args.workers, "callback": callback}
+        if args.labels:
+            settings["labels"] = np.arange(n) % 10
         return to_numpy(sample(diffusion, state.ema.model, (n, *images.shape[1:]), **settings))
 
     with tqdm(unit="step", desc="training", dynamic_ncols=True) as bar:
@@ -120,7 +129,7 @@ def main():
                 break
             if state.step % args.sample_every == 0 and state.step < steps:
                 try:
-                    grid(draw(16)).save(args.out / f"step_{state.step:05d}.png")
+                    grid(draw(16), columns).save(args.out / f"step_{state.step:05d}.png")
                 except OSError as error:  # a full disk, perhaps: no reason to lose the training
                     bar.write(f"no grid after {state.step} steps: {error}")
             resumed = time.monotonic()
@@ -140,11 +149,33 @@ def main():
         def watch(t, x, x0):
             bar.update()
             if t % every == 0:
-                frames.append(grid(to_numpy(x)))
+                frames.append(grid(to_numpy(x), columns))
 
-        grid(draw(args.samples, watch)).save(args.out / "samples.png")
+        grid(draw(args.samples, watch), columns).save(args.out / "samples.png")
     save_gif(args.out / "denoising.gif", frames)
     print(f"done in {(time.monotonic() - began) / 60:.1f} minutes: look at samples.png and denoising.gif in {args.out}")
+
+
+def draw_digits(args):
+    """Draw the digits that were asked for, with classifier-free guidance."""
+    unet, diffusion = load_model(args.out / "model.safetensors")
+    if not unet.config["classes"]:
+        raise ValueError(f"--digits: the model in {args.out} was trained without --labels, so it does not know digits")
+    unet.to(args.device, precision=args.precision)
+    labels = [int(digit) for digit in args.digits]
+    settings = {"rng": args.seed, "workers": args.workers, "progress": True}
+    shape = (len(labels), *unet.config["image_size"], unet.config["in_channels"])
+    digits = sample(diffusion, unet, shape, labels=labels, guidance=args.guidance, **settings)
+    grid(to_numpy(digits), columns=len(labels), scale=4).save(args.out / "digits.png")
+    print(f"look at {args.out / 'digits.png'}")
+
+
+def main():
+    args = parse_arguments()
+    if args.labels or args.digits is None:
+        train_and_sample(args)
+    if args.digits is not None:
+        draw_digits(args)
 
 
 if __name__ == "__main__":

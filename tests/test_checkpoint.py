@@ -58,6 +58,29 @@ def test_every_setting_of_the_diffusion_comes_back(tmp_path, schedule, settings)
     assert {name: getattr(diffusion, name) for name in settings} == settings
 
 
+@pytest.mark.parametrize(("dtype", "digits", "size"), [("float16", 5e-4, 2), (np.float32, 0, 4), ("float64", 0, 8)])
+def test_weights_of_another_precision(tmp_path, dtype, digits, size):
+    unet = UNet(**TINY, rng=7, classes=3, label_dropout=0.1)
+    save_model(tmp_path / "m.safetensors", unet, DIFFUSION, dtype)
+    again, diffusion = load_model(tmp_path / "m.safetensors")
+    assert again.config == unet.config and again.dtype == ("float64" if size == 8 else "float32")
+    for name, value in unet.state_dict().items():
+        np.testing.assert_allclose(again.state_dict()[name], value, rtol=digits, atol=digits and 1e-7)
+    np.testing.assert_array_equal(diffusion.schedule.beta, DIFFUSION.schedule.beta)  # this is never rounded
+    with safe_open(tmp_path / "m.safetensors", "numpy") as file:
+        assert {file.get_tensor(name).itemsize for name in file.keys()} == {size, 8}  # noqa: SIM118
+
+
+def test_a_precision_that_does_not_fit(tmp_path):
+    unet = UNet(**TINY)
+    with pytest.raises(ValueError, match="dtype: expected 'float16', 'float32' or 'float64', got 'int8'"):
+        save_model(tmp_path / "m.safetensors", unet, DIFFUSION, "int8")
+    unet.conv_out.b.data = np.full_like(unet.conv_out.b.data, 1e5)
+    with pytest.raises(ValueError, match="dtype: conv_out.b has weights of up to 1e[+]05, too large for float16"):
+        save_model(tmp_path / "m.safetensors", unet, DIFFUSION, "float16")
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_older_file_is_replaced_or_left_whole(tmp_path, monkeypatch):
     path = tmp_path / "m.safetensors"
     save_model(path, UNet(**TINY, rng=1), DIFFUSION)

@@ -306,6 +306,43 @@ class TestTrain:
     def test_dropout_is_active_while_training(self):
         assert self.run(dropout=0.5)[1][-1].loss != self.run(dropout=0.0)[1][-1].loss
 
+    @pytest.mark.parametrize("label_dropout", [0.0, 0.4])
+    def test_each_image_is_learned_with_its_own_label(self, label_dropout):
+        """Which is drawn on it; a generator comes along if labels are to be dropped."""
+        seen, labels = [], np.arange(len(IMAGES)) % 5
+        images = np.zeros_like(IMAGES) + labels.reshape(-1, 1, 1, 1).astype(np.float32) / 5
+
+        class Look:
+            def loss(self, model, x0, rng):
+                np.testing.assert_allclose(x0[:, 0, 0, 0], model.keywords["labels"] / 5, rtol=1e-6)
+                assert model.keywords.get("rng") is (rng if label_dropout else None)
+                seen.extend(model.keywords["labels"])
+                return DIFFUSION.loss(model, x0, rng)
+
+        unet = UNet(**TINY, classes=5, label_dropout=label_dropout)
+        list(train(unet, Look(), images, steps=3, batch=11, micro_batch=4, labels=labels.tolist(), workers=1))
+        assert len(seen) == 33 and len(set(seen)) == 5
+
+    def test_with_labels_it_is_bitwise_the_same_for_any_number_of_workers(self):
+        outcomes = []
+        for workers in (1, 2):
+            unet = UNet(**TINY, classes=5, label_dropout=0.5)
+            labels = np.arange(len(IMAGES)) % 5
+            states = list(train(unet, DIFFUSION, IMAGES, 3, 11, micro_batch=4, labels=labels, workers=workers))
+            outcomes.append((states[-1].ema.average.copy(), [s.loss for s in states]))
+        np.testing.assert_array_equal(outcomes[0][0], outcomes[1][0])
+        assert outcomes[0][1] == outcomes[1][1]
+
+    def test_bad_labels(self):
+        unet = UNet(**TINY, classes=5)
+        for bad in ([1, 2], [[1]] * len(IMAGES), 3):
+            with pytest.raises(ValueError, match=f"labels: expected {len(IMAGES)}, one for each image, got shape"):
+                next(train(unet, DIFFUSION, IMAGES, 3, labels=bad))
+        with pytest.raises(ValueError, match="labels: expected .* integers in 0 ... 4"):
+            next(train(unet, DIFFUSION, IMAGES, 3, labels=np.full(len(IMAGES), 5), workers=1))
+        with pytest.raises(TypeError, match="labels: expected a NumPy array of integers, one of 5 classes"):
+            next(train(unet, DIFFUSION, IMAGES, 3, workers=1))
+
     def test_micro_batches_add_up_to_the_batch(self):
         """The gradient is that of the mean over the batch, of whatever sizes its micro-batches are."""
         gradients = []

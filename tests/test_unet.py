@@ -108,6 +108,42 @@ def test_the_gradient_of_the_class_embedding():
     assert not gradient[1].any() and gradient[0].any() and gradient[2].any()
 
 
+class TestLabelDropout:
+    unet = awake(UNet(**TINY, classes=3, label_dropout=0.3))
+
+    def test_no_label_is_a_vector_of_its_own(self):
+        x, t = batch(n=4)
+        assert self.unet.class_embedding.w.shape == (4, 16)
+        y = [self.unet(x, t, labels=np.full(4, label)).data for label in (0, 1, 2, -1)]
+        assert all(np.abs(a - b).max() > 1e-3 for i, a in enumerate(y) for b in y[:i])
+        np.testing.assert_array_equal(self.unet(x, t).data, y[-1])
+        mixed = self.unet(x, t, labels=np.array([2, -1, 0, -1])).data
+        np.testing.assert_allclose(mixed, [y[2][0], y[3][1], y[0][2], y[3][3]], rtol=1e-4, atol=1e-5)
+        plain = awake(UNet(**TINY, classes=4))  # the last of four classes, if one knows it
+        plain.load_state_dict(self.unet.state_dict())
+        np.testing.assert_array_equal(plain(x, t, labels=np.full(4, 3)).data, y[-1])
+
+    def test_labels_are_dropped_with_its_probability_if_there_is_a_generator(self):
+        x, t, labels = np.ones((500, 2, 2, 1), np.float32), np.full(500, 7), np.ones(500, np.uint8)
+        told, untold = (self.unet(x, t, labels=np.full(500, label)).data for label in (1, -1))
+        np.testing.assert_array_equal(self.unet(x, t, labels=labels).data, told)
+        y = self.unet(x, t, labels=labels, rng=np.random.default_rng(0)).data
+        is_told, is_untold = (np.isclose(y, z, atol=1e-5).all(axis=(1, 2, 3)) for z in (told, untold))
+        assert (is_told ^ is_untold).all() and abs(is_untold.mean() - 0.3) < 0.05
+        assert (labels == 1).all()  # the caller's own
+
+    def test_bad_input(self):
+        x, t = batch()
+        for bad in ([0, 3], [-2, 0]):
+            with pytest.raises(ValueError, match="labels: expected 2 integers in -1 ... 2, one for each image, got"):
+                self.unet(x, t, labels=np.array(bad))
+        with pytest.raises(ValueError, match="label_dropout: 0.1 of what labels[?] Give classes too"):
+            UNet(**TINY, label_dropout=0.1)
+        for bad in (1.0, -0.1, "a"):
+            with pytest.raises(ValueError, match=r"label_dropout: expected a probability in \[0, 1\), got"):
+                UNet(**TINY, classes=3, label_dropout=bad)
+
+
 def test_the_size_of_its_images_is_remembered():
     assert UNet(**TINY).config["image_size"] is None
     assert UNet(**TINY, image_size=28).config["image_size"] == (28, 28)

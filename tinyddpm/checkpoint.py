@@ -59,7 +59,7 @@ def save_model(path: Path, unet: UNet, diffusion: Diffusion, dtype: np.dtype | s
 
 
 def _rounded(name: str, w: np.ndarray, dtype: np.dtype | str) -> np.ndarray:
-    if dtype not in ("float16", "float32", "float64"):
+    if np.dtype(dtype).name not in ("float16", "float32", "float64"):
         raise ValueError(f"dtype: expected 'float16', 'float32' or 'float64', got {dtype!r}")
     with np.errstate(over="ignore"):
         rounded = w.astype(dtype)

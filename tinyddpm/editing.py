@@ -45,7 +45,7 @@ def denoise(
     Args:
         noisy: (N, H, W, C), images in [-1, 1] with noise added, not clipped.
         sigma: the standard deviation of the noise, in the same scale; the nearest t is taken.
-        method, steps: see `sample`; None for every timestep from t to 0, which there are t + 1.
+        method, steps: see `sample`; but no more steps than the t + 1 there are from t to 0, which None takes.
 
     Returns (N, H, W, C). Raises ValueError if sigma is not > 0, or more than the schedule has at the end, or the values
     of `noisy` are out of the range that it leads to.
@@ -60,7 +60,7 @@ def denoise(
         raise ValueError(f"sigma: {sigma} is more noise than this schedule knows; it ends at {sigmas[-1]:.4g}")
     t = int(np.abs(np.log(sigmas / sigma)).argmin())
     x_t = float(s.input_scale * np.sqrt(s.alpha_bar[t])) * noisy
-    return sample(diffusion, model, noisy.shape, method, _until(t, steps), start=x_t, **settings)
+    return sample(diffusion, model, noisy.shape, method, _until(t, steps, diffusion), start=x_t, **settings)
 
 
 def sdedit(
@@ -76,8 +76,8 @@ def sdedit(
     """Make pictures that are like `images`: noise them to t = strength T, sample from there (Meng et al. 2022, SDEdit,
     algorithm 1). What a sketch lacks is made up; the greater the strength, the more.
 
-    Args: images: (N, H, W, C) in [-1, 1]. strength: in (0, 1]. method, steps, rng: see `sample`; steps None for every
-    timestep. Returns (N, H, W, C). Raises ValueError if images or strength are out of range.
+    Args: images: (N, H, W, C) in [-1, 1]. strength: in (0, 1]. method, rng: see `sample`. steps: see `denoise`.
+    Returns (N, H, W, C). Raises ValueError if images or strength are out of range.
     """
     images = _checked("images", images, model)
     if not (isinstance(strength, numbers.Real) and 0 < strength <= 1):
@@ -86,14 +86,13 @@ def sdedit(
     of_start, rng = np.random.default_rng(rng).spawn(2)
     eps = np.stack([stream.standard_normal(images.shape[1:], images.dtype) for stream in of_start.spawn(len(images))])
     x_t = diffusion.q_sample(images, np.full(len(images), t), like(eps, images))
-    return sample(diffusion, model, images.shape, method, _until(t, steps), rng, start=x_t, **settings)
+    return sample(diffusion, model, images.shape, method, _until(t, steps, diffusion), rng, start=x_t, **settings)
 
 
-def _until(t: int, steps: int | None) -> np.ndarray:
-    """So many timesteps from 0 to t, t among them."""
-    if steps is not None and not (isinstance(steps, numbers.Integral) and 1 <= steps <= t + 1):
-        raise ValueError(f"steps: expected an integer from 1 to {t + 1}, as t = {t} is where to begin, got {steps!r}")
-    return timesteps(t + 1, t + 1 if steps is None else steps)
+def _until(t: int, steps: int | None, diffusion: Diffusion) -> np.ndarray:
+    """So many timesteps from 0 to t, t among them, or all if there are fewer. Raises as `timesteps` does."""
+    steps = diffusion.T if steps is None else len(timesteps(diffusion.T, steps))
+    return timesteps(t + 1, min(steps, t + 1))
 
 
 # ----------------------------------------------------------------------------------------------- run backwards
@@ -155,7 +154,7 @@ def interpolate(
     count: int = 8,
     steps: int | None = None,
     labels: np.ndarray | None = None,
-    iterations: int = 1,
+    iterations: int = 2,
     **settings: object,
 ) -> Array:
     """`count` pictures from each of a to that of b, evenly spaced (Song et al. 2021, section 5.3): the noise of which

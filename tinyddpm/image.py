@@ -1,4 +1,5 @@
-"""Pictures: grids, the noising strip, the animated denoising (Pillow), and the loss curve (matplotlib, optional).
+"""Pictures: grids, rows with names, the noising strip, the animated denoising (Pillow), the loss curve (matplotlib,
+optional).
 
 Images come as (N, H, W, C) arrays, NumPy's or CuPy's, in [-1, 1] with C = 1 (grey) or 3 (RGB).
 """
@@ -7,10 +8,10 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from .backend import to_numpy
 
@@ -40,6 +41,21 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int = 2, gap: in
     page = np.pad(page, ((0, gap), (0, gap), (0, 0)), constant_values=32)
     page = page.repeat(scale, axis=0).repeat(scale, axis=1)
     return Image.fromarray(page[:, :, 0] if C == 1 else page)
+
+
+def rows(named: Mapping[str, np.ndarray], scale: int = 2, gap: int = 2) -> Image.Image:
+    """A row of images (N, H, W, C) for each name, which is written to the left of it; see `grid`."""
+    strips = [grid(images, len(images), scale, gap) for images in named.values()]
+    pen = ImageDraw.Draw(Image.new("L", (1, 1)))
+    margin = 20 + math.ceil(max(pen.textlength(name) for name in named))
+    size = margin + max(strip.width for strip in strips), sum(strip.height for strip in strips)
+    page = Image.new(strips[0].mode, size, (32,) * len(strips[0].getbands()))
+    pen, top = ImageDraw.Draw(page), 0
+    for name, strip in zip(named, strips):
+        page.paste(strip, (margin, top))
+        pen.text((10, top + strip.height // 2 - 6), name, fill=(224,) * len(page.getbands()))
+        top += strip.height
+    return page
 
 
 def noising_strip(diffusion, x0: np.ndarray, rng: np.random.Generator, columns: int = 10) -> Image.Image:

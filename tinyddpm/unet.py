@@ -223,8 +223,9 @@ class UNet(Module):
         encoding = like(timestep_encoding(t, self.config["channels"][0], self.config["encoding"]), self.time1.w.data)
         temb = self.time2(silu(self.time1(encoding)))
         if labels is not None:
+            labels = labels.astype(int)
             if rng is not None and self.label_dropout:
-                labels = np.where(rng.random(len(labels)) < self.label_dropout, NO_LABEL, labels)
+                labels[rng.random(len(labels)) < self.label_dropout] = NO_LABEL
             temb = temb + self.class_embedding(labels % len(self.class_embedding.w.data))  # of "no label", the last
         temb = silu(temb)  # every block takes SiLU of the embedding: once is enough
         h = self.conv_in(2 * x - 1 if self.config["center_input"] else x)
@@ -273,7 +274,8 @@ class UNet(Module):
         if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
             got = getattr(labels, "dtype", type(labels).__name__)
             raise TypeError(
-                f"labels: expected a NumPy array of integers, one of {classes} classes for each image, got {got}"
+                f"labels: expected a NumPy array of integers, one of {classes} classes for each image, got {got}; a "
+                "network made with label_dropout can do without"
             )
         least = NO_LABEL if self.label_dropout else 0
         if labels.shape != t.shape or labels.min() < least or labels.max() >= classes:
