@@ -263,6 +263,32 @@ class TestRespacing:
         told = sample(plain, lambda x, t: 3 * x, (1, 2, 2, 1), method, steps=7, clip=0.25, spacing="leading")
         np.testing.assert_array_equal(told, outcomes[0])
 
+    @pytest.mark.parametrize("method", sorted(SAMPLERS))
+    def test_the_timesteps_themselves(self, method):
+        """In either direction; the same as if their number had been given."""
+        d, seen = Diffusion(Schedule(linear(30, 1e-4, 0.5))), []
+        model = lambda x, t: seen.append(int(t[0])) or 0.1 * x
+        images = [sample(d, model, (1, 2, 2, 1), method, steps)
+                  for steps in (4, [7, 14, 21, 29], (29, 21, 14, 7), np.array([7, 14, 21, 29], np.uint8))]  # fmt: skip
+        assert seen == [29, 21, 14, 7] * 4
+        assert all((image == images[0]).all() for image in images)
+        seen.clear()
+        sample(d, model, (1, 2, 2, 1), method, [7], spacing="leading")
+        assert seen == [7]
+        given = sample(d, model, (1, 2, 2, 1), method, range(30))
+        np.testing.assert_array_equal(given, sample(d, model, (1, 2, 2, 1), method))
+
+    def test_bad_lists_of_timesteps(self):
+        bad = ([], [3, 3], [5, 2, 9], [-1, 4], [0, 30], [30], [1.0, 2.0], [[1, 2]], [5, 5, 3], ["a"])
+        for steps in bad:
+            for call in (lambda s: timesteps(30, s), lambda s: sample(self.d, zeros, (1, 2, 2, 1), steps=s)):
+                with pytest.raises(
+                    ValueError, match="steps: expected timesteps within 0 ... 29 in order, each once, got"
+                ):
+                    call(steps)
+
+    d = Diffusion(Schedule(linear(30, 1e-4, 0.5)))
+
     @pytest.mark.parametrize("ts", [[], [3, 3], [5, 2], [-1, 4], [0, 30]])
     def test_bad_timesteps(self, ts):
         with pytest.raises(ValueError, match="ts: expected ascending timesteps within 0 ... 29, got"):
@@ -282,6 +308,38 @@ class TestLabels:
         np.testing.assert_array_equal(images[:-1], others[:-1])
         assert np.abs(images[-1] - others[-1]).max() > 0.01
         np.testing.assert_allclose(sample(d, unet, (1, 4, 4, 1), labels=labels[:1].tolist())[0], images[0], atol=1e-5)
+
+    def guidable(self):
+        unet = UNet(channels=(4, 8), blocks=1, attention=(False, False), groups=2, classes=5, label_dropout=0.1)
+        for p in unet.parameters():
+            p.data = (p.data + 0.3 * np.random.default_rng(1).standard_normal(p.shape)).astype(np.float32)
+        return unet
+
+    def test_guidance_from_the_labels_to_none_and_beyond(self):
+        unet, d, labels = self.guidable(), Diffusion(Schedule(linear(10, 1e-3, 0.7))), np.array([4, 0, 2, 2, 1, 0])
+        draw = lambda **settings: sample(d, unet, (6, 4, 4, 1), **settings)
+        told, untold = draw(labels=labels), draw()
+        np.testing.assert_array_equal(draw(labels=labels, guidance=1), told)
+        np.testing.assert_array_equal(draw(labels=labels, guidance=0), untold)
+        np.testing.assert_array_equal(draw(labels=np.full(6, -1)), untold)
+        more = draw(labels=labels, guidance=3.0, workers=2)
+        assert np.abs(more - told).max() > 0.01 and np.abs(told - untold).max() > 0.01
+        np.testing.assert_array_equal(more, draw(labels=labels, guidance=3.0, workers=1))
+        by_hand = lambda x, t: 3 * unet(x, t, labels=labels[: len(x)]).data - 2 * unet(x, t).data
+        np.testing.assert_allclose(more[:4], sample(d, by_hand, (4, 4, 4, 1)), atol=1e-4)  # of four, one shard
+
+    def test_guidance_needs_labels_and_a_model_that_can_do_without(self):
+        d = Diffusion(Schedule(linear(10, 1e-3, 0.7)))
+        with pytest.raises(ValueError, match="guidance: 2.0 towards which labels[?] Give labels too"):
+            sample(d, self.guidable(), (2, 4, 4, 1), guidance=2.0)
+        unet = UNet(channels=(4,), blocks=1, attention=(False,), groups=2, classes=5)
+        with pytest.raises(TypeError, match="labels: expected .*; a network made with label_dropout can do without"):
+            sample(d, unet, (2, 4, 4, 1), guidance=2.0, labels=[0, 1])
+        for bad in ("2", math.nan, math.inf, [2]):
+            with pytest.raises(ValueError, match="guidance: expected a number, such as 2, got"):
+                sample(d, self.guidable(), (2, 4, 4, 1), guidance=bad, labels=[0, 1])
+        with pytest.raises(ValueError, match="labels: expected 2 integers in -1 ... 4, one for each image, got"):
+            sample(d, self.guidable(), (2, 4, 4, 1), guidance=2.0, labels=[0, 5])
 
     def test_bad_labels(self):
         d = Diffusion(Schedule(linear(10, 1e-3, 0.7)))
@@ -450,6 +508,40 @@ class TestSample:
         shapes.clear()
         sample(self.d, lambda x, t: shapes.append(x.shape) or 0 * x, (11, 2, 2, 1))
         assert set(shapes) == {(4, 2, 2, 1), (3, 2, 2, 1)}
+
+    @pytest.mark.parametrize("b", [1.0, 0.5])
+    def test_start_and_trajectory(self, b):
+        d, x = Diffusion(Schedule(self.d.schedule.beta, b)), np.random.default_rng(3).standard_normal((5, 2, 2, 1))
+        seen = []
+        settings = dict(steps=7, start=x, callback=lambda t, x, x0: seen.append(x))
+        path = sample(d, zeros, x.shape, "ddim", **settings, trajectory=True)
+        assert path.shape == (8, 5, 2, 2, 1) and path.dtype == np.float32
+        np.testing.assert_allclose(path[0], x / b, rtol=1e-6)
+        np.testing.assert_array_equal(path[1:], np.stack(seen) / np.float32(b))
+        np.testing.assert_array_equal(path[-1], sample(d, zeros, x.shape, "ddim", **settings))
+        noise = sample(d, zeros, (5, 2, 2, 1), "ddim", rng=4, trajectory=True)[0] * b
+        again = sample(d, zeros, (5, 2, 2, 1), "ddim", start=noise)
+        np.testing.assert_allclose(again, sample(d, zeros, (5, 2, 2, 1), "ddim", rng=4), rtol=1e-5)
+        for bad, got in ((x[:4], r"\(4, 2, 2, 1\)"), (x.tolist(), "list"), (1.0, "float")):
+            with pytest.raises(ValueError, match=rf"start: expected .* shape of the images, \(5, 2, 2, 1\), got {got}"):
+                sample(d, zeros, (5, 2, 2, 1), start=bad)
+
+    def test_a_bar_is_shown_if_wanted(self, capsys):
+        sample(self.d, zeros, (1, 2, 2, 1), steps=7)
+        assert capsys.readouterr().err == ""
+        sample(self.d, zeros, (1, 2, 2, 1), steps=7, progress=True)
+        assert "sampling" in (bar := capsys.readouterr().err) and "7/7" in bar
+
+    def test_a_sampler_of_one_s_own(self):
+        def halved(diffusion, model, x, noise, clip=None, times=1):
+            for t in reversed(range(diffusion.T)):
+                x = x / 2**times
+                yield t, x, model(x, np.full(len(x), t))
+
+        start = np.ones((2, 2, 2, 1), np.float32)
+        np.testing.assert_array_equal(sample(self.d, zeros, start.shape, halved, 4, start=start, times=2), start / 256)
+        with pytest.raises(TypeError, match="takes times, got eta"):
+            sample(self.d, zeros, start.shape, halved, eta=0.5)
 
     def test_the_seed_is_0_unless_given(self):
         a, b = sample(self.d, zeros, (1, 2, 2, 1)), sample(self.d, zeros, (1, 2, 2, 1), rng=0)

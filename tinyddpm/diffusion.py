@@ -440,6 +440,7 @@ class Diffusion:
         clip: Clip | None = None,
         progress: bool = True,
         workers: int | None = None,
+        labels: np.ndarray | None = None,
     ) -> BitsPerDim:
         """How many bits per dimension the model needs at most to store the images x_0, averaged over them (equation 5):
 
@@ -454,8 +455,10 @@ class Diffusion:
             rng: seed or generator; what an image costs does not depend on the others, nor on the workers.
             clip: how to keep the predicted x_0 where images are, see `limit`; None: as this diffusion does.
             progress: show a bar. workers: threads; None for one per CPU.
+            labels: (N,) integers, the class of each image, for a model that takes them: what they cost given these.
 
-        Raises ValueError for no images, another shape or values between the levels, TypeError for anything but floats.
+        Raises ValueError for no images, labels for others, another shape or values between the levels, TypeError for
+        anything but floats.
         """
         _check_images(x0)
         levels = 127.5 * (x0 + 1)
@@ -464,6 +467,9 @@ class Diffusion:
                 "x0: expected the levels k / 127.5 - 1 of 8-bit images, for others have no bits per dimension; got "
                 f"values from {x0.min():.3g} to {x0.max():.3g}"
             )
+        labels = None if labels is None else np.asarray(labels)
+        if labels is not None and labels.shape != x0.shape[:1]:
+            raise ValueError(f"labels: expected {len(x0)}, one for each image, got shape {labels.shape}")
         dtype, device = getattr(model, "dtype", x0.dtype), getattr(model, "device", "cpu")
         clip = self.clip if clip is None else clip
         streams = np.random.default_rng(rng).spawn(len(x0))
@@ -473,9 +479,10 @@ class Diffusion:
             x = x0[shard]
             eps = np.stack([stream.standard_normal(x.shape[1:], dtype) for stream in streams[shard]])
             x, eps, ts = to_device(x, device), to_device(eps, device), np.full(len(x), t)
+            net = model if labels is None else functools.partial(model, labels=labels[shard])
             with on_device(device), no_grad(), filters.in_force():
                 x_t = self.q_sample(x, ts, eps)
-                prediction, spread = map(as_array, self._run(model, x_t, ts))
+                prediction, spread = map(as_array, self._run(net, x_t, ts))
                 return to_numpy(self.vlb_terms(x, x_t, ts, prediction, spread, clip).data)
 
         terms, cut = np.zeros(self.T), shards(x0.shape, device)
