@@ -1,8 +1,11 @@
 """Agrees with diffusers: every table of its DDPM scheduler, adding noise, velocity, whole chains with shared noise.
 
-Skipped where diffusers is not installed (`pip install 'tinyddpm[peers]'`). Its tables are float32; for the chains they
-are made anew in float64, with its own formulas, so that agreement is to rounding.
+Skipped where diffusers is not installed (`pip install 'tinyddpm[peers]'`). It computes in float32; here its code runs
+as it is, but that what it calls float32 is float64, so that agreement is to rounding.
 """
+
+import itertools
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -12,7 +15,7 @@ from strategies import SEEDS, make
 
 from tinyddpm import Diffusion, Schedule, sample
 from tinyddpm.diffusion import SPACINGS
-from tinyddpm.sample import ddim, ddpm, dpm_solver, respace, timesteps
+from tinyddpm.sample import timesteps
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -20,28 +23,55 @@ diffusers = pytest.importorskip("diffusers")
 SCHEDULES = {"linear": "linear", "scaled_linear": "quadratic", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid_beta"}
 OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 VARIANCES = {"fixed_small": "small", "fixed_large": "large", "learned_range": "learned_range"}
+STEPS = [5, 7, 10, 20, 50]  # 7 does not divide 1000
+START = np.random.default_rng(0).standard_normal((2, 3, 3, 1))
 
 
-def theirs(kind, T, **settings):
-    """One of diffusers' schedulers with its tables in float64."""
-    scheduler = kind(num_train_timesteps=T, **settings)
-    if settings.get("beta_schedule", "linear") == "linear":
-        betas = torch.linspace(1e-4, 0.02, T, dtype=torch.float64)
-    else:
-        betas = scheduler.betas.double()
-    if settings.get("rescale_betas_zero_snr"):
-        betas = diffusers.schedulers.scheduling_ddpm.rescale_zero_terminal_snr(betas)
-    scheduler.betas, scheduler.alphas = betas, 1 - betas
-    scheduler.alphas_cumprod = torch.cumprod(scheduler.alphas, dim=0)
-    if hasattr(scheduler, "alpha_t"):
-        scheduler.alpha_t, scheduler.sigma_t = scheduler.alphas_cumprod**0.5, (1 - scheduler.alphas_cumprod) ** 0.5
-    return scheduler
+class Float64:
+    """torch or NumPy, whose float32 is float64."""
+
+    def __init__(self, library):
+        self.library = library
+
+    def __getattr__(self, name):
+        return getattr(self.library, "float64" if name == "float32" else name)
 
 
-def model(x, t):
-    """Some prediction, with a second half for the variance."""
-    x = np.asarray(x)
-    return np.concatenate([np.sin(2 * x + 0.01 * np.asarray(t).reshape(-1, 1, 1, 1)), np.cos(3 * x)], axis=-1)
+@pytest.fixture(scope="module", autouse=True)
+def double_precision_and_noise_of_ours():
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("ddpm", "ddim", "dpmsolver_multistep"):
+            module = getattr(diffusers.schedulers, f"scheduling_{name}")
+            patch.setattr(module, "torch", Float64(torch))
+            patch.setattr(module, "np", Float64(np))
+            patch.setattr(module, "randn_tensor", lambda shape, generator, **settings: nchw(generator()))
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        yield
+        torch.set_default_dtype(default)
+
+
+class DDIMByTimestepsVisited(diffusers.DDIMScheduler):
+    """Theirs steps from t to t - T // steps, which is not always the timestep that it visits next (spacing "linspace",
+    or steps that do not divide T). Here `steps` is, for each step, the number that makes it so."""
+
+    def step(self, output, t, x, **settings):
+        following = [*self.timesteps.tolist(), -1]
+        down = int(t) - following[following.index(int(t)) + 1]
+        self.num_inference_steps = Fraction(self.config.num_train_timesteps, down)
+        return super().step(output, t, x, **settings)
+
+
+def prediction(x, t):
+    """A model of some kind."""
+    return np.sin(2 * x + 0.01 * np.asarray(t).reshape(-1, 1, 1, 1))
+
+
+def prediction_and_spread(x, t):
+    return np.concatenate([prediction(x, t), np.cos(3 * x)], axis=-1)
+
+
+prediction.dtype = prediction_and_spread.dtype = np.dtype("float64")
 
 
 def nchw(x):
@@ -52,22 +82,34 @@ def nhwc(x):
     return x.numpy().transpose(0, 2, 3, 1)
 
 
-def their_chain(scheduler, x, steps, learned=False, **settings):
-    """Run their sampler from x on `model`, yielding each x_{t-1}."""
-    scheduler.set_timesteps(steps)
-    for t in scheduler.timesteps:
-        output = model(x, np.full(len(x), int(t)))[..., : 2 if learned else 1]
-        x = nhwc(scheduler.step(nchw(output), t, nchw(x), **settings).prev_sample)
-        yield x
-
-
-def shared_noise(monkeypatch, module, count, shape):
-    """Let their module draw the noises that are returned, in the same order."""
-    noises = np.random.default_rng(1).standard_normal((count, *shape))
-    left = iter(noises)
-    monkeypatch.setattr(module, "randn_tensor", lambda shape, **settings: nchw(next(left)))
-    again = iter(noises)
-    return lambda: next(again)
+def assert_same_chain(peer, diffusion, method, steps, model=prediction, clip=True, but_the_last=False, eta=None):
+    """`sample` and their scheduler, from one start and with the same noise, arrive at the same x_t after every step."""
+    peer.set_timesteps(steps)
+    visited = peer.timesteps.tolist()
+    streams = np.random.default_rng(3).spawn(len(START))  # as `sample` has them
+    theirs = {"generator": lambda: np.stack([stream.standard_normal(START.shape[1:]) for stream in streams])}
+    ours = {}
+    if eta is not None:  # and with the noise that the clipped x_0 leaves, which for them is a choice
+        theirs |= {"eta": eta, "use_clipped_model_output": True}
+        ours = {"eta": eta}
+    path = [START]
+    for t in visited:
+        output = model(path[-1], np.full(len(START), t))
+        path.append(nhwc(peer.step(nchw(output), torch.tensor(t), nchw(path[-1]), **theirs).prev_sample))
+    if method == "dpm++":  # whose scheduler means other timesteps by "leading" and "linspace"
+        ours["steps"] = visited
+    else:
+        ours |= {"steps": steps, "spacing": peer.config.timestep_spacing}
+    got = sample(
+        diffusion, model, START.shape, method, rng=3, clip=clip, workers=1, start=START, trajectory=True, **ours
+    )
+    expected = np.stack(path)
+    if but_the_last:
+        got, expected = got[:-1], expected[:-1]
+    assert got.shape == expected.shape
+    size = np.abs(expected).max(axis=(1, 2, 3, 4), keepdims=True)  # of each x_t
+    # it is 1e-12, but that their small variance is never less than 1e-20, the square of noise in the last x_0
+    np.testing.assert_allclose(got / size, expected / size, rtol=0, atol=1e-9, err_msg=f"{clip=} {eta=}")
 
 
 class TestTables:
@@ -79,14 +121,13 @@ class TestTables:
             pytest.skip("takes two steps")
         s = make(SCHEDULES[name], T, zero_terminal_snr=zero_terminal_snr)
         peer = diffusers.DDPMScheduler(T, beta_schedule=name, rescale_betas_zero_snr=zero_terminal_snr)
-        # theirs are float32, with rounding errors of up to T times 6e-8 in the product
-        np.testing.assert_allclose(peer.betas, s.beta, rtol=2e-3 if zero_terminal_snr else 1e-5, atol=1e-7)
-        np.testing.assert_allclose(peer.alphas, s.alpha, rtol=1e-3, atol=1e-7)
-        np.testing.assert_allclose(peer.alphas_cumprod, s.alpha_bar, rtol=1e-4, atol=2e-7)
+        np.testing.assert_allclose(peer.betas, s.beta, rtol=1e-10)
+        np.testing.assert_allclose(peer.alphas, s.alpha, rtol=1e-10)
+        np.testing.assert_allclose(peer.alphas_cumprod, s.alpha_bar, rtol=1e-10)
 
     @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
     def test_variance(self, variance):
-        s, peer = make("linear", 1000), theirs(diffusers.DDPMScheduler, 1000, variance_type=variance)
+        s, peer = make("linear", 1000), diffusers.DDPMScheduler(1000, variance_type=variance)
         d = Diffusion(s, variance=VARIANCES[variance])
         ours = np.exp(d.log_variance(np.zeros((1000, 1, 1, 1)), np.arange(1000))).ravel()
         np.testing.assert_allclose([peer._get_variance(t).item() for t in range(1, 1000)], ours[1:], rtol=1e-10)
@@ -94,14 +135,14 @@ class TestTables:
     def test_betas_of_one_s_own(self):
         beta = np.linspace(0.01, 0.3, 20)
         peer = diffusers.DDPMScheduler(20, trained_betas=beta)
-        np.testing.assert_allclose(peer.alphas_cumprod, np.cumprod(1 - beta), rtol=1e-5)
+        np.testing.assert_allclose(peer.alphas_cumprod, Schedule(beta).alpha_bar, rtol=1e-12)
 
 
 class TestForward:
     @given(data=st.data(), seed=SEEDS)
     def test_add_noise_and_velocity(self, data, seed):
         T = data.draw(st.sampled_from([10, 1000]))
-        peer, s = theirs(diffusers.DDPMScheduler, T), make("linear", T)
+        peer, s = diffusers.DDPMScheduler(T), make("linear", T)
         t = np.array(data.draw(st.lists(st.integers(0, T - 1), min_size=1, max_size=4)))
         x0, eps = np.random.default_rng(seed).standard_normal((2, len(t), 3, 2, 2))
         x_t = nhwc(peer.add_noise(nchw(x0), nchw(eps), torch.from_numpy(t)))
@@ -110,96 +151,93 @@ class TestForward:
         np.testing.assert_allclose(Diffusion(s, "v").target(x0, t, eps), v, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
 class TestChains:
-    shape = (2, 3, 3, 1)
-    x = np.random.default_rng(0).standard_normal((2, 3, 3, 1))
+    s = make("linear", 1000)
 
-    @pytest.mark.parametrize("prediction_type", OBJECTIVES)
     @pytest.mark.parametrize("variance", VARIANCES)
     @pytest.mark.parametrize("clip", [True, False])
-    def test_ddpm(self, monkeypatch, prediction_type, variance, clip):
-        """All 1000 steps: every x_t on the way, the same noise."""
-        peer = theirs(diffusers.DDPMScheduler, 1000, prediction_type=prediction_type, variance_type=variance,
-                      clip_sample=clip)  # fmt: skip
-        learned = variance == "learned_range"
-        d = Diffusion(make("linear", 1000), OBJECTIVES[prediction_type], VARIANCES[variance], "vlb")
-        noise = shared_noise(monkeypatch, diffusers.schedulers.scheduling_ddpm, 1000, self.shape)
-        ours = ddpm(d, lambda x, t: model(x, t)[..., : 2 if learned else 1], self.x, noise, clip)
-        for (_, got, _), expected in zip(ours, their_chain(peer, self.x, 1000, learned), strict=True):
-            np.testing.assert_allclose(got, expected, atol=1e-8 * (1 + np.abs(expected).max()))
-
-    @pytest.mark.parametrize("prediction_type", ["sample", "v_prediction"])
-    @pytest.mark.parametrize("name", SCHEDULES)
-    def test_ddpm_with_zero_terminal_snr_over_every_schedule(self, monkeypatch, name, prediction_type):
-        peer = theirs(diffusers.DDPMScheduler, 100, beta_schedule=name, rescale_betas_zero_snr=True,
-                      prediction_type=prediction_type)  # fmt: skip
-        noise = shared_noise(monkeypatch, diffusers.schedulers.scheduling_ddpm, 100, self.shape)
-        d = Diffusion(Schedule(peer.betas.numpy()), OBJECTIVES[prediction_type])
-        assert d.schedule.alpha_bar[-1] == 0
-        ours = ddpm(d, lambda x, t: model(x, t)[..., :1], self.x, noise)
-        for (_, got, _), expected in zip(ours, their_chain(peer, self.x, 100), strict=True):
-            np.testing.assert_allclose(got, expected, atol=1e-7)
-
-    @pytest.mark.parametrize("steps", [5, 50])
-    def test_ddpm_respaced(self, monkeypatch, steps):
-        peer = theirs(diffusers.DDPMScheduler, 1000, timestep_spacing="trailing", variance_type="fixed_small")
-        noise = shared_noise(monkeypatch, diffusers.schedulers.scheduling_ddpm, steps, self.shape)
-        d, ts = self.respaced("eps", steps)
-        ours = ddpm(d, lambda x, i: model(x, ts[i])[..., :1], self.x, noise)
-        for (_, got, _), expected in zip(ours, their_chain(peer, self.x, steps), strict=True):
-            np.testing.assert_allclose(got, expected, atol=1e-8)
-
-    @pytest.mark.parametrize("prediction_type", OBJECTIVES)
-    @pytest.mark.parametrize(("steps", "eta"), [(20, 0.0), (20, 1.0), (1000, 0.4)])
-    def test_ddim(self, monkeypatch, prediction_type, steps, eta):
-        peer = theirs(diffusers.DDIMScheduler, 1000, timestep_spacing="trailing", prediction_type=prediction_type)
-        peer.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
-        noise = shared_noise(monkeypatch, diffusers.schedulers.scheduling_ddim, steps, self.shape)
-        d, ts = self.respaced(OBJECTIVES[prediction_type], steps)
-        ours = ddim(d, lambda x, i: model(x, ts[i])[..., :1], self.x, noise, eta=eta)
-        settings = {"eta": eta, "use_clipped_model_output": True}  # the noise derived anew from the clipped x0
-        for (_, got, _), expected in zip(ours, their_chain(peer, self.x, steps, **settings), strict=True):
-            np.testing.assert_allclose(got, expected, atol=1e-8)
-
-    @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs
-    @pytest.mark.parametrize("prediction_type", OBJECTIVES)
-    @pytest.mark.parametrize("steps", [2, 10, 20])
-    def test_dpm_solver(self, prediction_type, steps):
-        peer = theirs(diffusers.DPMSolverMultistepScheduler, 1000, timestep_spacing="trailing",
-                      prediction_type=prediction_type, solver_order=2, final_sigmas_type="zero")  # fmt: skip
-        d, ts = self.respaced(OBJECTIVES[prediction_type], steps)
-        ours = dpm_solver(d, lambda x, i: model(x, ts[i])[..., :1], self.x, None, clip=False)
-        for (_, got, _), expected in zip(ours, their_chain(peer, self.x, steps), strict=True):
-            np.testing.assert_allclose(got, expected, atol=1e-5 * (1 + np.abs(expected).max()))  # its sigmas: float32
-
-    def test_sample_takes_the_same_steps(self):
-        """From the same starting noise, in the timesteps that `trailing` spacing visits."""
-        seen = []
-        sample(
-            Diffusion(make("linear", 1000)), lambda x, t: seen.append(int(t[0])) or x, (1, 2, 2, 1), "ddim", steps=20
-        )
-        peer = diffusers.DDIMScheduler(1000, timestep_spacing="trailing")
-        peer.set_timesteps(20)
-        assert seen == peer.timesteps.tolist()
+    def test_ddpm(self, objective, variance, clip):
+        """All 1000 steps."""
+        peer = diffusers.DDPMScheduler(prediction_type=objective, variance_type=variance, clip_sample=clip)
+        d = Diffusion(self.s, OBJECTIVES[objective], VARIANCES[variance], "vlb")
+        model = prediction_and_spread if variance == "learned_range" else prediction
+        assert_same_chain(peer, d, "ddpm", 1000, model, clip)
 
     @pytest.mark.parametrize("spacing", SPACINGS)
-    @pytest.mark.parametrize("T", [1000, 250, 37])
-    def test_every_spacing_visits_the_same_timesteps(self, spacing, T):
-        """But that theirs are floats, whose rounding error decides between two neighbours, or adds a step too many."""
-        peer = diffusers.DDIMScheduler(T, timestep_spacing=spacing)
-        same = 0
-        for steps in range(1, T + 1):
-            peer.set_timesteps(steps)
-            theirs, ours = peer.timesteps.numpy()[::-1], timesteps(T, steps, spacing)
-            if spacing == "trailing" and len(theirs) == steps and (theirs != ours).any():
-                assert np.all(np.isin(ours - theirs, (0, -1, 1)))
-                exact = np.arange(1, steps + 1) * T % steps * 2 == steps  # a number halfway between two integers
-                assert np.all(exact[theirs != ours])
-            elif len(theirs) == steps:
-                np.testing.assert_array_equal(ours, theirs)
-                same += 1
-        assert same > 0.7 * T
+    @pytest.mark.parametrize("steps", STEPS)
+    def test_ddpm_respaced(self, objective, spacing, steps):
+        """Of the large variance respacing makes the small one, which they do not."""
+        settings = {"timestep_spacing": spacing, "prediction_type": objective}
+        for variance, clip in itertools.product(["small", "large", "learned_range"], [True, False]):
+            learned = variance == "learned_range"
+            theirs = "learned_range" if learned else "fixed_small"
+            peer = diffusers.DDPMScheduler(variance_type=theirs, clip_sample=clip, **settings)
+            d = Diffusion(self.s, OBJECTIVES[objective], variance, "vlb")
+            noisy = learned and spacing == "trailing"  # they add noise to the last x_0 unless it is that of t = 0
+            assert_same_chain(peer, d, "ddpm", steps, prediction_and_spread if learned else prediction, clip, noisy)
 
-    def respaced(self, objective, steps):
-        ts = np.arange(1, steps + 1) * 1000 // steps - 1
-        return respace(Diffusion(make("linear", 1000), objective), ts), ts
+    @pytest.mark.parametrize("spacing", SPACINGS)
+    @pytest.mark.parametrize("steps", STEPS)
+    def test_ddim(self, objective, spacing, steps):
+        as_it_is = spacing != "linspace" and 1000 % steps == 0
+        kind = diffusers.DDIMScheduler if as_it_is else DDIMByTimestepsVisited
+        d = Diffusion(self.s, OBJECTIVES[objective])
+        for eta, clip in itertools.product([0.0, 0.5, 1.0], [True, False]):
+            peer = kind(timestep_spacing=spacing, prediction_type=objective, clip_sample=clip)
+            assert_same_chain(peer, d, "ddim", steps, clip=clip, eta=eta)
+
+    def test_ddim_in_all_steps(self, objective):
+        peer = diffusers.DDIMScheduler(prediction_type=objective)
+        assert_same_chain(peer, Diffusion(self.s, OBJECTIVES[objective]), "ddim", 1000, eta=0.4)
+
+    @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # theirs
+    @pytest.mark.parametrize("spacing", SPACINGS)
+    @pytest.mark.parametrize("steps", [2, *STEPS])
+    def test_dpm_solver(self, objective, spacing, steps):
+        for clip in (True, False):
+            peer = self.dpm_solver(objective, spacing, thresholding=clip)  # to at most 1, its default: that is clipping
+            assert_same_chain(peer, Diffusion(self.s, OBJECTIVES[objective]), "dpm++", steps, clip=clip)
+
+    @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+    def test_dynamic_thresholding(self, objective):
+        settings = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
+        scheduler = {"timestep_spacing": "trailing", "prediction_type": objective}
+        d = Diffusion(self.s, OBJECTIVES[objective], clip=("dynamic", 0.9, 1.5))
+        assert_same_chain(diffusers.DDPMScheduler(**scheduler, **settings), d, "ddpm", 20, clip=None)
+        assert_same_chain(diffusers.DDIMScheduler(**scheduler, **settings), d, "ddim", 20, clip=None, eta=0.5)
+        assert_same_chain(self.dpm_solver(objective, "trailing", **settings), d, "dpm++", 20, clip=None)
+
+    def dpm_solver(self, objective, spacing, **settings):
+        return diffusers.DPMSolverMultistepScheduler(
+            algorithm_type="dpmsolver++", solver_order=2, final_sigmas_type="zero", timestep_spacing=spacing,
+            prediction_type=objective, **settings,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("objective", ["sample", "v_prediction"])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_ddpm_with_zero_terminal_snr_over_every_schedule(objective, name):
+    peer = diffusers.DDPMScheduler(100, beta_schedule=name, rescale_betas_zero_snr=True, prediction_type=objective)
+    d = Diffusion(make(SCHEDULES[name], 100, zero_terminal_snr=True), OBJECTIVES[objective])
+    assert d.schedule.alpha_bar[-1] == 0
+    assert_same_chain(peer, d, "ddpm", 100)
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("T", [1000, 250, 37])
+def test_every_spacing_visits_the_same_timesteps(spacing, T):
+    """But that theirs are floats, whose rounding error decides between two neighbours, or adds a step too many."""
+    peer = diffusers.DDIMScheduler(T, timestep_spacing=spacing)
+    same = 0
+    for steps in range(1, T + 1):
+        peer.set_timesteps(steps)
+        theirs, ours = peer.timesteps.numpy()[::-1], timesteps(T, steps, spacing)
+        if spacing == "trailing" and len(theirs) == steps and (theirs != ours).any():
+            assert np.all(np.isin(ours - theirs, (0, -1, 1)))
+            exact = np.arange(1, steps + 1) * T % steps * 2 == steps  # a number halfway between two integers
+            assert np.all(exact[theirs != ours])
+        elif len(theirs) == steps:
+            np.testing.assert_array_equal(ours, theirs)
+            same += 1
+    assert same > 0.7 * T

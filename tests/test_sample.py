@@ -95,8 +95,8 @@ class TestDDIM:
         theirs = images_after(ddpm, d, model, x, normals(seed + 1), clip=clip)
         for (a, a0), (b, b0) in zip(ours, theirs, strict=True):
             scale = 1 + np.abs(a).max()
-            np.testing.assert_allclose(a, b, atol=1e-9 * scale)
-            np.testing.assert_allclose(a0, b0, atol=1e-9 * scale)
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * scale)
+            np.testing.assert_allclose(a0, b0, rtol=0, atol=1e-10 * scale)
 
     @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
     @pytest.mark.parametrize("b", [1.0, 0.5])
@@ -173,21 +173,6 @@ class TestDPMSolver:
         ways = [images_after(f, d, model, normals(0)(), None) for f in (dpm_solver, ddim)]
         for ours, theirs in zip(*ways, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-9)
-
-    def test_it_is_of_second_order_where_ddim_is_of_first(self):
-        """On data N(0, s^2) the path is known: x_t goes as sqrt(alpha_bar s^2 + 1 - alpha_bar). Half the step, half
-        the error or a quarter of it."""
-        s2, errors = 0.3**2, {ddim: [], dpm_solver: []}
-        for steps in (80, 160, 320):
-            schedule = make_schedule("sigmoid_logsnr", steps, logsnr_min=-10, logsnr_max=5)
-            d = Diffusion(schedule, "x0")
-            std = np.sqrt(schedule.alpha_bar * s2 + 1 - schedule.alpha_bar)
-            model = lambda x, t, bar=schedule.alpha_bar: np.sqrt(bar[t[0]]) * s2 / (bar[t[0]] * s2 + 1 - bar[t[0]]) * x
-            for f in errors:
-                x = images_after(f, d, model, np.ones((1, 1, 1, 1)), None, clip=False)[-2][0].item()
-                errors[f].append(abs(x - std[0] / std[-1]))
-        first, second = (np.array(errors[f][:-1]) / np.array(errors[f][1:]) for f in (ddim, dpm_solver))
-        assert np.all((1.7 < first) & (first < 2.3)) and np.all((3.4 < second) & (second < 4.6))
 
 
 class TestRespacing:
