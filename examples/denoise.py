@@ -16,7 +16,6 @@ The digits are among those that the model was trained on; the noise is not.
 """
 
 import argparse
-import pathlib
 import sys
 import time
 
@@ -24,7 +23,7 @@ import numpy as np
 
 from tinyddpm import load_digits, load_model
 from tinyddpm.editing import denoise
-from tinyddpm.image import rows
+from tinyddpm.image import picture_path, rows
 
 
 def parse_arguments():
@@ -41,7 +40,7 @@ def parse_arguments():
     add("--samples", type=int, default=10, help="how many digits [%(default)s]")
     add("--seed", type=int, default=0, help="another one gives other digits and noise [%(default)s]")
     add("--workers", type=int, help="how many work side by side [one per CPU]")
-    add("--out", type=pathlib.Path, default=pathlib.Path("denoise.png"), help="the picture [%(default)s]")
+    add("--out", type=picture_path, default="denoise.png", help="the picture [%(default)s]")
     args = parser.parse_args()
     if args.samples < 1:
         parser.error(f"--samples must be at least 1, got {args.samples}")

@@ -9,7 +9,6 @@ The digits are among those that the model was trained on, but only what is known
 """
 
 import argparse
-import pathlib
 import sys
 import time
 
@@ -17,7 +16,7 @@ import numpy as np
 
 from tinyddpm import load_digits, load_model
 from tinyddpm.editing import inpaint
-from tinyddpm.image import rows
+from tinyddpm.image import picture_path, rows
 
 row, column = np.mgrid[:28, :28]
 MASKS = {  # True where pixels are known
@@ -38,7 +37,7 @@ def parse_arguments():
     add("--told", action="store_true", help="tell the model which digits they are [off]")
     add("--seed", type=int, default=0, help="another one gives other digits [%(default)s]")
     add("--workers", type=int, help="how many work side by side [one per CPU]")
-    add("--out", type=pathlib.Path, default=pathlib.Path("inpaint.png"), help="the picture [%(default)s]")
+    add("--out", type=picture_path, default="inpaint.png", help="the picture [%(default)s]")
     args = parser.parse_args()
     if args.tries < 1:
         parser.error(f"--tries must be at least 1, got {args.tries}")

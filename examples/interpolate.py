@@ -8,7 +8,6 @@ are what `ddim` remakes of the two.
 """
 
 import argparse
-import pathlib
 import sys
 import time
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from tinyddpm import load_digits, load_model
 from tinyddpm.editing import interpolate
-from tinyddpm.image import rows
+from tinyddpm.image import picture_path, rows
 
 
 def parse_arguments():
@@ -27,7 +26,7 @@ def parse_arguments():
     add("--steps", type=int, default=25, help="of the sampler, in either direction [%(default)s]")
     add("--seed", type=int, default=0, help="another one gives other digits [%(default)s]")
     add("--workers", type=int, help="how many work side by side [one per CPU]")
-    add("--out", type=pathlib.Path, default=pathlib.Path("interpolate.png"), help="the picture [%(default)s]")
+    add("--out", type=picture_path, default="interpolate.png", help="the picture [%(default)s]")
     args = parser.parse_args()
     for pair in args.pairs:
         if not (len(pair) == 2 and pair.isascii() and pair.isdecimal()):

@@ -6,7 +6,6 @@ python examples/sample_digits.py --guidance 0               # whatever comes: la
 """
 
 import argparse
-import pathlib
 import sys
 import time
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from tinyddpm import load_model, sample
 from tinyddpm.backend import to_numpy
-from tinyddpm.image import grid
+from tinyddpm.image import grid, picture_path
 from tinyddpm.sample import SAMPLERS
 
 
@@ -29,7 +28,7 @@ def parse_arguments():
     add("--seed", type=int, default=0, help="another one gives other digits [%(default)s]")
     add("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
     add("--workers", type=int, help="how many work side by side [one per CPU]")
-    add("--out", type=pathlib.Path, default=pathlib.Path("digits.png"), help="the picture [%(default)s]")
+    add("--out", type=picture_path, default="digits.png", help="the picture [%(default)s]")
     args = parser.parse_args()
     if not (args.digits.isascii() and args.digits.isdecimal()):
         parser.error(f"--digits must be digits such as 2026, got {args.digits!r}")

@@ -17,12 +17,11 @@ import sys
 import time
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from tinyddpm import load_diffusers, load_original, sample
 from tinyddpm.backend import to_numpy
-from tinyddpm.image import grid
+from tinyddpm.image import grid, picture_path
 from tinyddpm.sample import SAMPLERS
 
 
@@ -40,7 +39,7 @@ def parse_arguments():
     add("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="float32", help="of products on a GPU: float32, tf32, bf16 or fp16 [%(default)s]")
     add("--workers", type=int, help="how many work side by side [one per CPU]")
-    add("--out", type=pathlib.Path, default=pathlib.Path("pretrained.png"), help="the picture [%(default)s]")
+    add("--out", type=picture_path, default="pretrained.png", help="the picture [%(default)s]")
     args = parser.parse_args()
     for name in ("samples", "steps", "size", "workers"):
         value = getattr(args, name)
@@ -53,10 +52,6 @@ def parse_arguments():
             f"FOLDER: there is no {args.folder}. To fetch Ho et al.'s model for CIFAR-10: huggingface-cli download "
             "google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32 (with newer versions: hf download ...)"
         )
-    if not args.out.parent.is_dir():  # better to know now than after the sampling
-        parser.error(f"--out: there is no folder {args.out.parent}")
-    if args.out.is_dir() or args.out.suffix.lower() not in Image.registered_extensions():
-        parser.error(f"--out: expected a picture such as pretrained.png, got {args.out}")
     return args
 
 

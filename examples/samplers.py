@@ -4,21 +4,20 @@ All begin with the same noise, so that `ddim` and `dpm++`, which follow the same
 fewer steps, should make the same digits, and `ddpm`, which draws lots at every step, makes others. What is printed:
 
     seconds     for all ten digits
-    off         how far the digits are from where the path leads, dpm++'s in 100 steps: the root of the mean squared
-                difference. For `ddpm` it says nothing
+    off         how far the digits are from where the path leads, dpm++'s in twice as many steps as any: the root of
+                the mean squared difference. For `ddpm` it says nothing
     nearest     how far the nearest real digits are, in the same way; between real digits it is what the last line says.
                 Too far: not a digit. But a blurred one is nearer than it should be, so look at the picture
 """
 
 import argparse
-import pathlib
 import sys
 import time
 
 import numpy as np
 
 from tinyddpm import load_digits, load_model, sample
-from tinyddpm.image import rows
+from tinyddpm.image import picture_path, rows
 from tinyddpm.sample import SAMPLERS
 
 
@@ -31,7 +30,7 @@ def parse_arguments():
     add("--guidance", type=float, help="how clearly digits are to be what they are called, such as 2 [as in the data]")
     add("--seed", type=int, default=0, help="another one gives other digits [%(default)s]")
     add("--workers", type=int, help="how many work side by side [one per CPU]")
-    add("--out", type=pathlib.Path, default=pathlib.Path("samplers.png"), help="the picture [%(default)s]")
+    add("--out", type=picture_path, default="samplers.png", help="the picture [%(default)s]")
     args = parser.parse_args()
     if args.seed < 0:
         parser.error(f"--seed must be 0 or greater, got {args.seed}")
@@ -58,7 +57,7 @@ def main():
         settings = dict(rng=args.seed, labels=ten, guidance=args.guidance, workers=args.workers)
         return sample(diffusion, unet, (10, 28, 28, 1), method, steps, **settings)
 
-    limit, page = draw("dpm++", min(100, diffusion.T)), {}
+    limit, page = draw("dpm++", min(2 * max(args.steps), diffusion.T)), {}
     print("sampler     steps   seconds   off     nearest")
     for method in args.methods:
         for steps in args.steps + [args.most] * (method == "ddpm"):

@@ -21,6 +21,7 @@ from tinyddpm import (
     Diffusion,
     UNet,
     backward,
+    editing,
     load_diffusers,
     load_digits,
     load_model,
@@ -554,6 +555,38 @@ def test_labels():
         sample(diffusion, unet, (3, 8, 8, 1), labels=labels),
         more=10,
     )
+
+
+def test_guidance():
+    unet, twin = (awake(UNet(**SMALL, classes=3, label_dropout=0.2)).to(device) for device in ("cpu", "cuda"))
+    diffusion, labels = Diffusion(make_schedule("linear", 10, beta_end=0.7)), [2, 0, 2]
+    told, told_cuda = (sample(diffusion, u, (3, 8, 8, 1), labels=labels, guidance=2.0) for u in (unet, twin))
+    close(told_cuda, told, more=20)
+    y, y_cuda = (u(x, np.zeros(3, int), np.random.default_rng(1), np.array(labels)).data
+                 for u, x in ((unet, digits(3)), (twin, to_cuda(digits(3)))))  # fmt: skip
+    close(y_cuda, y)
+
+
+HALF = np.arange(8) < np.full((8, 1), 4)
+
+
+@pytest.mark.parametrize("use", [
+    lambda d, u, x: editing.denoise(d, u, x, 0.3, steps=3),
+    lambda d, u, x: editing.sdedit(d, u, x, 0.5),
+    lambda d, u, x: editing.invert(d, u, x, iterations=2),
+    lambda d, u, x: editing.interpolate(d, u, x[:1], x[1:2], count=3, steps=5),
+    lambda d, u, x: editing.inpaint(d, u, x, HALF, steps=5, jump=2, resamplings=2),
+])  # fmt: skip
+def test_what_starts_from_pictures(use):
+    """The pictures may come from either device; what is made of them is where the model is."""
+    unet, twin = awake(UNet(**SMALL)), awake(UNet(**SMALL)).to("cuda")
+    diffusion = Diffusion(make_schedule("linear", 10, beta_end=0.5))
+    expected = use(diffusion, unet, digits(3))
+    for pictures in (digits(3), to_cuda(digits(3))):
+        got = use(diffusion, twin, pictures)
+        assert device_of(got) == "cuda:0"
+        close(got, expected, more=20)
+    assert device_of(use(diffusion, unet, to_cuda(digits(3)))) == "cpu"
 
 
 # -------------------------------------------------------------------------------------------------------------- devices

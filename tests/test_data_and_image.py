@@ -12,7 +12,7 @@ from PIL import Image
 
 from tinyddpm import Diffusion, load_digits, make_schedule
 from tinyddpm.data import DIGITS
-from tinyddpm.image import grid, noising_strip, save_gif, save_loss_curve, to_uint8
+from tinyddpm.image import grid, noising_strip, rows, save_gif, save_loss_curve, to_uint8
 
 MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
 
@@ -85,6 +85,24 @@ def test_every_image_stands_in_its_place_in_the_grid(n, columns, channels, scale
 def test_a_grid_is_about_a_square():
     assert grid(np.zeros((64, 8, 8, 1)), scale=1, gap=0).size == (64, 64)
     assert grid(np.zeros((10, 8, 8, 1)), scale=1, gap=0).size == (32, 24)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_row_of_images_stands_beside_its_name(channels):
+    images = np.random.default_rng(0).uniform(-1, 1, (5, 6, 7, channels))
+    page = np.asarray(rows({"some": images[:2], "all of them": images}, scale=3, gap=1))
+    strip = np.asarray(grid(images, 5, scale=3, gap=1))
+    height, width = strip.shape[:2]
+    assert page.shape[0] == 2 * height and page.shape[2:] == strip.shape[2:]
+    np.testing.assert_array_equal(page[height:, -width:], strip)
+    margin = page.shape[1] - width
+    some = np.asarray(grid(images[:2], 2, scale=3, gap=1))
+    np.testing.assert_array_equal(page[:height, margin : margin + some.shape[1]], some)
+    assert (page[:height, margin + some.shape[1] :] == 32).all()
+    assert all(
+        (names > 128).any() and names[0, 0].max() == 32 for names in (page[:height, :margin], page[height:, :margin])
+    )
+    assert (page[:, margin - 5 : margin] == 32).all()  # no name is cut off
 
 
 def test_noising_strip_goes_from_the_image_to_noise():

@@ -238,11 +238,48 @@ def test_two_minutes_of_training_learn_something(tmp_path):
     assert 0.05 < (digits > 0.5).mean() < 0.3  # strokes on a dark ground, as in the data (0.13)
 
 
+def test_digits_that_are_asked_for(monkeypatch, tmp_path):
+    """Trained with labels, it draws what it is told, in the grids and later; the model is not trained again."""
+    calls = run_here(monkeypatch, tmp_path, "--labels", "--seed=3")
+    unet, labels = calls["UNet"][0][1], load_digits()[1]
+    assert unet.config["classes"] == 10 and unet.config["label_dropout"] == 0.2
+    np.testing.assert_array_equal(calls["train"][0][0]["labels"], labels)
+    for (arguments, _), n in zip(calls["sample"], (16, 16, 6), strict=True):
+        assert arguments["labels"].tolist() == [i % 10 for i in range(n)]
+    assert not (tmp_path / "digits.png").exists()
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.size == (2 * (10 * 30 + 2), 2 * 32)  # a column for each digit
+
+    monkeypatch.undo()
+    before = (tmp_path / "model.safetensors").read_bytes()
+    calls = run_here(monkeypatch, tmp_path, "--digits=2026", "--guidance=1.5", "--seed=4")
+    assert set(calls) == {"sample"} and (tmp_path / "model.safetensors").read_bytes() == before
+    ((arguments, digits),) = calls["sample"]
+    wanted = {"shape": (4, 28, 28, 1), "labels": [2, 0, 2, 6], "guidance": 1.5, "rng": 4, "workers": 2}
+    assert {name: arguments[name] for name in wanted} == wanted
+    with Image.open(tmp_path / "digits.png") as picture:
+        np.testing.assert_array_equal(np.asarray(picture), np.asarray(grid(digits, 4, scale=4)))
+
+    monkeypatch.undo()
+    calls = run_here(monkeypatch, tmp_path, "--labels", "--digits=7")
+    assert len(calls["train"]) == 1 and calls["sample"][-1][0]["labels"] == [7]
+    assert calls["sample"][-1][0]["guidance"] == 2.0
+
+
+def test_digits_cannot_be_asked_for_without_labels(tmp_path):
+    result = run(*TINY, "--digits=1", f"--out={tmp_path}")
+    assert result.returncode == 2 and "--digits: there is no model in" in result.stderr
+    assert run(*TINY, f"--out={tmp_path}").returncode == 0
+    result = run("--digits=1", f"--out={tmp_path}")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "was trained without --labels, so it does not know digits" in result.stderr
+
+
 def test_help_documents_every_option():
     result = run("--help")
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
-    for option in ("steps", "minutes", "batch", "lr", "channels", "blocks", "timesteps", "objective", "samples",
+    for option in ("steps", "minutes", "batch", "lr", "channels", "blocks", "timesteps", "objective", "samples", "digits", "guidance",
                    "sample-every", "device", "workers", "seed", "out"):  # fmt: skip
         # its meaning, and its default in brackets
         assert re.search(rf"--{option} (\{{\S+\}}|[A-Z_ \[\].]+) [^-]+\[[^\]]+\]", text), option
@@ -261,6 +298,8 @@ def test_help_documents_every_option():
         (["--device=gpu"], "device: 'gpu' is unknown; use 'cpu', 'cuda' or 'cuda:N'"),
         (["--seed=-1"], "--seed must be 0 or greater, got -1"),
         (["--objective=y"], "invalid choice: 'y'"),
+        (["--digits=1.5"], "--digits must be digits such as 2026, got '1.5'"),
+        (["--labels", "--digits="], "--digits must be digits such as 2026, got ''"),
         (["--colour=red"], "unrecognized arguments: --colour=red"),
     ],
 )
@@ -280,7 +319,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
 
 
 def test_it_can_be_read_as_a_tutorial():
-    assert len(EXAMPLE.read_text().splitlines()) < 150
+    assert len(EXAMPLE.read_text().splitlines()) < 190
 
 
 class TestSamplePretrained:
@@ -351,7 +390,7 @@ class TestSamplePretrained:
             (["--steps=61"], "steps: expected an integer from 1 to 60"),
             (["--samples=0"], "--samples must be at least 1, got 0"),
             (["--seed=-1"], "--seed must be 0 or greater, got -1"),
-            (["--out=picture"], "--out: expected a picture such as pretrained.png, got picture"),
+            (["--out=picture"], "--out: expected a picture such as digits.png, got picture"),
             (["--size=7"], "x: height and width must be multiples of 2"),
             (["--label=1"], "--label: this model knows no classes, so leave it out"),
             (["--variant=fp16"], "diffusion_pytorch_model.fp16.safetensors"),

@@ -6,6 +6,7 @@ Images come as (N, H, W, C) arrays, NumPy's or CuPy's, in [-1, 1] with C = 1 (gr
 
 from __future__ import annotations
 
+import argparse
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,19 @@ from PIL import Image, ImageDraw
 from .backend import to_numpy
 
 Path = str | pathlib.Path
+
+
+def picture_path(path: str) -> pathlib.Path:
+    """`path`, if a picture can be written there, for argparse: better to know that before the work than after.
+
+    Raises ArgumentTypeError if its folder does not exist or Pillow does not know its suffix.
+    """
+    path = pathlib.Path(path)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    if path.is_dir() or path.suffix.lower() not in Image.registered_extensions():
+        raise argparse.ArgumentTypeError(f"expected a picture such as digits.png, got {path}")
+    return path
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
