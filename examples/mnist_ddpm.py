@@ -33,7 +33,7 @@ def parse_arguments():
     add("--timesteps", type=int, default=300, help="T, the number of diffusion steps [%(default)s]")
     add("--labels", action="store_true", help="tell the network which digit each is, to ask for digits later [off]")
     add("--digits", help="draw these, such as 2026; by the model in the folder, unless it is told to train [none]")
-    add("--guidance", type=float, default=2.0, help="how clearly --digits are those, from 1 [%(default)s]")
+    add("--guidance", type=float, default=2.0, help="how clearly they are to be those; 1, as in the data [%(default)s]")
     add("--objective", default="eps", choices=OBJECTIVES, help="what the network predicts [%(default)s]")
     add("--samples", type=int, default=64, help="digits in the final grid [%(default)s]")
     add("--sample-every", type=int, default=1000, help="training steps between sample grids [%(default)s]")

@@ -279,10 +279,10 @@ def test_help_documents_every_option():
     result = run("--help")
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
-    for option in ("steps", "minutes", "batch", "lr", "channels", "blocks", "timesteps", "objective", "samples", "digits", "guidance",
-                   "sample-every", "device", "workers", "seed", "out"):  # fmt: skip
+    for option in ("steps", "minutes", "batch", "lr", "channels", "blocks", "timesteps", "labels", "digits", "guidance",
+                   "objective", "samples", "sample-every", "device", "workers", "seed", "out"):  # fmt: skip
         # its meaning, and its default in brackets
-        assert re.search(rf"--{option} (\{{\S+\}}|[A-Z_ \[\].]+) [^-]+\[[^\]]+\]", text), option
+        assert re.search(rf"--{option}( \{{\S+\}}| [A-Z_ \[\].]+)? [^-]+\[[^\]]+\]", text), option
 
 
 @pytest.mark.parametrize(
