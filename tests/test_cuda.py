@@ -580,7 +580,7 @@ HALF = np.arange(8) < np.full((8, 1), 4)
 def test_what_starts_from_pictures(use):
     """The pictures may come from either device; what is made of them is where the model is."""
     unet, twin = awake(UNet(**SMALL)), awake(UNet(**SMALL)).to("cuda")
-    diffusion = Diffusion(make_schedule("linear", 10, beta_end=0.5))
+    diffusion = Diffusion(make_schedule("linear", 10, beta_end=0.7))
     expected = use(diffusion, unet, digits(3))
     for pictures in (digits(3), to_cuda(digits(3))):
         got = use(diffusion, twin, pictures)

@@ -13,7 +13,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTAL
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 5
+    assert len(SNIPPETS) == 6
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS)
@@ -33,6 +33,9 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
     if "load_diffusers" in names:
         with Image.open("pretrained.png") as picture:
             assert picture.size == (2 * (4 * 34 + 2), 2 * (4 * 34 + 2)) and picture.mode == "RGB"
+    elif "rows" in names:
+        with Image.open("uses.png") as picture:
+            assert picture.height == 6 * 64 and picture.width > 2 * 8 * 30
     elif "grid" in names:
         with Image.open("digits.png") as picture:
             assert picture.size == (2 * (4 * 30 + 2), 2 * (4 * 30 + 2))
