@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from tinyddpm import Diffusion, make_schedule, sample, train
 from tinyddpm.functional import silu
-from tinyddpm.image import grid
+from tinyddpm.image import grid, save_gif
 from tinyddpm.nn import Linear, Module
 from tinyddpm.unet import timestep_encoding
 
@@ -80,8 +80,7 @@ def main(data, steps, points, workers, seed, out):
     ts = [0, 10, 20, 40, 60, 100]
     grid(np.stack([noising(t) for t in ts] + [denoising(t) for t in ts[::-1]]), 6, scale=1).save(out / "toy.png")
     frames = [grid(np.stack([noising(t), denoising(T - t)]), scale=1) for t in range(0, T + 1, 2)]
-    first, *rest = [frame.quantize(128, Image.Quantize.FASTOCTREE) for frame in frames]  # which keeps the rare hues
-    first.save(out / "toy.gif", save_all=True, append_images=rest, duration=[80] * len(rest) + [2500], loop=0)
+    save_gif(out / "toy.gif", frames, hold=2.5)
     print(f"toy.gif and toy.png are in {out}")
 
 

@@ -47,7 +47,7 @@ def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path, data):
             gif.seek(i)
             times.append(gif.info["duration"])
             frames.append(np.asarray(gif.convert("RGB"), int))
-    assert times == [80] * 50 + [2500]
+    assert times == [70] * 50 + [2500]
     assert all((a != b).any() for a, b in zip(frames, frames[1:]))
     forward, reverse = panels(out / "toy.png")
     for frame, picture in ((frames[0][2:224, 2:242], forward[0]), (frames[-1][2:224, 244:484], reverse[-1])):

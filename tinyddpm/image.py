@@ -84,8 +84,10 @@ def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0, ho
     """Write frames as an animated GIF that plays for `seconds`, holds its last frame for `hold` and starts again."""
     if not frames:
         raise ValueError("frames: expected at least one image, got none")
-    # noise does not compress: with 16 greys, or 64 colours, a frame is half the size and looks the same
-    frames = [frame.quantize(16 if frame.mode == "L" else 64, dither=Image.Dither.NONE) for frame in frames]
+    # noise does not compress: with 16 greys, or 128 colours, rare ones among them, a frame is half the size and looks
+    # the same
+    how = {"L": (16, Image.Quantize.MEDIANCUT), "RGB": (128, Image.Quantize.FASTOCTREE)}
+    frames = [frame.quantize(*how[frame.mode], dither=Image.Dither.NONE) for frame in frames]
     times = [max(20, round(1000 * seconds / len(frames)))] * (len(frames) - 1) + [round(1000 * hold)]
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=True)
 
