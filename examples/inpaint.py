@@ -23,7 +23,7 @@ MASKS = {  # True where pixels are known
     "left": column < 14,
     "top": row < 14,
     "frame": (abs(row - 13.5) > 6) | (abs(column - 13.5) > 6),
-    "dots": (row % 3 == 0) & (column % 3 == 0),
+    "dots": (row % 2 == 0) & (column % 2 == 0),
 }
 
 

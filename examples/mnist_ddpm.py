@@ -5,6 +5,7 @@ was trained with --labels draws the digits it is asked for, as often as you like
 """
 
 import argparse
+import math
 import pathlib
 import signal
 import sys
@@ -55,6 +56,8 @@ def parse_arguments():
         parser.error(f"--seed must be 0 or greater, got {args.seed}")
     if args.digits is not None and not (args.digits.isascii() and args.digits.isdecimal()):
         parser.error(f"--digits must be digits such as 2026, got {args.digits!r}")
+    if not math.isfinite(args.guidance):
+        parser.error(f"--guidance must be a number, got {args.guidance}")
     if args.digits and not (args.labels or (args.out / "model.safetensors").exists()):
         parser.error(f"--digits: there is no model in {args.out} yet; to train one, give --labels")
     try:  # better to know now than after the training
@@ -159,7 +162,7 @@ def train_and_sample(args):
 def draw_digits(args):
     """Draw the digits that were asked for, with classifier-free guidance."""
     unet, diffusion = load_model(args.out / "model.safetensors")
-    if not unet.config["classes"]:
+    if not unet.config["label_dropout"]:
         raise ValueError(f"--digits: the model in {args.out} was trained without --labels, so it does not know digits")
     unet.to(args.device, precision=args.precision)
     labels = [int(digit) for digit in args.digits]
@@ -181,5 +184,11 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong, and mend
+    except (
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        RuntimeError,
+        OSError,
+    ) as error:  # these say what was wrong, and mend
         sys.exit(f"mnist_ddpm.py: {error}")

@@ -73,8 +73,9 @@ def test_weights_of_another_precision(tmp_path, dtype, digits, size):
 
 def test_a_precision_that_does_not_fit(tmp_path):
     unet = UNet(**TINY)
-    with pytest.raises(ValueError, match="dtype: expected 'float16', 'float32' or 'float64', got 'int8'"):
-        save_model(tmp_path / "m.safetensors", unet, DIFFUSION, "int8")
+    for bad in ("int8", "bfloat16", "half", 16):
+        with pytest.raises(ValueError, match=f"dtype: expected 'float16', 'float32' or 'float64', got {bad!r}"):
+            save_model(tmp_path / "m.safetensors", unet, DIFFUSION, bad)
     unet.conv_out.b.data = np.full_like(unet.conv_out.b.data, 1e5)
     with pytest.raises(ValueError, match="dtype: conv_out.b has weights of up to 1e[+]05, too large for float16"):
         save_model(tmp_path / "m.safetensors", unet, DIFFUSION, "float16")

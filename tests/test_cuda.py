@@ -570,13 +570,16 @@ def test_guidance():
 HALF = np.arange(8) < np.full((8, 1), 4)
 
 
-@pytest.mark.parametrize("use", [
+EDITING = [
     lambda d, u, x: editing.denoise(d, u, x, 0.3, steps=3),
     lambda d, u, x: editing.sdedit(d, u, x, 0.5),
     lambda d, u, x: editing.invert(d, u, x, iterations=2),
     lambda d, u, x: editing.interpolate(d, u, x[:1], x[1:2], count=3, steps=5),
-    lambda d, u, x: editing.inpaint(d, u, x, HALF, steps=5, jump=2, resamplings=2),
-])  # fmt: skip
+    lambda d, u, x: editing.inpaint(d, u, x, like(HALF, x).astype(bool), steps=5, jump=2, resamplings=2),
+]
+
+
+@pytest.mark.parametrize("use", EDITING)
 def test_what_starts_from_pictures(use):
     """The pictures may come from either device; what is made of them is where the model is."""
     unet, twin = awake(UNet(**SMALL)), awake(UNet(**SMALL)).to("cuda")

@@ -103,6 +103,9 @@ def test_a_row_of_images_stands_beside_its_name(channels):
         (names > 128).any() and names[0, 0].max() == 32 for names in (page[:height, :margin], page[height:, :margin])
     )
     assert (page[:, margin - 5 : margin] == 32).all()  # no name is cut off
+    for bad, got in (({}, "none"), ({"a": images, "b": images[..., :1].repeat(4 - channels, axis=3)}, "a, b")):
+        with pytest.raises(ValueError, match=f"named: expected rows that are all grey or all RGB, got {got}"):
+            rows(bad)
 
 
 def test_noising_strip_goes_from_the_image_to_noise():

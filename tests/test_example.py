@@ -299,6 +299,7 @@ def test_help_documents_every_option():
         (["--seed=-1"], "--seed must be 0 or greater, got -1"),
         (["--objective=y"], "invalid choice: 'y'"),
         (["--digits=1.5"], "--digits must be digits such as 2026, got '1.5'"),
+        (["--labels", "--digits=1", "--guidance=nan"], "--guidance must be a number, got nan"),
         (["--labels", "--digits="], "--digits must be digits such as 2026, got ''"),
         (["--colour=red"], "unrecognized arguments: --colour=red"),
     ],

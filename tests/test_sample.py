@@ -232,6 +232,8 @@ class TestRespacing:
                 timesteps(10, bad)
         with pytest.raises(ValueError, match="spacing: unknown 'karras'; known: trailing, leading, linspace"):
             timesteps(10, 4, "karras")
+        with pytest.raises(ValueError, match="spacing: unknown 'karras'"):
+            timesteps(10, [1, 2], "karras")
 
     @pytest.mark.parametrize("method", sorted(SAMPLERS))
     def test_spacing_and_clip_are_those_of_the_diffusion_unless_told_otherwise(self, method):
@@ -505,10 +507,20 @@ class TestSample:
         np.testing.assert_array_equal(path[1:], np.stack(seen) / np.float32(b))
         np.testing.assert_array_equal(path[-1], sample(d, zeros, x.shape, "ddim", **settings))
         noise = sample(d, zeros, (5, 2, 2, 1), "ddim", rng=4, trajectory=True)[0] * b
-        again = sample(d, zeros, (5, 2, 2, 1), "ddim", start=noise)
-        np.testing.assert_allclose(again, sample(d, zeros, (5, 2, 2, 1), "ddim", rng=4), rtol=1e-5)
-        for bad, got in ((x[:4], r"\(4, 2, 2, 1\)"), (x.tolist(), "list"), (1.0, "float")):
-            with pytest.raises(ValueError, match=rf"start: expected .* shape of the images, \(5, 2, 2, 1\), got {got}"):
+        for method in SAMPLERS:  # `ddpm`, too: what is drawn on the way does not depend on the start
+            again = sample(d, zeros, (5, 2, 2, 1), method, start=noise, rng=4)
+            np.testing.assert_allclose(again, sample(d, zeros, (5, 2, 2, 1), method, rng=4), rtol=1e-4, atol=1e-6)
+        with pytest.raises(FloatingPointError, match="not finite; are its weights, and the start?"):
+            sample(d, zeros, (5, 2, 2, 1), start=np.full_like(noise, np.nan))
+        no_start = (
+            (x[:4], r"float64 \(4, 2, 2, 1\)"),
+            (x > 0, "bool"),
+            (x * 1j, "complex"),
+            (x.tolist(), "list"),
+            (1.0, "float"),
+        )
+        for bad, got in no_start:
+            with pytest.raises(ValueError, match=rf"start: expected .* of the images, \(5, 2, 2, 1\), got {got}"):
                 sample(d, zeros, (5, 2, 2, 1), start=bad)
 
     def test_a_bar_is_shown_if_wanted(self, capsys):
@@ -520,13 +532,14 @@ class TestSample:
     def test_a_sampler_of_one_s_own(self):
         def halved(diffusion, model, x, noise, clip=None, times=1):
             for t in reversed(range(diffusion.T)):
-                x = x / 2**times
+                x /= 2**times  # in place: it is its own
                 yield t, x, model(x, np.full(len(x), t))
 
         start = np.ones((2, 2, 2, 1), np.float32)
         np.testing.assert_array_equal(sample(self.d, zeros, start.shape, halved, 4, start=start, times=2), start / 256)
-        with pytest.raises(TypeError, match="takes times, got eta"):
-            sample(self.d, zeros, start.shape, halved, eta=0.5)
+        assert (start == 1).all()
+        with pytest.raises(TypeError, match="settings: 'halved' takes times, got eta$"):
+            sample(self.d, zeros, start.shape, halved, eta=0.5, times=2)
 
     def test_the_seed_is_0_unless_given(self):
         a, b = sample(self.d, zeros, (1, 2, 2, 1)), sample(self.d, zeros, (1, 2, 2, 1), rng=0)

@@ -342,6 +342,8 @@ class TestTrain:
             next(train(unet, DIFFUSION, IMAGES, 3, labels=np.full(len(IMAGES), 5), workers=1))
         with pytest.raises(TypeError, match="labels: expected a NumPy array of integers, one of 5 classes"):
             next(train(unet, DIFFUSION, IMAGES, 3, workers=1))
+        with pytest.raises(ValueError, match="labels: this model is to learn with and without them, so give some"):
+            next(train(UNet(**TINY, classes=5, label_dropout=0.1), DIFFUSION, IMAGES, 3))
 
     def test_micro_batches_add_up_to_the_batch(self):
         """The gradient is that of the mean over the batch, of whatever sizes its micro-batches are."""

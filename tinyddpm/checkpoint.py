@@ -34,7 +34,9 @@ def save_model(path: Path, unet: UNet, diffusion: Diffusion, dtype: np.dtype | s
     samples. Raises FileNotFoundError if the folder does not exist, OSError if it cannot be written, ValueError for
     another dtype than float16, 32 or 64, or weights too large for it.
     """
-    path, schedule = pathlib.Path(path), diffusion.schedule
+    path, schedule, dtype = pathlib.Path(path), diffusion.schedule, getattr(dtype, "__name__", dtype)
+    if dtype is not None and dtype not in ("float16", "float32", "float64"):
+        raise ValueError(f"dtype: expected 'float16', 'float32' or 'float64', got {dtype!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: there is no folder {path.parent}")
     config = {
@@ -59,8 +61,6 @@ def save_model(path: Path, unet: UNet, diffusion: Diffusion, dtype: np.dtype | s
 
 
 def _rounded(name: str, w: np.ndarray, dtype: np.dtype | str) -> np.ndarray:
-    if np.dtype(dtype).name not in ("float16", "float32", "float64"):
-        raise ValueError(f"dtype: expected 'float16', 'float32' or 'float64', got {dtype!r}")
     with np.errstate(over="ignore"):
         rounded = w.astype(dtype)
     if np.isinf(rounded).any():

@@ -6,25 +6,48 @@
     interpolate     two pictures                                ->  those between them, by way of their noise
     inpaint         a picture of which only a part is known     ->  the whole
 
-Pictures are (N, H, W, C) floats in [-1, 1]. `settings` are those of `sample`: rng, labels, guidance, clip, workers ...
+Pictures are (N, H, W, C) floats in [-1, 1]. `settings` are those of `sample` that a function does not set itself: rng,
+labels, guidance, clip, workers, progress ... What comes out is of the model's dtype, on its device.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
 
 import numpy as np
 
-from .backend import Array, array_module, device_of, is_array, like, to_device, to_numpy
+from .backend import Array, array_module, device_of, is_array, like, on_device, to_device, to_numpy
 from .diffusion import Diffusion
 from .limit import Clip
 from .sample import Steps, sample, timesteps
 
+
+def by_sampling(*own: str) -> Callable:
+    """Decorate a function (diffusion, model, ...) that calls `sample`: it computes where the model is, and refuses the
+    settings `own`, for these it sets itself."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def where_the_model_is(diffusion: Diffusion, model: Callable, *arguments: object, **settings: object) -> Array:
+            if not isinstance(diffusion, Diffusion):
+                raise TypeError(f"diffusion: expected a Diffusion, got {type(diffusion).__name__}")
+            if chosen := [name for name in own if name in settings]:
+                raise TypeError(f"settings: {function.__name__} sets {', '.join(chosen)} itself")
+            with on_device(getattr(model, "device", "cpu")):
+                return function(diffusion, model, *arguments, **settings)
+
+        return where_the_model_is
+
+    return decorate
+
+
 # ----------------------------------------------------------------------------------------------- begun half way
 
 
+@by_sampling("start", "spacing")
 def denoise(
     diffusion: Diffusion,
     model: Callable,
@@ -34,8 +57,8 @@ def denoise(
     steps: int | None = None,
     **settings: object,
 ) -> Array:
-    """Take Gaussian noise out of pictures: noisy = x_0 + sigma eps is x_t but for a factor, at the t (Song et al. 2021,
-    appendix B) where
+    """Take Gaussian noise out of pictures: noisy = x_0 + sigma eps is x_t but for a factor (Song et al. 2021, section
+    4.3), at the t where
 
         sqrt(1 - alpha_bar_t) / (b sqrt(alpha_bar_t)) = sigma,    x_t = b sqrt(alpha_bar_t) noisy
 
@@ -44,25 +67,28 @@ def denoise(
 
     Args:
         noisy: (N, H, W, C), images in [-1, 1] with noise added, not clipped.
-        sigma: the standard deviation of the noise, in the same scale; the nearest t is taken.
-        method, steps: see `sample`; but no more steps than the t + 1 there are from t to 0, which None takes.
+        sigma: the standard deviation of the noise, in the same scale; the nearest t is taken, and t = 0 for less noise
+            than the schedule knows.
+        method: see `sample`.
+        steps: how many, evenly spaced from t to 0, or all t + 1 if it is more than those; None for all.
 
     Returns (N, H, W, C). Raises ValueError if sigma is not > 0, or more than the schedule has at the end, or the values
-    of `noisy` are out of the range that it leads to.
+    of `noisy` are out of the range that it leads to, and as `sample` does.
     """
     s = diffusion.schedule
     if not (isinstance(sigma, numbers.Real) and 0 < sigma < math.inf):
         raise ValueError(f"sigma: expected a number > 0, got {sigma!r}")
     noisy = _checked("noisy", noisy, model, 1 + 10 * sigma)
-    with np.errstate(divide="ignore"):  # no signal at all: infinity
-        sigmas = np.sqrt(s.one_minus_alpha_bar / s.alpha_bar) / s.input_scale
-    if sigma > sigmas[-1] * 1.01:
-        raise ValueError(f"sigma: {sigma} is more noise than this schedule knows; it ends at {sigmas[-1]:.4g}")
+    signal = s.alpha_bar > 0  # without, nothing would be left of the pictures
+    sigmas = np.sqrt(s.one_minus_alpha_bar[signal] / s.alpha_bar[signal]) / s.input_scale
+    if sigma > 1.01 * sigmas.max(initial=0):
+        raise ValueError(f"sigma: {sigma} is more noise than this schedule knows, {sigmas.max(initial=0):.4g}")
     t = int(np.abs(np.log(sigmas / sigma)).argmin())
     x_t = float(s.input_scale * np.sqrt(s.alpha_bar[t])) * noisy
     return sample(diffusion, model, noisy.shape, method, _until(t, steps, diffusion), start=x_t, **settings)
 
 
+@by_sampling("start", "spacing")
 def sdedit(
     diffusion: Diffusion,
     model: Callable,
@@ -76,8 +102,12 @@ def sdedit(
     """Make pictures that are like `images`: noise them to t = strength T, sample from there (Meng et al. 2022, SDEdit,
     algorithm 1). What a sketch lacks is made up; the greater the strength, the more.
 
-    Args: images: (N, H, W, C) in [-1, 1]. strength: in (0, 1]. method, rng: see `sample`. steps: see `denoise`.
-    Returns (N, H, W, C). Raises ValueError if images or strength are out of range.
+    Args:
+        images: (N, H, W, C) in [-1, 1].
+        strength: in (0, 1].
+        method, rng: see `sample`. steps: see `denoise`.
+
+    Returns (N, H, W, C). Raises ValueError if images or strength are out of range, and as `sample` does.
     """
     images = _checked("images", images, model)
     if not (isinstance(strength, numbers.Real) and 0 < strength <= 1):
@@ -90,7 +120,10 @@ def sdedit(
 
 
 def _until(t: int, steps: int | None, diffusion: Diffusion) -> np.ndarray:
-    """So many timesteps from 0 to t, t among them, or all if there are fewer. Raises as `timesteps` does."""
+    """So many timesteps from 0 to t, t among them, or all if there are fewer. Raises ValueError as `timesteps` does, or
+    for a list."""
+    if np.ndim(steps) > 0:
+        raise ValueError(f"steps: expected how many, since which they are depends on where to begin, got {steps}")
     steps = diffusion.T if steps is None else len(timesteps(diffusion.T, steps))
     return timesteps(t + 1, min(steps, t + 1))
 
@@ -101,28 +134,33 @@ def _until(t: int, steps: int | None, diffusion: Diffusion) -> np.ndarray:
 def ddim_inversion(
     diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip: Clip | None = None, iterations: int = 1
 ) -> Steps:
-    """`ddim` with eta = 0 the other way round, from the image to x_{T-1} (Dhariwal & Nichol 2021, appendix F):
+    """`ddim` with eta = 0 the other way round, from the image to x_{T-1} (Song et al. 2021, section 4.3):
 
         x_t = sqrt(alpha_bar_t / alpha_bar_{t-1}) (x_{t-1} - sqrt(1 - alpha_bar_{t-1}) eps) + sqrt(1 - alpha_bar_t) eps
 
     where eps should be what the model finds in x_t, which is not there yet. In the first iteration x_{t-1} stands in
-    for it, and each further one takes what came out before (Pan et al. 2023, equation 10).
+    for it, and each further one takes what came out before, until nothing changes (Pan et al. 2023). If the schedule
+    ends with no signal, all of x_t is noise there, which is that of x_{t-1} and not to be asked of the model:
+
+        x_t = (x_{t-1} - sqrt(alpha_bar_{t-1}) b x0hat) / sqrt(1 - alpha_bar_{t-1})
     """
     s = diffusion.schedule
     for t in range(diffusion.T):
         ts, x_t = np.full(len(x), t), x
-        ratio = math.sqrt(s.alpha_bar[t] / s.alpha_bar_prev[t])
+        signal, noise_before = (math.sqrt(table[t]) for table in (s.alpha_bar_prev, s.one_minus_alpha_bar_prev))
+        ratio = math.sqrt(s.alpha_bar[t]) / signal
         for _ in range(iterations):
             x0, _ = diffusion.denoise(model, x_t, ts, clip)
-            eps = diffusion.eps_from_x0(x_t, ts, x0)
-            x_t = (
-                ratio * x
-                + (math.sqrt(s.one_minus_alpha_bar[t]) - ratio * math.sqrt(s.one_minus_alpha_bar_prev[t])) * eps
-            )
+            if s.alpha_bar[t] == 0 < t:
+                x_t = (x - signal * s.input_scale * x0) / noise_before
+            else:
+                eps = diffusion.eps_from_x0(x_t, ts, x0)
+                x_t = ratio * x + (math.sqrt(s.one_minus_alpha_bar[t]) - ratio * noise_before) * eps
         x = x_t
         yield t, x, x0
 
 
+@by_sampling("method", "start", "eta")
 def invert(
     diffusion: Diffusion,
     model: Callable,
@@ -135,8 +173,13 @@ def invert(
     """The noise x_T of which `ddim` makes `images`, to be handed to `sample` as `start`, with as many steps and clip
     False: see `ddim_inversion`. The more steps or iterations, the closer it comes.
 
-    Args: images: (N, H, W, C) in [-1, 1]. steps: see `sample`. iterations: evaluations of the model for each. Returns
-    (N, H, W, C). Raises ValueError for images out of range, or iterations that are not an integer >= 1.
+    Args:
+        images: (N, H, W, C) in [-1, 1].
+        steps: see `sample`.
+        iterations: evaluations of the model for each of them.
+
+    Returns (N, H, W, C). Raises ValueError for images out of range, iterations that are not an integer >= 1, and as
+    `sample` does.
     """
     images = _checked("images", images, model)
     if not (isinstance(iterations, numbers.Integral) and iterations >= 1):
@@ -146,39 +189,47 @@ def invert(
     return b * sample(diffusion, model, images.shape, ddim_inversion, steps, **settings)
 
 
+@by_sampling("method", "start", "eta", "clip", "trajectory")
 def interpolate(
     diffusion: Diffusion,
     model: Callable,
-    a: Array,
-    b: Array,
+    first: Array,
+    last: Array,
     count: int = 8,
     steps: int | None = None,
-    labels: np.ndarray | None = None,
     iterations: int = 2,
+    labels: np.ndarray | None = None,
     **settings: object,
 ) -> Array:
-    """`count` pictures from each of a to that of b, evenly spaced (Song et al. 2021, section 5.3): the noise of which
-    `ddim` makes one is turned into that of the other, along the sphere on which noise lies, see `slerp`.
+    """`count` pictures from each of `first` to that of `last`, evenly spaced (Song et al. 2021, section 5.3): the noise
+    of which `ddim` makes one is turned into that of the other, along the sphere on which noise lies, see `slerp`.
 
-    Args: a, b: (N, H, W, C) in [-1, 1]. count: at least 2; the first and the last are a and b as `ddim` remakes them.
-    steps, iterations: see `invert`. labels: (N,). Returns (N, count, H, W, C). Raises ValueError if the shapes differ
-    or an argument is out of range.
+    Args:
+        first, last: (N, H, W, C) in [-1, 1].
+        count: at least 2; at the ends are the two as `ddim` remakes them.
+        steps, iterations: see `invert`.
+        labels: (N,) integers, the class of both pictures of a pair and of all between them.
+
+    Returns (N, count, H, W, C). Raises ValueError if the shapes differ or an argument is out of range, and as `sample`
+    does.
     """
-    a, b = _checked("a", a, model), _checked("b", b, model)
-    if a.shape != b.shape:
-        raise ValueError(f"a, b: expected two arrays of one shape, got {a.shape} and {b.shape}")
+    first, last = _checked("first", first, model), _checked("last", last, model)
+    if first.shape != last.shape:
+        raise ValueError(f"first, last: expected two arrays of one shape, got {first.shape} and {last.shape}")
     if not (isinstance(count, numbers.Integral) and count >= 2):
         raise ValueError(f"count: expected an integer >= 2, got {count!r}")
-    twice, often = (None if labels is None else f(labels, n) for f, n in ((np.tile, 2), (np.repeat, count)))
-    both = array_module(a).concatenate([a, b])
-    ends = invert(diffusion, model, both, steps, iterations, labels=twice, **settings)
-    between = slerp(ends[: len(a)], ends[len(a) :], np.linspace(0, 1, count)).reshape(-1, *a.shape[1:])
-    settings |= {"clip": False, "start": between, "labels": often}
-    return (
-        sample(diffusion, model, between.shape, "ddim", steps, **settings)
-        .clip(-1, 1)
-        .reshape(len(a), count, *a.shape[1:])
-    )
+    N, *image = first.shape
+    of_ends = of_all = None
+    if labels is not None:
+        if np.shape(labels) != (N,):
+            raise ValueError(f"labels: expected {N}, one for each pair, got shape {np.shape(labels)}")
+        of_ends, of_all = np.tile(labels, 2), np.repeat(labels, count)
+    both = array_module(first).concatenate([first, last])
+    ends = invert(diffusion, model, both, steps, iterations, labels=of_ends, **settings)
+    between = slerp(ends[:N], ends[N:], np.linspace(0, 1, count)).reshape(N * count, *image)
+    settings |= {"clip": False, "start": between, "labels": of_all}
+    pictures = sample(diffusion, model, between.shape, "ddim", steps, **settings)
+    return pictures.clip(-1, 1).reshape(N, count, *image)
 
 
 def slerp(a: Array, b: Array, fractions: np.ndarray) -> Array:
@@ -193,9 +244,11 @@ def slerp(a: Array, b: Array, fractions: np.ndarray) -> Array:
     unit_a, unit_b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in flat)
     w = np.arccos((unit_a * unit_b).sum(1, keepdims=True).clip(-1, 1))
     w = np.maximum(w, 1e-6)  # where they are parallel, all but the straight line
-    of_a, of_b = (like((np.sin(f * w) / np.sin(w)).reshape(len(a), -1, *[1] * (a.ndim - 1)), a)
-                  for f in (1 - fractions, fractions))  # fmt: skip
-    return of_a * a[:, None] + of_b * b[:, None]
+
+    def weight(f: np.ndarray) -> Array:
+        return like((np.sin(f * w) / np.sin(w)).reshape(len(a), -1, *[1] * (a.ndim - 1)), a)
+
+    return weight(1 - fractions) * a[:, None] + weight(fractions) * b[:, None]
 
 
 # ----------------------------------------------------------------------------------------------- held in places
@@ -207,22 +260,23 @@ def repaint(
     x: Array,
     noise: Callable,
     clip: Clip | None = None,
-    images: Array | None = None,
-    mask: Array | None = None,
-    jump: int = 1,
-    resamplings: int = 1,
+    *,
+    images: Array,
+    mask: Array,
+    jump: int,
+    resamplings: int,
 ) -> Steps:
     """`ddpm` where `mask` (N, H, W, 1) is False, the forward process of `images` where it is True (Lugmayr et al. 2022,
     RePaint, algorithm 1):
 
         x_{t-1} = m (sqrt(alpha_bar_{t-1}) b x_0 + sqrt(1 - alpha_bar_{t-1}) eps) + (1 - m) (mu_theta + sigma_t z)
 
-    So that what is made up has time to fit what is known, every `jump` steps are undone by as many of the forward
-    process and taken again, until they were taken `resamplings` times (section 4.2 there).
+    So that what is made up has time to fit what is known, `jump` steps at a time are undone by as many of the forward
+    process and taken again, until they were taken `resamplings` times (section 4.2 there); all but the last step.
     """
     xp, s = array_module(x), diffusion.schedule
-    for top in range(diffusion.T, 0, -jump):
-        bottom = max(top - jump, 0)
+    tops = [*range(diffusion.T, 1, -jump), 1]
+    for top, bottom in zip(tops, [*tops[1:], 0]):
         for last in [False] * (resamplings - 1) * (bottom > 0) + [True]:
             for t in reversed(range(bottom, top)):
                 x, log_variance, x0 = diffusion.p_mean_variance(model, x, np.full(len(x), t), clip)
@@ -238,6 +292,7 @@ def repaint(
                     x = diffusion.q_step(x, np.full(len(x), t), noise())
 
 
+@by_sampling("method")
 def inpaint(
     diffusion: Diffusion,
     model: Callable,
@@ -253,15 +308,15 @@ def inpaint(
     Args:
         images: (N, H, W, C) in [-1, 1]; what they are where the mask is False does not matter.
         mask: (H, W) or (N, H, W) booleans, True where pixels are known.
-        steps: see `sample`. The model is evaluated about `resamplings` times for each.
+        steps: see `sample`. The model is evaluated `resamplings` times for each but the last.
         jump, resamplings: integers >= 1, see `repaint`; `resamplings` 1 is the quick way, with poorer seams.
 
-    Returns (N, H, W, C). Raises ValueError for images out of range or a mask of another shape, TypeError unless it is
-    of booleans.
+    Returns (N, H, W, C). Raises ValueError for images out of range, a mask of another shape, and as `sample` does;
+    TypeError unless the mask is of booleans.
     """
-    images = _checked("images", images, model)
+    _check_kind("images", images)
     N, H, W, _ = images.shape
-    mask = np.asarray(mask)
+    mask = to_numpy(mask) if is_array(mask) else np.asarray(mask)
     if mask.dtype != bool:
         raise TypeError(f"mask: expected booleans, True where pixels are known, got {mask.dtype}")
     if mask.shape not in ((H, W), (N, H, W)):
@@ -269,26 +324,33 @@ def inpaint(
     for name, value in (("jump", jump), ("resamplings", resamplings)):
         if not (isinstance(value, numbers.Integral) and value >= 1):
             raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-    mask = np.broadcast_to(mask[..., None], (N, H, W, 1))
-    settings |= {"images": images, "mask": to_device(mask, device_of(images)), "jump": jump, "resamplings": resamplings}
+    images = to_device(images, getattr(model, "device", "cpu"))
+    mask = to_device(np.broadcast_to(mask[..., None], (N, H, W, 1)), device_of(images))
+    images = _checked("images", array_module(images).where(mask, images, 0), model)
+    settings |= {"images": images, "mask": mask, "jump": jump, "resamplings": resamplings}
     made = sample(diffusion, model, images.shape, repaint, steps, **settings)
     last = made[-1] if settings.get("trajectory") else made
-    last[...] = array_module(last).where(settings["mask"], images, last)  # b x / b need not be x
+    last[...] = array_module(last).where(mask, images, last)  # b x / b need not be x
     return made
 
 
 def _checked(name: str, images: Array, model: Callable, most: float = 1.0) -> Array:
     """`images` of the model's dtype and on its device, or an error unless they are a batch within [-most, most]."""
-    if not is_array(images) or images.dtype.kind != "f":
-        got = images.dtype if is_array(images) else type(images).__name__
-        raise TypeError(f"{name}: expected an array of floats, images in [-1, 1], got {got}")
-    if images.ndim != 4 or images.size == 0:
-        raise ValueError(f"{name}: expected one or more images (N, H, W, C), got shape {images.shape}")
+    _check_kind(name, images)
+    images = to_device(images, getattr(model, "device", "cpu"))
     low, high = float(images.min()), float(images.max())
     if not (-most - 0.01 <= low and high <= most + 0.01):
         raise ValueError(
             f"{name}: expected values within [{-most:g}, {most:g}], got {low:.4g} to {high:.4g}; of 8-bit levels k, "
             "images are k / 127.5 - 1"
         )
-    images = images.astype(getattr(model, "dtype", np.dtype("float32")), copy=False)
-    return to_device(images, getattr(model, "device", "cpu"))
+    return images.astype(getattr(model, "dtype", np.dtype("float32")), copy=False)
+
+
+def _check_kind(name: str, images: Array) -> None:
+    """Raise unless `images` is a batch of floats."""
+    if not is_array(images) or images.dtype.kind != "f":
+        got = images.dtype if is_array(images) else type(images).__name__
+        raise TypeError(f"{name}: expected an array of floats, images in [-1, 1], got {got}")
+    if images.ndim != 4 or images.size == 0:
+        raise ValueError(f"{name}: expected one or more images (N, H, W, C), got shape {images.shape}")

@@ -75,8 +75,8 @@ def save_diffusers(
             U-Net's configuration, and if it has none, 28, rounded up to what the network halves evenly.
 
     float64 weights are written as such; diffusers makes them float32 unless it is given torch_dtype. A network with
-    classes loads as a UNet2DModel, but their pipeline cannot hand it labels. What samplers do otherwise in diffusers,
-    `load_diffusers` tells.
+    classes loads as a UNet2DModel, but their pipeline cannot hand it labels; if it has `label_dropout`, the last class
+    there is no label. What samplers do otherwise in diffusers, `load_diffusers` tells.
 
     Raises TypeError for what is no model; ValueError for what diffusers has not: an input scale, interleaved encodings,
     as many heads at levels of different widths; FileExistsError if there are other files of weights, which diffusers

@@ -58,7 +58,12 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int = 2, gap: in
 
 
 def rows(named: Mapping[str, np.ndarray], scale: int = 2, gap: int = 2) -> Image.Image:
-    """A row of images (N, H, W, C) for each name, which is written to the left of it; see `grid`."""
+    """A row of images (N, H, W, C) for each name, which is written to the left of it; see `grid`.
+
+    Raises ValueError for no rows, other shapes, or grey and RGB together.
+    """
+    if len({images.shape[-1] for images in named.values()}) != 1:
+        raise ValueError(f"named: expected rows that are all grey or all RGB, got {', '.join(named) or 'none'}")
     strips = [grid(images, len(images), scale, gap) for images in named.values()]
     pen = ImageDraw.Draw(Image.new("L", (1, 1)))
     margin = 20 + math.ceil(max(pen.textlength(name) for name in named))

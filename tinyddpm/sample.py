@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from .backend import Array, array_module, is_array, on_device, to_device
+from .backend import Array, array_module, is_array, on_device, to_device, to_numpy
 from .diffusion import SPACINGS, Diffusion
 from .limit import Clip
 from .parallel import shards, worker_threads
@@ -113,6 +113,8 @@ def timesteps(T: int, steps: int | Sequence[int], spacing: str = "trailing") -> 
     Instead of how many, `steps` may say which, in either direction.
     Raises ValueError for another spacing, or unless 1 <= steps <= T, or they are timesteps in order, each once.
     """
+    if spacing not in SPACINGS:
+        raise ValueError(f"spacing: unknown {spacing!r}; known: {', '.join(SPACINGS)}")
     if np.ndim(steps) > 0:
         ts = np.asarray(steps)
         if ts.ndim == 1 and ts.size and ts.dtype.kind in "iu":
@@ -122,8 +124,6 @@ def timesteps(T: int, steps: int | Sequence[int], spacing: str = "trailing") -> 
         raise ValueError(f"steps: expected timesteps within 0 ... {T - 1} in order, each once, got {steps}")
     if not (isinstance(steps, numbers.Integral) and 1 <= steps <= T):
         raise ValueError(f"steps: expected an integer from 1 to {T}, the steps of the schedule, got {steps!r}")
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing: unknown {spacing!r}; known: {', '.join(SPACINGS)}")
     i = np.arange(steps)
     if spacing == "leading":
         return i * (T // steps)
@@ -156,8 +156,8 @@ def guided(unconditional: Callable, conditional: Callable, scale: float) -> Call
 
     0 is the unconditional model, 1 the conditional one, and more exaggerates what sets them apart. Of a learned
     variance, the conditional model's is taken as it is. The dtype and device are those of the conditional model, and it
-    alone is handed labels. A U-Net with `label_dropout` is both at once; `sample` then takes `guidance`. One that knows
-    no label by another number, as the last of diffusers' embeddings often is, can be guided so:
+    alone is handed labels. A U-Net with `label_dropout` is both at once; `sample` then takes `guidance`. One to which
+    no label is a number like others, often the last, as with those that come from diffusers, is guided so:
 
         guided(lambda x, t: unet(x, t, labels=np.full(len(t), 10)), unet, scale)
 
@@ -216,9 +216,11 @@ def sample(
         workers: threads; None for one per CPU. A GPU has one.
         labels: (N,) integers, the class of each image, for a model that takes them: it is called (x_t, t, labels=...).
         guidance: how much more like its label than like any image each is to be, see `guided`: from 1, by the model
-            alone, to 2 or 4. It takes twice the time, and a model that can be called without labels too.
-        start: (N, H, W, C), what to start from in place of standard normal noise; x_t of the first timestep visited.
-        trajectory: return every x_t on the way as well, divided by b.
+            alone, to 2 or 4; beyond that clip="dynamic" helps. It takes twice the time, and a model that can be called
+            without labels too.
+        start: (N, H, W, C), what to start from in place of standard normal noise: x_t of the first timestep visited.
+        trajectory: return every x_t on the way as well. They are divided by b, as the images are, so that sampling goes
+            on from one of them with start = b x_t.
         progress: show a bar.
         settings: of the method: "ddim" takes eta, 0 ... 1, how much of `ddpm`'s noise it adds.
 
@@ -232,18 +234,19 @@ def sample(
     if not callable(sampler):
         raise ValueError(f"method: unknown sampler {method!r}; known: {', '.join(SAMPLERS)}")
     takes = list(inspect.signature(sampler).parameters)[5:]  # after diffusion, model, x, noise, clip
-    if not settings.keys() <= set(takes):
-        raise TypeError(f"settings: {method!r} takes {', '.join(takes) or 'none'}, got {', '.join(settings)}")
+    if unknown := [name for name in settings if name not in takes]:
+        name = method if isinstance(method, str) else getattr(method, "__name__", "this method")
+        raise TypeError(f"settings: {name!r} takes {', '.join(takes) or 'none'}, got {', '.join(unknown)}")
     if np.ndim(shape) != 1 or len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape}")
-    labels = None if labels is None else np.asarray(labels)
+    labels = to_numpy(labels) if is_array(labels) else None if labels is None else np.asarray(labels)
     if labels is not None and labels.shape != (shape[0],):
         raise ValueError(f"labels: expected {shape[0]}, one for each image, got shape {labels.shape}")
     if guidance is not None and labels is None:
         raise ValueError(f"guidance: {guidance!r} towards which labels? Give labels too")
-    if start is not None and not (is_array(start) and start.shape == tuple(shape)):
-        got = start.shape if is_array(start) else type(start).__name__
-        raise ValueError(f"start: expected an array of the shape of the images, {tuple(shape)}, got {got}")
+    if start is not None and not (is_array(start) and start.dtype.kind == "f" and start.shape == tuple(shape)):
+        got = f"{start.dtype} {start.shape}" if is_array(start) else type(start).__name__
+        raise ValueError(f"start: expected an array of floats of the shape of the images, {tuple(shape)}, got {got}")
     T = diffusion.T
     ts = timesteps(T, T if steps is None else steps, diffusion.spacing if spacing is None else spacing)
     if len(ts) < T:
@@ -266,14 +269,19 @@ def sample(
 
             return array_module(x).concatenate(list(run(predict, cut)))
 
-        x = noise() if start is None else to_device(start.astype(dtype, copy=False), device)
+        x = noise()  # whether needed or not: the numbers drawn later are the same
+        if start is not None:
+            x = to_device(start, device).astype(dtype)
         path = [x]
         of_steps = sampler(diffusion, in_shards, x, noise, clip=clip, **settings)
-        for t, x, x0 in tqdm(of_steps, desc="sampling", total=len(ts), unit="step", disable=not progress):
+        for t, x, x0 in tqdm(
+            of_steps, desc="sampling", total=len(ts), unit="step", dynamic_ncols=True, disable=not progress
+        ):
             if callback:
                 callback(int(ts[t]), x, x0)
             if trajectory:
                 path.append(x)
         if not array_module(x).isfinite(x).all():  # only here is a GPU waited for
-            raise FloatingPointError("model: it led to images that are not finite; are its weights?")
+            what = "are its weights?" if start is None else "are its weights, and the start?"
+            raise FloatingPointError(f"model: it led to images that are not finite; {what}")
         return (array_module(x).stack(path) if trajectory else x) / diffusion.schedule.input_scale

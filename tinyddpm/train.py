@@ -113,6 +113,8 @@ def train(
     if images.ndim != 4 or images.size == 0 or images.dtype != model.dtype:
         raise ValueError(f"images: expected {model.dtype} (M, H, W, C) with M >= 1, got {images.dtype} {images.shape}")
     labels = None if labels is None else np.asarray(labels)
+    if labels is None and getattr(model, "label_dropout", 0):
+        raise ValueError("labels: this model is to learn with and without them, so give some; -1 is none")
     if labels is not None and labels.shape != images.shape[:1]:
         raise ValueError(f"labels: expected {len(images)}, one for each image, got shape {labels.shape}")
     if not on_cpu:  # there `loss` does not look, for it would have to wait for the device
