@@ -624,6 +624,11 @@ def test_all_of_it_on_the_second_gpu(tmp_path):
     images, images_cuda = (sample(diffusion, u, (2, 8, 8, 1), steps=2) for u in (unet, twin))
     assert device_of(images_cuda) == device
     np.testing.assert_allclose(to_numpy(images_cuda), images, atol=1e-4)
+    shorter = Diffusion(make_schedule("linear", 10, beta_end=0.7))
+    for use in EDITING:
+        made, made_cuda = (use(shorter, u, digits(3)) for u in (unet, twin))
+        assert device_of(made_cuda) == device
+        np.testing.assert_allclose(to_numpy(made_cuda), made, atol=1e-3)
     states = [list(train(u, diffusion, digits(4), 2, batch=4, workers=1))[-1] for u in (unet, twin)]
     np.testing.assert_allclose(states[1].loss, states[0].loss, rtol=1e-5)
     assert states[1].ema.model.device == device and device_of(states[1].optimizer.m) == device

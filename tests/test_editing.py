@@ -325,8 +325,8 @@ class TestInpainting:
 
     @pytest.mark.parametrize("jump", [1, 3, 7])
     def test_what_is_known_is_as_noisy_as_the_rest_and_so_is_what_was_undone(self, jump):
-        """Of a picture that is all one grey, as the model knows: whenever it is called, x_t is q(x_t | x_0), where it is
-        known and where it is made up; but at T - 1, where it begins with noise alone."""
+        """Of a picture that is all one grey, as the model knows: whenever it is called, x_t is q(x_t | x_0), where
+        it is known and where it is made up; but at T - 1, where it begins with noise alone."""
         s, grey, seen = make_schedule("linear", 20, beta_start=5e-3, beta_end=0.6), 0.5, []
         d = Diffusion(s, "x0")
 
