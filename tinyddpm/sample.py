@@ -239,9 +239,10 @@ def sample(
         raise TypeError(f"settings: {name!r} takes {', '.join(takes) or 'none'}, got {', '.join(unknown)}")
     if np.ndim(shape) != 1 or len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape}")
-    labels = to_numpy(labels) if is_array(labels) else None if labels is None else np.asarray(labels)
-    if labels is not None and labels.shape != (shape[0],):
-        raise ValueError(f"labels: expected {shape[0]}, one for each image, got shape {labels.shape}")
+    if labels is not None:
+        labels = to_numpy(labels) if is_array(labels) else np.asarray(labels)
+        if labels.shape != (shape[0],):
+            raise ValueError(f"labels: expected {shape[0]}, one for each image, got shape {labels.shape}")
     if guidance is not None and labels is None:
         raise ValueError(f"guidance: {guidance!r} towards which labels? Give labels too")
     if start is not None and not (is_array(start) and start.dtype.kind == "f" and start.shape == tuple(shape)):
@@ -272,11 +273,8 @@ def sample(
         x = noise()  # whether needed or not: the numbers drawn later are the same
         if start is not None:
             x = to_device(start, device).astype(dtype)
-        path = [x]
-        of_steps = sampler(diffusion, in_shards, x, noise, clip=clip, **settings)
-        for t, x, x0 in tqdm(
-            of_steps, desc="sampling", total=len(ts), unit="step", dynamic_ncols=True, disable=not progress
-        ):
+        path, taken = [x], sampler(diffusion, in_shards, x, noise, clip=clip, **settings)
+        for t, x, x0 in tqdm(taken, "sampling", len(ts), unit="step", dynamic_ncols=True, disable=not progress):
             if callback:
                 callback(int(ts[t]), x, x0)
             if trajectory:
