@@ -58,7 +58,7 @@ class TestTheModel:
         unet, diffusion = load_model()
         images, known = load_digits()
         labels = np.arange(20) % 10
-        made = sample(diffusion, unet, (20, 28, 28, 1), "dpm++", 10, labels=labels, guidance=2.0)
+        made = sample(diffusion, unet, (20, 28, 28, 1), "ddpm", 10, labels=labels, guidance=2.0)
         nearest = [known[((images - digit) ** 2).sum((1, 2, 3)).argmin()] for digit in made]
         assert (np.array(nearest) == labels).mean() >= 0.9
 
@@ -73,7 +73,7 @@ def test_sample_digits(tmp_path):
     page, _ = drawn(tmp_path, "sample_digits", "--seed=3", "--guidance=1.5")
     unet, diffusion = load_model()
     labels = np.array([2, 0, 2, 6] * 2)
-    expected = sample(diffusion, unet, (8, 28, 28, 1), "dpm++", 3, 3, labels=labels, guidance=1.5, workers=1)
+    expected = sample(diffusion, unet, (8, 28, 28, 1), "ddpm", 3, 3, labels=labels, guidance=1.5, workers=1)
     np.testing.assert_allclose(page.astype(int), np.asarray(grid(expected, columns=4, scale=4)).astype(int), atol=1)
     assert (page != drawn(tmp_path, "sample_digits", "--seed=3", "--guidance=0")[0]).any()
 
