@@ -33,8 +33,8 @@ def parse_arguments():
         "--sigma",
         type=float,
         nargs="+",
-        default=[0.5, 1.0, 2.0],
-        help="strengths of the noise; black to white is 2 [0.5 1 2]",
+        default=[1.0, 2.0],
+        help="strengths of the noise; from black to white it is 2 [1 2]",
     )
     add("--steps", type=int, default=50, help="of the way back, at most [%(default)s]")
     add("--samples", type=int, default=10, help="how many digits [%(default)s]")

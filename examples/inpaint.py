@@ -35,7 +35,7 @@ def parse_arguments():
     add("--steps", type=int, default=50, help="of the sampler [%(default)s]")
     add("--resamplings", type=int, default=4, help="how often each step is taken [%(default)s]")
     add("--told", action="store_true", help="tell the model which digits they are [off]")
-    add("--seed", type=int, default=0, help="another one gives other digits [%(default)s]")
+    add("--seed", type=int, default=1, help="another one gives other digits [%(default)s]")
     add("--workers", type=int, help="how many work side by side [one per CPU]")
     add("--out", type=picture_path, default="inpaint.png", help="the picture [%(default)s]")
     args = parser.parse_args()
