@@ -113,7 +113,7 @@ def train_and_sample(args):
     states, began, busy = [], time.monotonic(), 0.0  # `busy`: seconds of training, without those of drawing
 
     def draw(n, callback=None):  # from the averaged weights, always starting from the same noise
-        settings = {"rng": args.seed, "workers": args.workers, "callback": callback}
+        settings = {"rng": args.seed, "workers": args.workers, "callback": callback, "progress": callback is not None}
         if args.labels:
             settings["labels"] = np.arange(n) % 10
         return to_numpy(sample(diffusion, state.ema.model, (n, *images.shape[1:]), **settings))
@@ -147,14 +147,12 @@ def train_and_sample(args):
 
     # The reverse process: from pure noise, take a little noise away T times. Some of the way is kept for the animation.
     frames, every = [], max(1, args.timesteps // 30)
-    with tqdm(total=args.timesteps, unit="step", desc="sampling", dynamic_ncols=True) as bar:
 
-        def watch(t, x, x0):
-            bar.update()
-            if t % every == 0:
-                frames.append(grid(to_numpy(x), columns))
+    def watch(t, x, x0):
+        if t % every == 0:
+            frames.append(grid(to_numpy(x), columns))
 
-        grid(draw(args.samples, watch), columns).save(args.out / "samples.png")
+    grid(draw(args.samples, watch), columns).save(args.out / "samples.png")
     save_gif(args.out / "denoising.gif", frames)
     print(f"done in {(time.monotonic() - began) / 60:.1f} minutes: look at samples.png and denoising.gif in {args.out}")
 
@@ -184,11 +182,5 @@ def main():
 if __name__ == "__main__":
     try:
         main()
-    except (
-        ValueError,
-        TypeError,
-        ArithmeticError,
-        RuntimeError,
-        OSError,
-    ) as error:  # these say what was wrong, and mend
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
         sys.exit(f"mnist_ddpm.py: {error}")

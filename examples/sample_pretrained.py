@@ -17,7 +17,6 @@ import sys
 import time
 
 import numpy as np
-from tqdm import tqdm
 
 from tinyddpm import load_diffusers, load_original, sample
 from tinyddpm.backend import to_numpy
@@ -77,10 +76,9 @@ def main():
         labels = np.arange(args.samples) % unet.config["classes"]
 
     began = time.monotonic()
-    with tqdm(total=steps, unit="step", desc="sampling", dynamic_ncols=True) as bar:
-        settings = {"rng": args.seed, "workers": args.workers, "callback": lambda t, x, x0: bar.update()}
-        shape = (args.samples, height, width, unet.config["in_channels"])
-        images = sample(diffusion, unet, shape, args.method, steps, labels=labels, **settings)
+    settings = {"rng": args.seed, "workers": args.workers, "labels": labels, "progress": True}
+    shape = (args.samples, height, width, unet.config["in_channels"])
+    images = sample(diffusion, unet, shape, args.method, steps, **settings)
     grid(to_numpy(images), scale=1 if height >= 128 else 2).save(args.out)
     print(f"done in {time.monotonic() - began:.0f} seconds: look at {args.out}")
 
