@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyddpm import load_digits, load_model, sample
+from tinyddpm import load_digits, load_model, no_grad, sample
 from tinyddpm.checkpoint import DIGITS_MODEL
 from tinyddpm.image import grid
 
@@ -64,8 +64,9 @@ class TestTheModel:
 
     def test_it_finds_the_noise_in_digits(self):
         unet, diffusion = load_model()
-        images = load_digits()[0][::400]
-        loss = [diffusion.loss(unet, images, np.random.default_rng(seed)).item() for seed in range(4)]
+        images = load_digits()[0][::500]
+        with no_grad():
+            loss = [diffusion.loss(unet, images, np.random.default_rng(seed)).item() for seed in range(4)]
         assert np.mean(loss) < 0.035  # that of noise guessed as 0 is 1
 
 
