@@ -73,7 +73,7 @@ def main():
         for name, outcome in outcomes.items():
             error = float(np.sqrt(np.mean((outcome - digits) ** 2)))
             print(f"sigma {sigma:g}  {name:8} error {error:.3f}", flush=True)
-            page[f"{name}, {sigma:g}"] = outcome
+            page[f"sigma {sigma:g}: {name}"] = outcome
     rows(page).save(args.out)
     print(f"done in {time.monotonic() - began:.0f} seconds: look at {args.out}")
 

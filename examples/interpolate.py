@@ -3,8 +3,8 @@
 `ddim` makes of noise a picture, without chance on the way, so it can be run backwards: of a picture it makes the noise
 of which it would make it (see `tinyddpm.editing.invert`). Between the noise of two pictures lies other noise, and of
 that it makes other pictures. The rows of the picture, for each pair: what lies between them pixel by pixel, two digits
-at once; and what lies between their noise, one digit, or nearly so, all the way. Leftmost and rightmost of the latter
-are what `ddim` remakes of the two.
+at once; and what lies between their noise, mostly one digit, if not always a good one. Leftmost and rightmost of the
+latter are what `ddim` remakes of the two.
 """
 
 import argparse

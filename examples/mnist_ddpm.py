@@ -59,7 +59,7 @@ def parse_arguments():
     if not math.isfinite(args.guidance):
         parser.error(f"--guidance must be a number, got {args.guidance}")
     if args.digits and not (args.labels or (args.out / "model.safetensors").exists()):
-        parser.error(f"--digits: there is no model in {args.out} yet; to train one, give --labels")
+        parser.error(f"--digits: there is no model in {args.out.resolve()} yet; to train one, give --labels")
     try:  # better to know now than after the training
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()

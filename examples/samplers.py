@@ -18,7 +18,7 @@ import numpy as np
 
 from tinyddpm import load_digits, load_model, sample
 from tinyddpm.image import picture_path, rows
-from tinyddpm.sample import SAMPLERS
+from tinyddpm.sample import SAMPLERS, timesteps
 
 
 def parse_arguments():
@@ -50,6 +50,8 @@ def nearest(digits, images):
 def main():
     args = parse_arguments()
     unet, diffusion = load_model()
+    for steps in [*args.steps, args.most]:
+        timesteps(diffusion.T, steps)  # raises if there are not so many: better to know now
     images, labels = load_digits()
     ten = np.arange(10)
 
@@ -62,7 +64,7 @@ def main():
     for method in args.methods:
         for steps in args.steps + [args.most] * (method == "ddpm"):
             began = time.monotonic()
-            digits = page[f"{method}, {steps}"] = draw(method, steps)
+            digits = page[f"{method}, {steps} steps"] = draw(method, steps)
             off = f"{distance(digits, limit).mean():.3f}" if method != "ddpm" else "     "
             seconds, near = time.monotonic() - began, nearest(digits, images).mean()
             print(f"{method:10}  {steps:5}   {seconds:7.1f}   {off}   {near:.3f}", flush=True)

@@ -194,7 +194,8 @@ class TestInversion:
         last = LINEAR.alpha_bar[-1]
         expected = images / 0.5 * math.sqrt(last * 0.25 + 1 - last)
         errors = [rms(invert(DIFFUSION, model, images, steps), expected) for steps in (25, 50, 100)]
-        assert max(errors) < 0.005
+        assert 1.9 < errors[0] / errors[1] < 2.2 and 1.9 < errors[1] / errors[2] < 2.2  # of first order, as `ddim`
+        assert errors[2] < 0.03
         assert rms(invert(DIFFUSION, model, images), expected) == errors[2]  # all steps, unless told otherwise
 
     def test_images_of_a_network_come_back(self):

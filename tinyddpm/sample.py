@@ -206,7 +206,7 @@ def sample(
         shape: (N, H, W, C) of the images to make.
         method: "ddpm", "ddim" or "dpm++": the functions of this file; or another function that is called as they are.
         steps: how many steps to take; None for all T. Which these are, `timesteps` tells, and `respace` what becomes of
-            the diffusion. Or the timesteps themselves.
+            the diffusion. Or the timesteps themselves, which should begin near T-1 unless `start` is given.
         rng: seed or generator; the same seed gives the same images, whatever N and the number of workers. With the
             default a second call repeats the first; None draws other images every time.
         clip: how to keep the predicted x_0 where images are, at every step, see `tinyddpm.limit.limit`; None: as
@@ -215,6 +215,7 @@ def sample(
         callback: called as callback(t, x_{t-1}, predicted x_0) after every step; x_{t-1} is still b times as large.
         workers: threads; None for one per CPU. A GPU has one.
         labels: (N,) integers, the class of each image, for a model that takes them: it is called (x_t, t, labels=...).
+            To a U-Net with `label_dropout`, -1 is no label.
         guidance: how much more like its label than like any image each is to be, see `guided`: from 1, by the model
             alone, to 2 or 4; beyond that clip="dynamic" helps. It takes twice the time, and a model that can be called
             without labels too.
