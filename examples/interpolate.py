@@ -24,7 +24,7 @@ def parse_arguments():
     add("--pairs", nargs="+", default=["03", "16", "28", "47", "95"], help="of digits [03 16 28 47 95]")
     add("--count", type=int, default=9, help="pictures from one to the other, with both [%(default)s]")
     add("--steps", type=int, default=25, help="of the sampler, in either direction [%(default)s]")
-    add("--seed", type=int, default=1, help="another one gives other digits [%(default)s]")
+    add("--seed", type=int, default=3, help="another one gives other digits [%(default)s]")
     add("--workers", type=int, help="how many work side by side [one per CPU]")
     add("--out", type=picture_path, default="interpolate.png", help="the picture [%(default)s]")
     args = parser.parse_args()

@@ -199,7 +199,7 @@ def interpolate(
     last: Array,
     count: int = 8,
     steps: int | None = None,
-    iterations: int = 3,
+    iterations: int = 2,
     labels: np.ndarray | None = None,
     **settings: object,
 ) -> Array:
@@ -209,7 +209,8 @@ def interpolate(
     Args:
         first, last: (N, H, W, C) in [-1, 1].
         count: at least 2; at the ends are the two as `ddim` remakes them.
-        steps, iterations: see `invert`.
+        steps, iterations: see `invert`. More of these remake the two more closely, but what lies between is then less
+            like the data.
         labels: (N,) integers, the class of both pictures of a pair and of all between them.
 
     Returns (N, count, H, W, C). Raises ValueError if the shapes differ or an argument is out of range, and as `sample`
