@@ -87,7 +87,9 @@ def assert_same_chain(peer, diffusion, method, steps, model=prediction, clip=Tru
     peer.set_timesteps(steps)
     visited = peer.timesteps.tolist()
     streams = np.random.default_rng(3).spawn(len(START))  # as `sample` has them
-    theirs = {"generator": lambda: np.stack([stream.standard_normal(START.shape[1:]) for stream in streams])}
+    noise = lambda: np.stack([stream.standard_normal(START.shape[1:]) for stream in streams])
+    noise()  # what it would start from
+    theirs = {"generator": noise}
     ours = {}
     if eta is not None:  # and with the noise that the clipped x_0 leaves, which for them is a choice
         theirs |= {"eta": eta, "use_clipped_model_output": True}
