@@ -30,11 +30,11 @@ START = np.random.default_rng(0).standard_normal((2, 3, 3, 1))
 class Float64:
     """torch or NumPy, whose float32 is float64."""
 
-    def __init__(self, library):
-        self.library = library
+    def __init__(self, module):
+        self.module = module
 
     def __getattr__(self, name):
-        return getattr(self.library, "float64" if name == "float32" else name)
+        return getattr(self.module, "float64" if name == "float32" else name)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -467,9 +467,7 @@ class Diffusion:
                 "x0: expected the levels k / 127.5 - 1 of 8-bit images, for others have no bits per dimension; got "
                 f"values from {x0.min():.3g} to {x0.max():.3g}"
             )
-        labels = None if labels is None else np.asarray(labels)
-        if labels is not None and labels.shape != x0.shape[:1]:
-            raise ValueError(f"labels: expected {len(x0)}, one for each image, got shape {labels.shape}")
+        labels = checked_labels(labels, len(x0))
         dtype, device = getattr(model, "dtype", x0.dtype), getattr(model, "device", "cpu")
         clip = self.clip if clip is None else clip
         streams = np.random.default_rng(rng).spawn(len(x0))
@@ -513,6 +511,16 @@ def _check_images(x0: Array) -> None:
         raise ValueError(f"x0: expected one or more images (N, H, W, C), got shape {x0.shape}")
     if x0.dtype not in (np.float32, np.float64):
         raise TypeError(f"x0: expected float32 or float64 images in [-1, 1], got {x0.dtype}")
+
+
+def checked_labels(labels: np.ndarray | None, count: int) -> np.ndarray | None:
+    """`labels` as an array of NumPy, wherever they are, if there is one for each of `count` images, or ValueError."""
+    if labels is None:
+        return None
+    labels = to_numpy(labels) if is_array(labels) else np.asarray(labels)
+    if labels.shape != (count,):
+        raise ValueError(f"labels: expected {count}, one for each image, got shape {labels.shape}")
+    return labels
 
 
 def warn_if_out_of_range(name: str, images: np.ndarray) -> None:

@@ -184,8 +184,7 @@ def invert(
     `sample` does.
     """
     images = _checked("images", images, model)
-    if not (isinstance(iterations, numbers.Integral) and iterations >= 1):
-        raise ValueError(f"iterations: expected an integer >= 1, got {iterations!r}")
+    _check_integers(1, iterations=iterations)
     b = diffusion.schedule.input_scale
     settings |= {"clip": clip, "start": b * images, "iterations": iterations}
     return b * sample(diffusion, model, images.shape, ddim_inversion, steps, **settings)
@@ -219,8 +218,7 @@ def interpolate(
     first, last = _checked("first", first, model), _checked("last", last, model)
     if first.shape != last.shape:
         raise ValueError(f"first, last: expected two arrays of one shape, got {first.shape} and {last.shape}")
-    if not (isinstance(count, numbers.Integral) and count >= 2):
-        raise ValueError(f"count: expected an integer >= 2, got {count!r}")
+    _check_integers(2, count=count)
     N, *image = first.shape
     of_ends = of_all = None
     if labels is not None:
@@ -324,9 +322,7 @@ def inpaint(
         raise TypeError(f"mask: expected booleans, True where pixels are known, got {mask.dtype}")
     if mask.shape not in ((H, W), (N, H, W)):
         raise ValueError(f"mask: expected shape {(H, W)} or {(N, H, W)}, as the images have, got {mask.shape}")
-    for name, value in (("jump", jump), ("resamplings", resamplings)):
-        if not (isinstance(value, numbers.Integral) and value >= 1):
-            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
+    _check_integers(1, jump=jump, resamplings=resamplings)
     images = to_device(images, getattr(model, "device", "cpu"))
     mask = to_device(np.broadcast_to(mask[..., None], (N, H, W, 1)), device_of(images))
     images = _checked("images", array_module(images).where(mask, images, 0), model)
@@ -348,6 +344,12 @@ def _checked(name: str, images: Array, model: Callable, most: float = 1.0) -> Ar
             "images are k / 127.5 - 1"
         )
     return images.astype(getattr(model, "dtype", np.dtype("float32")), copy=False)
+
+
+def _check_integers(least: int, **values: object) -> None:
+    for name, value in values.items():
+        if not (isinstance(value, numbers.Integral) and value >= least):
+            raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
 
 
 def _check_kind(name: str, images: Array) -> None:

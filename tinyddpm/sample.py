@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from .backend import Array, array_module, is_array, on_device, to_device, to_numpy
-from .diffusion import SPACINGS, Diffusion
+from .backend import Array, array_module, is_array, on_device, to_device
+from .diffusion import SPACINGS, Diffusion, checked_labels
 from .limit import Clip
 from .parallel import shards, worker_threads
 from .schedule import Schedule
@@ -240,10 +240,7 @@ def sample(
         raise TypeError(f"settings: {name!r} takes {', '.join(takes) or 'none'}, got {', '.join(unknown)}")
     if np.ndim(shape) != 1 or len(shape) != 4 or min(shape) < 1:
         raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape}")
-    if labels is not None:
-        labels = to_numpy(labels) if is_array(labels) else np.asarray(labels)
-        if labels.shape != (shape[0],):
-            raise ValueError(f"labels: expected {shape[0]}, one for each image, got shape {labels.shape}")
+    labels = checked_labels(labels, shape[0])
     if guidance is not None and labels is None:
         raise ValueError(f"guidance: {guidance!r} towards which labels? Give labels too")
     if start is not None and not (is_array(start) and start.dtype.kind == "f" and start.shape == tuple(shape)):

@@ -20,7 +20,7 @@ import numpy as np
 
 from .backend import Array, array_module, on_device, to_device
 from .data import batch_indices, random_stream
-from .diffusion import Diffusion, warn_if_out_of_range
+from .diffusion import Diffusion, checked_labels, warn_if_out_of_range
 from .nn import Module
 from .optim import EMA, Adam, clip_norm, flat_gradient, flatten, learning_rate
 from .parallel import shard_size, shared_array, worker_processes
@@ -112,11 +112,9 @@ def train(
         raise TypeError(f"images: expected a NumPy array, got {type(images)}")
     if images.ndim != 4 or images.size == 0 or images.dtype != model.dtype:
         raise ValueError(f"images: expected {model.dtype} (M, H, W, C) with M >= 1, got {images.dtype} {images.shape}")
-    labels = None if labels is None else np.asarray(labels)
+    labels = checked_labels(labels, len(images))
     if labels is None and getattr(model, "label_dropout", 0):
         raise ValueError("labels: this model is to learn with and without them, so give some; -1 is none")
-    if labels is not None and labels.shape != images.shape[:1]:
-        raise ValueError(f"labels: expected {len(images)}, one for each image, got shape {labels.shape}")
     if not on_cpu:  # there `loss` does not look, for it would have to wait for the device
         warn_if_out_of_range("images", images)
     if micro_batch is None:
