@@ -2,12 +2,18 @@
 
 Read from top to bottom, this is the tutorial. What is not in here is in the package, one idea to a file. A network that
 was trained with --labels draws the digits it is asked for, as often as you like: --digits 2026 --guidance 2.
+
+A run that ended, by Ctrl-C or by a power cut, goes on as if it had not when the same command is given with --resume.
+Images of your own: --data FOLDER, with a folder in it for each class if there are any. On many machines:
+`mpiexec -n N python examples/mnist_ddpm.py --mpi`.
 """
 
 import argparse
+import collections
+import contextlib
 import math
+import os
 import pathlib
-import signal
 import sys
 import tempfile
 import time
@@ -15,16 +21,26 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from tinyddpm import Diffusion, UNet, load_digits, load_model, make_schedule, sample, save_model, train
+from tinyddpm import Diffusion, ImageFolder, UNet, load_digits, load_model, make_schedule, sample, save_model, train
 from tinyddpm.backend import to_numpy
+from tinyddpm.data import load_fashion_mnist, load_mnist
 from tinyddpm.diffusion import OBJECTIVES
 from tinyddpm.image import grid, noising_strip, save_gif, save_loss_curve
-from tinyddpm.parallel import blas_name, cpu_count
+from tinyddpm.parallel import Ranks, blas_name, cpu_count, ranks_started
+from tinyddpm.run import MetricsLog, stop_signals
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
+    add(
+        "--data",
+        default="digits",
+        help="digits (10,000 that come along), mnist or fashion (fetched), or a folder of images [%(default)s]",
+    )
+    add("--size", type=int, default=32, help="pixels that images of a folder are made high and wide [%(default)s]")
+    add("--grey", action="store_true", help="make images of a folder grey [RGB]")
+    add("--flip", action="store_true", help="mirror half of the images, which is not for digits [off]")
     add("--steps", type=int, help="training steps [2400, or as many as --minutes allows]")
     add("--minutes", type=float, help="stop training after so many minutes [8.5, or no limit if --steps is given]")
     add("--batch", type=int, default=32, help="images per step [%(default)s]")
@@ -38,15 +54,20 @@ def parse_arguments():
     add("--objective", default="eps", choices=OBJECTIVES, help="what the network predicts [%(default)s]")
     add("--samples", type=int, default=64, help="digits in the final grid [%(default)s]")
     add("--sample-every", type=int, default=1000, help="training steps between sample grids [%(default)s]")
+    add("--save-every", type=int, default=250, help="training steps between checkpoints [%(default)s]")
+    add("--resume", action="store_true", help="go on from the checkpoint in the folder, if there is one [off]")
     add("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="float32", help="of products on a GPU: float32, tf32, bf16 or fp16 [%(default)s]")
-    add("--workers", type=int, default=cpu_count(), help="how many work side by side [one per CPU: %(default)s]")
+    add("--workers", type=int, help="how many work side by side [one per CPU]")
+    add("--mpi", action="store_true", help="share the work with the other processes that mpiexec started [off]")
     add("--seed", type=int, default=0, help="the same seed and steps give the same digits [%(default)s]")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/mnist"), help="folder for the results [%(default)s]")
     args = parser.parse_args()
     if args.steps is None and args.minutes is None:
         args.steps, args.minutes = 2400, 8.5
-    for name in ("steps", "minutes", "batch", "lr", "blocks", "timesteps", "samples", "sample_every", "workers"):
+    above_zero = ("steps", "minutes", "batch", "lr", "blocks", "timesteps", "samples", "sample_every", "save_every",
+                  "workers", "size")  # fmt: skip
+    for name in above_zero:
         value = getattr(args, name)
         if value is not None and not value > 0:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
@@ -60,6 +81,8 @@ def parse_arguments():
         parser.error(f"--guidance must be a number, got {args.guidance}")
     if args.digits and not (args.labels or (args.out / "model.safetensors").exists()):
         parser.error(f"--digits: there is no model in {args.out.resolve()} yet; to train one, give --labels")
+    if not args.mpi and ranks_started() > 1:
+        parser.error(f"--mpi is missing: mpiexec started {ranks_started()} processes, which would all do the same")
     try:  # better to know now than after the training
         args.out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
@@ -68,8 +91,25 @@ def parse_arguments():
     return args
 
 
-def train_and_sample(args):
-    images, labels = load_digits()  # (10000, 28, 28, 1) floats in [-1, 1]
+def load_data(args, ranks):
+    """Return images (M, H, W, C), floats in [-1, 1], and the class of each, or None."""
+    with ranks.first_alone():  # one downloads for all
+        if args.data == "digits":
+            return load_digits()
+        if args.data == "mnist":
+            return load_mnist(full=True)
+        if args.data == "fashion":
+            return load_fashion_mnist()
+        images = ImageFolder(args.data, args.size, channels=1 if args.grey else 3)  # read as they are needed
+        return images, images.labels
+
+
+def train_and_sample(args, ranks):
+    first = ranks.rank == 0  # of several processes, only the first writes anything
+    say = print if first else lambda *words, **settings: None
+    images, labels = load_data(args, ranks)
+    if args.labels and labels is None:
+        raise ValueError(f"--labels: in {args.data} there are no folders, one for each class")
 
     # The forward process: T steps, each adding a little noise. Ho et al. take T = 1000 and beta from 1e-4 to 0.02; with
     # fewer steps each has to add more, so that the last image is, as it must be, pure noise.
@@ -78,72 +118,85 @@ def train_and_sample(args):
     diffusion = Diffusion(schedule, args.objective)
 
     # The network that predicts the noise in an image, with attention at the lowest resolution.
-    attention = [False] * (len(args.channels) - 1) + [True]
+    attention, (_, H, W, C) = [False] * (len(args.channels) - 1) + [True], images.shape
     # With --labels it is also told which digit it is, but for one in five: so it learns both p(x | digit) and p(x), and
     # can be guided away from the latter when it is asked for a digit.
-    classes = {"classes": 10, "label_dropout": 0.2} if args.labels else {}
-    unet = UNet(1, 1, args.channels, args.blocks, attention, rng=args.seed, image_size=images.shape[1:3], **classes)
-    unet.to(args.device, precision=args.precision)
-    print(f"device   {args.device}, {args.workers} workers, BLAS {blas_name()}")
-    print(f"network  U-Net {'-'.join(map(str, args.channels))}, {unet.size:,} parameters")
-    print(f"data     {len(images):,} digits of {images.shape[1]} x {images.shape[2]} pixels, T = {args.timesteps}")
+    classes = {"classes": int(labels.max()) + 1, "label_dropout": 0.2} if args.labels else {}
+    unet = UNet(C, C, args.channels, args.blocks, attention, rng=args.seed, image_size=(H, W), **classes)
+    unet.to(f"cuda:{ranks.local}" if args.mpi and args.device == "cuda" else args.device, precision=args.precision)
+    workers = args.workers or max(1, cpu_count() // ranks.beside)
+    several = f"{ranks.size} ranks with each " if args.mpi else ""
+    say(f"device   {args.device}, {several}{workers} workers, BLAS {blas_name()}")
+    say(f"network  U-Net {'-'.join(map(str, args.channels))}, {unet.size:,} parameters")
+    say(f"data     {len(images):,} images of {H} x {W} pixels, T = {args.timesteps}")
     limits = [(args.steps, "steps"), (args.minutes, "minutes")]
     until = " or ".join(f"{limit:,} {unit}" for limit, unit in limits if limit is not None)
-    print(f"training {until}, {args.batch} images a step; Ctrl-C ends it earlier")
-    print(f"results  {args.out.resolve()}", flush=True)
+    say(f"training {until}, {args.batch} images a step; Ctrl-C ends it earlier")
+    say(f"results  {args.out.resolve()}", flush=True)
 
-    some_digits = images[np.searchsorted(labels, [2, 3, 5, 8])]  # the first of each
-    noising_strip(diffusion, some_digits, np.random.default_rng(args.seed)).save(args.out / "noising.png")
-
-    # Ctrl-C asks the training to stop after the step at hand; pressed again, it ends the program at once.
-    interrupted = []
-
-    def stop_politely(signum, frame):
-        interrupted.append(signum)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        print("\nCtrl-C: what was trained is saved and sampled in a moment; again to quit at once", flush=True)
-
-    signal.signal(signal.SIGINT, stop_politely)
-
-    steps, seconds = args.steps or sys.maxsize, 60 * (args.minutes or float("inf"))
-    settings = {"lr": args.lr, "decay_steps": (args.steps or 0) // 2, "workers": args.workers, "seed": args.seed}
-    settings["labels"] = labels if args.labels else None
-    training = train(unet, diffusion, images, steps, args.batch, **settings)
-    columns = 10 if args.labels else None  # of the grids: one for each digit, or about a square
-    states, began, busy = [], time.monotonic(), 0.0  # `busy`: seconds of training, without those of drawing
+    checkpoint, columns = (
+        args.out / "checkpoint.safetensors",
+        classes.get("classes"),
+    )  # of the grids: one for each class
+    if first:
+        some = images[np.linspace(0, len(images) - 1, 4).astype(int)]
+        noising_strip(diffusion, some, np.random.default_rng(args.seed)).save(args.out / "noising.png")
+        for kind in () if args.resume else ("", ".previous"):  # of another run in this folder: nothing is lost
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(args.out / f"checkpoint{kind}.safetensors", args.out / f"earlier{kind}.safetensors")
 
     def draw(n, callback=None):  # from the averaged weights, always starting from the same noise
-        settings = {"rng": args.seed, "workers": args.workers, "callback": callback, "progress": callback is not None}
+        settings = {"rng": args.seed, "workers": workers, "callback": callback, "progress": callback is not None}
         if args.labels:
-            settings["labels"] = np.arange(n) % 10
-        return to_numpy(sample(diffusion, state.ema.model, (n, *images.shape[1:]), **settings))
+            settings["labels"] = np.arange(n) % columns
+        return to_numpy(sample(diffusion, state.ema.model, (n, H, W, C), **settings))
 
-    with tqdm(unit="step", desc="training", dynamic_ncols=True) as bar:
-        resumed = began
-        for state in training:
+    def attempt(what, action, *arguments):  # a full disk, perhaps: no reason to lose the training
+        try:
+            action(*arguments)
+        except (OSError, ImportError) as error:
+            if what not in troubles:
+                bar.write(f"no {what} after {state.step} steps: {error}")
+            troubles.add(what)
+
+    def draw_progress():
+        attempt("loss curve", save_loss_curve, args.out / "loss.png", *log.losses())
+        if not state.last:
+            attempt("grid", lambda: grid(draw(16), columns).save(args.out / f"step_{state.step:05d}.png"))
+
+    steps, seconds, began = args.steps or sys.maxsize, 60 * (args.minutes or float("inf")), time.monotonic()
+    settings = {"lr": args.lr, "decay_steps": (args.steps or 0) // 2, "workers": workers, "seed": args.seed}
+    settings |= {"labels": labels if args.labels else None, "flip": args.flip, "ranks": ranks}
+    settings["resume"] = checkpoint if args.resume else None
+    log, states, troubles = MetricsLog(args.out / "metrics.csv"), collections.deque(maxlen=100), set()
+    notice = "what was trained is saved and sampled in a moment; again to quit at once"
+    with (
+        stop_signals(notice) as asked,
+        tqdm(unit="step", desc="training", dynamic_ncols=True, disable=not first) as bar,
+    ):
+        settings["stop"] = lambda: asked() or time.monotonic() - began > seconds
+        for state in train(unet, diffusion, images, steps, args.batch, **settings):
+            if not first:
+                continue
+            if not states:
+                bar.n = bar.initial = state.step - 1
             states.append(state)
+            attempt("line in metrics.csv", log.write, state)
             if args.device == "cpu" or state.step % 50 == 1:  # who looks at a loss waits for it, and a GPU runs behind
-                loss = np.mean([s.loss for s in states[-100:]])
-            busy, gone = busy + time.monotonic() - resumed, time.monotonic() - began
-            bar.total = int(min(steps, max(state.step, state.step * seconds / gone)))
-            bar.set_postfix_str(f"loss {loss:.4f}, {state.step * args.batch / busy:.0f} images/s", refresh=False)
+                loss = np.mean([s.loss for s in states])
+            gone = time.monotonic() - began
+            bar.total = int(min(steps, max(state.step, bar.initial + (state.step - bar.initial) * seconds / gone)))
+            bar.set_postfix_str(f"loss {loss:.4f}, {state.images_per_second:.0f} images/s", refresh=False)
             bar.update()
-            if interrupted or gone > seconds:
-                break
-            if state.step % args.sample_every == 0 and state.step < steps:
-                try:
-                    grid(draw(16), columns).save(args.out / f"step_{state.step:05d}.png")
-                except OSError as error:  # a full disk, perhaps: no reason to lose the training
-                    bar.write(f"no grid after {state.step} steps: {error}")
-            resumed = time.monotonic()
-    training.close()
+            if state.last or state.step % args.save_every == 0:
+                attempt("checkpoint", state.save, checkpoint)
+            if state.last or state.step % args.sample_every == 0:
+                draw_progress()
+    if not first:
+        return
+    attempt("rest of metrics.csv", log.close)
     save_model(args.out / "model.safetensors", state.ema.model, diffusion)
-    print(f"trained  {state.step:,} steps in {(time.monotonic() - began) / 60:.1f} minutes")
-    try:
-        save_loss_curve(args.out / "loss.png", [s.loss for s in states])
-    except ImportError:
-        print("no loss curve: that needs matplotlib, pip install 'tinyddpm[plots]'")
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    print(f"trained  {state.step:,} steps in {state.seconds / 60:.1f} minutes")
 
     # The reverse process: from pure noise, take a little noise away T times. Some of the way is kept for the animation.
     frames, every = [], max(1, args.timesteps // 30)
@@ -173,9 +226,16 @@ def draw_digits(args):
 
 def main():
     args = parse_arguments()
+    ranks = Ranks(args.mpi)
     if args.labels or args.digits is None:
-        train_and_sample(args)
-    if args.digits is not None:
+        try:
+            with ranks.together():
+                train_and_sample(args, ranks)
+        except Exception:
+            if (args.out / "checkpoint.safetensors").exists():
+                print(f"{args.out / 'checkpoint.safetensors'} is kept: --resume goes on from it", file=sys.stderr)
+            raise
+    if args.digits is not None and ranks.rank == 0:
         draw_digits(args)
 
 
@@ -184,3 +244,7 @@ if __name__ == "__main__":
         main()
     except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
         sys.exit(f"mnist_ddpm.py: {error}")
+    except MemoryError as error:
+        sys.exit(f"mnist_ddpm.py: out of memory, of which fewer --workers or a smaller --batch need less: {error}")
+    except KeyboardInterrupt:
+        sys.exit("mnist_ddpm.py: interrupted")

@@ -1,5 +1,6 @@
 """A model goes into one file and comes out as it was; what is no such file is refused."""
 
+import errno
 import itertools
 import json
 import os
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule, sample, save_diffusers, save_model
@@ -87,13 +88,13 @@ def test_an_older_file_is_replaced_or_left_whole(tmp_path, monkeypatch):
     save_model(path, UNet(**TINY, rng=1), DIFFUSION)
     before = path.read_bytes()
 
-    def disk_full(tensors, filename, metadata):
-        filename.write_bytes(b"half of it")
-        raise SafetensorError("I/O error: No space left on device")
+    def disk_full(path, tensors, metadata):
+        path.write_bytes(b"half of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tinyddpm.checkpoint.save_file", disk_full)
-        with pytest.raises(OSError, match="path: cannot write .*m.safetensors: I/O error: No space left"):
+        patch.setattr("tinyddpm.checkpoint.write_tensors", disk_full)
+        with pytest.raises(OSError, match="path: cannot write .*m.safetensors: No space left on device"):
             save_model(path, UNet(**TINY, rng=2), DIFFUSION)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
     save_model(path, UNet(**TINY, rng=2), DIFFUSION)

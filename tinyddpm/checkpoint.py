@@ -1,12 +1,14 @@
 """A trained model in one safetensors file: the weights, and as JSON metadata what is needed to build it again.
 
-Nothing is ever unpickled, a file appears whole or not at all, and weights are read one by one to where they stay.
+Nothing is ever unpickled, a file appears whole or not at all, a checksum tells whether it still is what was written,
+and weights are read one by one to where they stay. A training run's checkpoint is such a file with more in it: run.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -16,7 +18,7 @@ from typing import BinaryIO
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from .diffusion import Diffusion
 from .layouts import Layout, own_layout
@@ -25,6 +27,7 @@ from .unet import UNet
 
 Path = str | pathlib.Path
 DIGITS_MODEL = pathlib.Path(__file__).parent / "digits" / "model.safetensors"
+TRAINING = "training."  # so begin the names of the tensors that only matter for going on with a training
 
 
 def save_model(path: Path, unet: UNet, diffusion: Diffusion, dtype: np.dtype | str | None = None) -> None:
@@ -34,30 +37,25 @@ def save_model(path: Path, unet: UNet, diffusion: Diffusion, dtype: np.dtype | s
     samples. Raises FileNotFoundError if the folder does not exist, OSError if it cannot be written, ValueError for
     another dtype than float16, 32 or 64, or weights too large for it.
     """
-    path, schedule, dtype = pathlib.Path(path), diffusion.schedule, getattr(dtype, "__name__", dtype)
+    path, dtype = pathlib.Path(path), getattr(dtype, "__name__", dtype)
     if dtype is not None and dtype not in ("float16", "float32", "float64"):
         raise ValueError(f"dtype: expected 'float16', 'float32' or 'float64', got {dtype!r}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"path: there is no folder {path.parent}")
-    config = {
-        "unet": unet.config,
-        "schedule": {
-            "name": schedule.name,
-            "input_scale": schedule.input_scale,
-            "parameters": dict(schedule.parameters),
-        },
-        "diffusion": {
-            field.name: getattr(diffusion, field.name)
-            for field in dataclasses.fields(diffusion)
-            if field.name != "schedule"
-        },
-    }
     tensors = unet.state_dict()
     if dtype is not None:
         tensors = {name: _rounded(name, w, dtype) for name, w in tensors.items()}
-    tensors["schedule.beta"] = schedule.beta
+    tensors["schedule.beta"] = diffusion.schedule.beta
     with replacing(path) as (unfinished,):
-        write_tensors(unfinished, tensors, {"tinyddpm": json.dumps(config)})
+        write_tensors(unfinished, tensors, {"tinyddpm": json.dumps(configuration(unet, diffusion))})
+
+
+def configuration(unet: UNet, diffusion: Diffusion) -> dict[str, dict]:
+    """What `load_model` needs besides the weights and the betas, of JSON's types."""
+    schedule = diffusion.schedule
+    parts = {"name": schedule.name, "input_scale": schedule.input_scale, "parameters": dict(schedule.parameters)}
+    fields = [field.name for field in dataclasses.fields(diffusion) if field.name != "schedule"]
+    return {"unet": unet.config, "schedule": parts, "diffusion": {name: getattr(diffusion, name) for name in fields}}
 
 
 def _rounded(name: str, w: np.ndarray, dtype: np.dtype | str) -> np.ndarray:
@@ -70,15 +68,17 @@ def _rounded(name: str, w: np.ndarray, dtype: np.dtype | str) -> np.ndarray:
 
 def load_model(path: Path = DIGITS_MODEL) -> tuple[UNet, Diffusion]:
     """Return the U-Net and the diffusion that `save_model` wrote to `path`; by default those of the digits that come
-    with the package, made as digits/README.txt says.
+    with the package, made as digits/README.txt says. Of a training run's checkpoint, those with the averaged weights.
 
-    Raises FileNotFoundError, or ValueError if it is not such a file or its weights do not fit its configuration.
+    Raises FileNotFoundError, or ValueError if it is not such a file, has been damaged since it was written, or its
+    weights do not fit its configuration.
     """
     with stored_tensors(path) as (stored, metadata):
         if "tinyddpm" not in metadata:
             raise ValueError(f"path: {path} was not written by save_model: its metadata has no entry 'tinyddpm'")
         try:
             config = json.loads(metadata["tinyddpm"])
+            stored = {name: tensor for name, tensor in stored.items() if not name.startswith(TRAINING)}
             schedule = Schedule(stored.pop("schedule.beta").read(np.float64), **config["schedule"])
             unet = unet_from(stored, config["unet"])
             return unet, Diffusion(schedule, **config["diffusion"])
@@ -90,33 +90,75 @@ def load_model(path: Path = DIGITS_MODEL) -> tuple[UNet, Diffusion]:
 
 
 @contextlib.contextmanager
-def replacing(*paths: pathlib.Path) -> Iterator[list[pathlib.Path]]:
-    """Yield a path beside each of `paths`, with ".part" appended, to write to; at the end, when all are complete, they
-    are moved to `paths`. An error before that leaves everything as it was. One writer at a time.
+def replacing(*paths: pathlib.Path, keep: bool = False) -> Iterator[list[pathlib.Path]]:
+    """Yield a path beside each of `paths`, with ".part" appended, to write to; at the end, when all are complete and on
+    the disk, they are moved to `paths`. An error before that leaves everything as it was. One writer at a time.
 
-    Raises OSError if a file cannot be written.
+    With `keep`, what was at a path stays as its `previous` one. Raises OSError if a file cannot be written.
     """
     unfinished = [path.with_name(path.name + ".part") for path in paths]
     if folders := [str(path) for path in paths if path.is_dir()]:
         raise IsADirectoryError(f"path: cannot write {', '.join(folders)}, which is a folder")
     try:
         yield unfinished
+        for part in unfinished:
+            with part.open("rb+") as file:
+                os.fsync(file)  # or a name could outlive a power cut that its content does not
         for part, path in zip(unfinished, paths):
+            if keep and path.exists():
+                os.replace(path, previous(path))
             os.replace(part, path)
-    except SafetensorError as error:
-        raise OSError(f"path: cannot write {paths[0]}: {error}") from error
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            for folder in {path.parent for path in paths}:
+                opened = os.open(folder, os.O_RDONLY)
+                os.fsync(opened)
+                os.close(opened)
+    except OSError as error:
+        raise OSError(error.errno, f"path: cannot write {paths[0]}: {error.strerror or error}") from error
     finally:
         for part in unfinished:
             part.unlink(missing_ok=True)
 
 
+def previous(path: pathlib.Path) -> pathlib.Path:
+    """Where `replacing` keeps what was at `path`: run.safetensors becomes run.previous.safetensors."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
 def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write a safetensors file, within `replacing`."""
-    path.touch()
-    mode = path.stat().st_mode
-    # the library writes memory as it lies, whatever the strides
-    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path, metadata=metadata)
-    path.chmod(mode)  # that of any new file, and not for its owner alone
+    """Write a safetensors file with a checksum, within `replacing`.
+
+    The checksum is the SHA-256 of the file with zeros in the checksum's place, so that it covers every byte.
+    """
+    # the library takes memory as it lies, whatever the strides; its own writer of files would leave one of another name
+    # behind when it is killed
+    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+    content = memoryview(save(tensors, metadata | {"sha256": _ZEROS}))
+    header = 8 + int.from_bytes(content[:8], "little")
+    checksum = hashlib.sha256(content).hexdigest()
+    with path.open("wb") as file:
+        file.write(bytes(content[:header]).replace(_entry(_ZEROS), _entry(checksum)))
+        file.write(content[header:])
+
+
+_ZEROS = "0" * 64
+
+
+def _entry(checksum: str) -> bytes:
+    """As it stands in the header of a file; within the other metadata quotes are escaped."""
+    return f'"sha256":"{checksum}"'.encode()
+
+
+def _check(file: BinaryIO, path: pathlib.Path, checksum: str) -> None:
+    """Raise ValueError unless this is the checksum of an opened file."""
+    file.seek(0)
+    length = file.read(8)
+    found = hashlib.sha256(length)
+    found.update(file.read(int.from_bytes(length, "little")).replace(_entry(checksum), _entry(_ZEROS)))
+    while chunk := file.read(2**20):
+        found.update(chunk)
+    if found.hexdigest() != checksum:
+        raise ValueError(f"path: {path} has been damaged since it was written: its checksum does not fit")
 
 
 # ----------------------------------------------------------------------------------------- out of a file, one by one
@@ -147,7 +189,8 @@ FORMATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.u
 @contextlib.contextmanager
 def stored_tensors(path: Path) -> Iterator[tuple[dict[str, Stored], dict[str, str]]]:
     """Yield what a safetensors file holds, {name: tensor}, and its metadata; of the tensors nothing is read yet. The
-    file is opened once, so that all are of one model, even if another takes its place meanwhile.
+    file is opened once, so that all are of one model, even if another takes its place meanwhile. If it has a checksum,
+    as all have that `write_tensors` wrote, that is checked.
 
     Raises FileNotFoundError, or ValueError unless it is a whole and sound file.
     """
@@ -169,6 +212,8 @@ def stored_tensors(path: Path) -> Iterator[tuple[dict[str, Stored], dict[str, st
             raise ValueError(
                 f"path: {path} is not a readable safetensors file: {error} (it has {path.stat().st_size:,} bytes)"
             ) from error
+        if "sha256" in metadata:
+            _check(file, path, metadata["sha256"])
         yield stored, metadata
 
 

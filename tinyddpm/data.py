@@ -6,6 +6,7 @@ so that everything runs offline.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 
 import numpy as np
@@ -25,7 +26,7 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     return tiles.astype(np.float32) / np.float32(127.5) - 1, labels
 
 
-_PURPOSES = ("order", "noise")
+_PURPOSES = ("order", "noise", "flip")
 
 
 def random_stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
@@ -40,5 +41,10 @@ def batch_indices(n: int, step: int, batch: int, seed: int) -> np.ndarray:
     """
     first, last = step * batch, (step + 1) * batch
     epochs = range(first // n, (last - 1) // n + 1)
-    order = np.concatenate([random_stream(seed, "order", epoch).permutation(n) for epoch in epochs])
+    order = np.concatenate([_permutation(n, seed, epoch) for epoch in epochs])
     return order[first - epochs[0] * n : last - epochs[0] * n]
+
+
+@functools.lru_cache(maxsize=2)  # for a million images it takes as long as a small training step
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return random_stream(seed, "order", epoch).permutation(n)

@@ -97,9 +97,15 @@ def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0, ho
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=True)
 
 
-def save_loss_curve(path: Path, losses: Sequence[float]) -> None:
-    """Draw the loss of every step, and its mean over the last 2 % of the run. Needs matplotlib (the extra `plots`)."""
-    from matplotlib.figure import Figure  # without pyplot: no window, no global state
+def save_loss_curve(path: Path, losses: Sequence[float], steps: Sequence[int] | None = None) -> None:
+    """Draw the loss of every step, and its mean over the last 2 % of the run.
+
+    `steps` are their numbers; None: 1, 2, ... Raises ImportError without matplotlib (the extra `plots`).
+    """
+    try:
+        from matplotlib.figure import Figure  # without pyplot: no window, no global state
+    except ImportError as error:
+        raise ImportError("that needs matplotlib, pip install 'tinyddpm[plots]'") from error
 
     losses = np.asarray(losses, dtype=float)
     window = max(1, len(losses) // 50)
@@ -107,7 +113,7 @@ def save_loss_curve(path: Path, losses: Sequence[float]) -> None:
     mean = (total[window:] - total[:-window]) / window
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    steps = np.arange(1, len(losses) + 1)
+    steps = np.arange(1, len(losses) + 1) if steps is None else np.asarray(steps)
     axes.plot(steps, losses, color="0.75", linewidth=0.7, label="each step")
     axes.plot(steps[window - 1 :], mean, color="tab:blue", label=f"mean of {window} steps")
     axes.set(xlabel="step", ylabel="simple loss", yscale="log", title="Training loss")

@@ -1,4 +1,4 @@
-"""Workers: threads, and processes. The only file that knows of either.
+"""Workers: threads, processes, and the ranks of an MPI job. The only file that knows of any of them.
 
 Several workers each run forward and backward on a micro-batch of their own. That keeps every op plain single-threaded
 NumPy, runs elementwise work in parallel too, and stays in cache; BLAS is held to one thread meanwhile. What a
@@ -6,11 +6,13 @@ micro-batch computes does not depend on who computes it, so neither does the res
 
 NumPy releases Python's lock inside its kernels, so threads do where the kernels are long, as in sampling. Training has
 thousands of short ones, and two threads lose a fifth to a third of their time waiting for the lock; there the workers
-are processes, each with a lock of its own, which find the parameters in shared memory.
+are processes, each with a lock of its own, which find the parameters in shared memory. Across machines they are ranks,
+which share nothing and add their gradients up.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -24,12 +26,16 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.reduction import ForkingPickler
+from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController, threadpool_limits
+
+from .backend import Array, device_of, to_device, to_numpy
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 PIXELS = 2**14  # pass through a network at a time: enough for the matrix products, few enough for the cache
@@ -78,25 +84,58 @@ def worker_threads(count: int | None = None, most: int | None = None) -> Iterato
 
 
 @contextlib.contextmanager
+def ahead(function: Callable, items: Iterable, depth: int) -> Iterator[Iterator]:
+    """Within this block, yields an iterator over function(item) for each item, in order, which a thread per CPU is up
+    to `depth` items ahead with; an exception is raised where its result is asked for. Nothing begins before the first
+    is asked for."""
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        waiting = collections.deque()
+
+        def results() -> Iterator:
+            for item in items:
+                waiting.append(pool.submit(function, item))
+                if len(waiting) > depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+
+        try:
+            yield results()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextlib.contextmanager
 def worker_processes(function: Callable, count: int | None = None, most: int | None = None) -> Iterator[Callable]:
     """Within this block, have `count` processes (None: one per CPU), but no more than `most`, that are copies of this
-    one as it is when `run` is first called; yields `run(items, *same)`, which has them compute function(item, *same)
-    for each item.
+    one as it is when the block begins; yields `run(items, *same)`, which has them compute function(item, *same) for
+    each item.
 
     What goes to a process and what it returns is pickled; all else that the function changes stays with the process,
     except for arrays from `shared_array`. Results come in the order of the items; an exception in a worker is raised
     where its result is taken. A single worker is this thread. Those of a process that may not have any of its own
-    (multiprocessing's daemons), and all on Windows and macOS, where copying a process is impossible or unsafe, are
-    threads.
-    Raises ValueError unless `count` is an integer >= 1.
+    (multiprocessing's daemons) or is a rank of MPI, and all on Windows and macOS, where copying a process is impossible
+    or unsafe, are threads.
+    Raises ValueError unless `count` is an integer >= 1; `run` raises RuntimeError if a worker is killed.
     """
     count = _worker_count(count, most)
-    if count == 1 or sys.platform != "linux" or multiprocessing.current_process().daemon:
+    alone = multiprocessing.current_process().daemon or "mpi4py.MPI" in sys.modules
+    if count == 1 or sys.platform != "linux" or alone:
         with worker_threads(count) as run:
             yield lambda items, *same: run(lambda item: function(item, *same), items)
         return
     with ProcessPoolExecutor(count, multiprocessing.get_context("fork"), _become_worker, (function,)) as pool:
-        yield lambda items, *same: pool.map(functools.partial(_work, same), items)
+
+        def run(items: Iterable, *same: Any) -> Iterator:
+            try:
+                yield from pool.map(functools.partial(_work, same), items)
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    "a worker was killed; if it was for want of memory, fewer workers or a smaller batch need less"
+                ) from error
+
+        pool.submit(int).result()  # the copies are made now, while this process has no threads of ours
+        yield run
 
 
 def shared_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -109,8 +148,11 @@ def _become_worker(function: Callable) -> None:
     """Make this process, just begun, one that calls `function`."""
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; what it means is for the first to say
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Ctrl-C and SIGTERM may reach every process; what they mean is for the first to say
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    for end in (_end_with_parent, _end_when_told_by_parent):
+        threading.Thread(target=end, daemon=True).start()
     threadpool_limits(1, "blas")
     with contextlib.suppress(AttributeError, OSError):  # glibc: keep freed memory, in blocks of up to 32 MiB, for the
         malloc = ctypes.CDLL(None)  # next micro-batch. What is handed back to the system comes back page by page, each
@@ -133,6 +175,94 @@ def _end_with_parent() -> None:
     """Do not outlive the process that this one is a copy of, should it be killed."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
+
+
+def _end_when_told_by_parent() -> None:
+    """SIGTERM is how a pool that is broken ends its workers."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(1)
+
+
+class Ranks:
+    """The processes that `mpiexec -n N` started, each of which takes a part of every batch; without `mpi`, this one.
+
+    `rank` is the number of this one of `size`, and `local` that among the `beside` ones on this machine. Raises
+    RuntimeError if mpi4py or an MPI is missing, or mpiexec is that of another MPI.
+    """
+
+    def __init__(self, mpi: bool = False):
+        self.rank, self.size, self.local, self.beside = 0, 1, 0, 1
+        if not mpi:
+            return
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            raise RuntimeError(f"mpi: {error}; pip install 'tinyddpm[mpi]' brings mpi4py and an MPI") from error
+        self.mpi, self.world = MPI, MPI.COMM_WORLD
+        self.rank, self.size = self.world.rank, self.world.size
+        machine = self.world.Split_type(MPI.COMM_TYPE_SHARED)
+        self.local, self.beside = machine.rank, machine.size
+        if self.size < (started := ranks_started()):
+            raise RuntimeError(
+                f"mpi: mpiexec started {started} processes, but they see {self.size}: it is that of another MPI than "
+                "mpi4py's; the right one lies beside this python"
+            )
+
+    def share(self, items: Sequence) -> Sequence:
+        """Those of `items` that are for this rank: about as many as for any other, in order."""
+        first, last = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
+        return items[first:last]
+
+    def add_up(self, vector: Array) -> None:
+        """Have each rank's `vector` replaced by their sum, by one Allreduce.
+
+        MPI sums in an order that depends on N alone, so that the result is the same to the bit on every rank and in
+        every run. What is on a GPU passes through the host's memory.
+        """
+        self._in_host_memory(vector, lambda host: self.world.Allreduce(self.mpi.IN_PLACE, host))
+
+    def broadcast(self, vector: Array) -> None:
+        """Have each rank's `vector` replaced by that of rank 0."""
+        self._in_host_memory(vector, lambda host: self.world.Bcast(host))
+
+    def _in_host_memory(self, vector: Array, communicate: Callable) -> None:
+        if self.size > 1:
+            host = to_numpy(vector)
+            communicate(host)
+            if host is not vector:
+                vector[...] = to_device(host, device_of(vector))
+
+    def told(self, value: Any) -> Any:
+        """The `value` that rank 0 has."""
+        return self.world.bcast(value) if self.size > 1 else value
+
+    @contextlib.contextmanager
+    def first_alone(self) -> Iterator[None]:
+        """Within this block is first rank 0, and when it is through, all others: to download something once, say."""
+        if self.rank > 0:
+            self.world.Barrier()
+        yield
+        if self.rank == 0 and self.size > 1:
+            self.world.Barrier()
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Within this block, an exception in one rank ends them all: the others would wait for it for ever."""
+        try:
+            yield
+        except BaseException:
+            if self.size > 1:
+                print(f"rank {self.rank} of {self.size} failed, which ends the job", file=sys.stderr)
+                traceback.print_exc()
+                sys.stderr.flush()
+                self.world.Abort(1)
+            raise
+
+
+def ranks_started() -> int:
+    """How many processes mpiexec says it started, whether this one knows of MPI or not."""
+    return int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
 
 
 def _worker_count(count: int | None, most: int | None) -> int:

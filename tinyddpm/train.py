@@ -1,8 +1,9 @@
 """The training loop (Ho et al. 2020, algorithm 1), as a generator: it yields its state after every step.
 
-Logging, sampling, saving and stopping are up to whoever iterates. A batch is cut into micro-batches of fixed size,
-which workers differentiate side by side; gradients are added up in a fixed order and each micro-batch has a random
-stream of its own, so the result is the same to the bit for any number of workers.
+Logging, sampling and saving are up to whoever iterates. A batch is cut into micro-batches of fixed size, which workers
+differentiate side by side; gradients are added up in a fixed order and each micro-batch has a random stream of its own,
+so the result is the same to the bit for any number of workers. Ranks on several machines share the micro-batches out,
+and add up what each has added up.
 
 A GPU runs behind: what is asked of it is queued, and the loop goes on to the next step. It stops to wait only when
 somebody wants to see a number, such as the loss.
@@ -10,11 +11,15 @@ somebody wants to see a number, such as the loss.
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 import numbers
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -23,10 +28,12 @@ from .data import batch_indices, random_stream
 from .diffusion import Diffusion, checked_labels, warn_if_out_of_range
 from .nn import Module
 from .optim import EMA, Adam, clip_norm, flat_gradient, flatten, learning_rate
-from .parallel import shard_size, shared_array, worker_processes
+from .parallel import Ranks, ahead, shard_size, shared_array, worker_processes
+from .run import Path, read_checkpoint, run_config, write_checkpoint
 from .tensor import backward
 
 GROUPS = 16  # of micro-batches, at most, since each has a gradient in memory; there is work for as many workers
+READ_AHEAD = 4  # steps: so many batches of a folder's pictures are in memory
 LOOK_EVERY = 100  # steps: so often training on a GPU waits, to see whether all that came out was finite
 
 
@@ -39,6 +46,17 @@ class TrainState:
     ema: EMA  # ema.model is what to sample from
     optimizer: Adam
     outcome: tuple[Array | float, Array | float]  # loss and grad_norm; on a GPU, arrays until somebody looks
+    last: bool  # whether this is the last step
+    config: dict = dataclasses.field(repr=False)  # what a checkpoint has to agree with for the run to go on from it
+    diffusion: Diffusion = dataclasses.field(repr=False)
+    check: Callable[[], None] = dataclasses.field(repr=False)  # raises if a step up to this one was not finite
+    seconds: float = 0.0  # of training since its very beginning, without what is done between the steps
+    images_per_second: float = 0.0  # over the last LOOK_EVERY steps
+
+    @property
+    def seen(self) -> bool:
+        """Whether the loss is a number already, for which nobody has to wait."""
+        return isinstance(self.outcome[0], float)
 
     def look(self) -> tuple[float, float]:
         """Return loss and grad_norm. On a GPU, this waits until the step is done, the first time."""
@@ -54,6 +72,32 @@ class TrainState:
     def grad_norm(self) -> float:
         """Of the gradient before it was clipped; see `look`."""
         return self.look()[1]
+
+    def metrics(self) -> dict[str, float]:
+        """What to log of this step, for any tracker of experiments: plain numbers by name; see `look`."""
+        loss, grad_norm = self.look()
+        speed, seconds = round(self.images_per_second, 2), round(self.seconds, 3)
+        names = ("step", "loss", "grad_norm", "lr", "images_per_second", "seconds")
+        return dict(zip(names, (self.step, loss, grad_norm, self.lr, speed, seconds)))
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint to `path`, in one move, from which `train(..., resume=path)` goes on. The one before is
+        kept too, as run.previous.safetensors for run.safetensors. `load_model` reads it: the averaged weights.
+
+        Raises RuntimeError if the training has gone on since this state, FloatingPointError as `train` does, OSError if
+        the file cannot be written; then all files are as they were.
+        """
+        if self.optimizer.n != self.step:
+            raise RuntimeError(
+                f"save: the training is at step {self.optimizer.n}, and this state of {self.step} is gone"
+            )
+        self.check()
+        facts = self.metrics() | {"seconds": self.seconds, "config": self.config}
+        write_checkpoint(path, self.ema.model, self.diffusion, _vectors(self.optimizer), facts)
+
+
+def _vectors(optimizer: Adam) -> dict[str, Array]:
+    return {"theta": optimizer.theta, "m": optimizer.m, "v": optimizer.v}
 
 
 def train(
@@ -71,15 +115,20 @@ def train(
     workers: int | None = None,
     seed: int = 0,
     labels: np.ndarray | None = None,
+    flip: bool = False,
+    resume: Path | None = None,
+    stop: Callable[[], bool] | None = None,
+    ranks: Ranks | None = None,
 ) -> Iterator[TrainState]:
     """Train `model` in place with Adam, yielding a `TrainState` after each of `steps` steps.
 
     Args:
         model: a Module (x_t, t) -> prediction; if it has dropout, of labels or otherwise, called with rng=..., too.
-        images: (M, H, W, C) floats in [-1, 1], of the model's dtype.
+        images: (M, H, W, C) floats in [-1, 1], of the model's dtype: an array, or what looks like one and is read when
+            it is indexed, such as an `ImageFolder`, which is then done ahead of use.
         batch: images per step.
-        micro_batch: images a worker takes at a time; None for what `parallel.shard_size` says on a CPU, the whole batch
-            on a GPU.
+        micro_batch: images a worker takes at a time; None for that of the run that goes on, or else for what
+            `parallel.shard_size` says on a CPU, the whole batch on a GPU.
         lr: Adam's learning rate, to which it rises over the first `warmup_steps` and from which it falls towards 0 over
             the last `decay_steps`.
         max_norm: longest gradient. ema_decay: of the moving average.
@@ -87,20 +136,27 @@ def train(
             model and diffusion must not change while it trains, but for the parameters, in place; and what a model
             notes down about itself stays in the copy, unless there is only one worker. On a GPU there are none: this
             process does it all.
-        seed: of batches, timesteps, noise and dropout.
+        seed: of batches, timesteps, noise, dropout and flips.
         labels: (M,) integers, the class of each image, for a model that takes them: it is called with labels=..., too.
+        flip: whether to mirror half of the images, left to right, anew each time.
+        resume: a checkpoint that `TrainState.save` wrote, to go on from, to the bit as if there had been no end; if
+            there is no such file, the training begins. The other arguments have to be the same, except for `workers`,
+            `ranks` and, without `decay_steps`, `steps`. A run that had come to its end yields its last state again.
+        stop: asked in each step; when it says yes, that step is the last. With several ranks, one is enough.
+        ranks: the processes of an MPI job that share the work, see `parallel.Ranks`; all yield the same states, and
+            each has images, model and all else. Rank 0 alone reads the checkpoint.
 
     Being a generator, it raises what follows when its first state is asked for: TypeError or ValueError if an argument
-    is of the wrong type or out of range, FloatingPointError if the loss or the gradient is not finite, RuntimeError if
-    the model's parameters are moved or replaced while it trains. A gradient that is not finite never touches the
-    parameters; on a GPU it is noticed within `LOOK_EVERY` steps, unless the training is closed before. Images far
-    outside of [-1, 1] are warned about.
+    is of the wrong type or out of range, or a checkpoint is damaged or of another run, FloatingPointError if the loss
+    or the gradient is not finite, RuntimeError if the model's parameters are moved or replaced while it trains, or a
+    worker is killed. A gradient that is not finite never touches the parameters; on a GPU it is noticed within
+    `LOOK_EVERY` steps, unless the training is closed before. Images far outside of [-1, 1] are warned about.
 
     Products in "fp16" (see `Module.to`) lose gradients below 6e-8, and a mean over many pixels makes them small. So the
     loss is then multiplied by about the number of pixels before it is differentiated, and the gradient divided
     (Micikevicius et al. 2018).
     """
-    device, on_cpu = model.device, model.device == "cpu"
+    device, on_cpu, ranks = model.device, model.device == "cpu", ranks or Ranks()
     at_least_one = {"steps": steps, "batch": batch, "micro_batch": 1 if micro_batch is None else micro_batch}
     for name, value in (
         at_least_one | {"warmup_steps": warmup_steps, "decay_steps": decay_steps, "seed": seed}
@@ -108,60 +164,91 @@ def train(
         least = 1 if name in at_least_one else 0
         if not isinstance(value, numbers.Integral) or value < least:
             raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-    if not isinstance(images, np.ndarray):
+    in_memory = isinstance(images, np.ndarray)
+    if not in_memory and not all(hasattr(images, name) for name in ("shape", "dtype", "__getitem__")):
         raise TypeError(f"images: expected a NumPy array, got {type(images)}")
-    if images.ndim != 4 or images.size == 0 or images.dtype != model.dtype:
+    if len(images.shape) != 4 or math.prod(images.shape) == 0 or images.dtype != model.dtype:
         raise ValueError(f"images: expected {model.dtype} (M, H, W, C) with M >= 1, got {images.dtype} {images.shape}")
     labels = checked_labels(labels, len(images))
     if labels is None and getattr(model, "label_dropout", 0):
         raise ValueError("labels: this model is to learn with and without them, so give some; -1 is none")
-    if not on_cpu:  # there `loss` does not look, for it would have to wait for the device
+    if not on_cpu and in_memory:  # there `loss` does not look, for it would have to wait for the device
         warn_if_out_of_range("images", images)
-    if micro_batch is None:
-        micro_batch = shard_size(batch, *images.shape[1:3]) if on_cpu else batch
+
+    settings = {"batch": batch, "micro_batch": micro_batch, "lr": lr, "max_norm": max_norm, "ema_decay": ema_decay}
+    settings |= {"warmup_steps": warmup_steps, "decay_steps": decay_steps, "seed": seed, "flip": flip}
+    config = run_config(model, diffusion, images, labels, **settings | ({"steps": steps} if decay_steps else {}))
     parameters = model.parameters()
-    starts = range(0, batch, micro_batch)
-    groups = np.array_split(starts, min(GROUPS, len(starts)) if on_cpu else 1)
-    scale = 2.0 ** round(math.log2(batch * images[0].size)) if model.precision == "fp16" else 1.0
     with on_device(device):
         empty = shared_array if on_cpu else array_module(parameters[0].data).empty
         theta = flatten(parameters, out=empty((model.size,), model.dtype))
-        gradients = empty((len(groups), model.size), model.dtype)
         optimizer = Adam(theta, lr)
         ema = EMA(model, ema_decay)
-    views = [p.data for p in parameters]
+        facts = None
+        if resume is not None and ranks.rank == 0:
+            facts = read_checkpoint(resume, ema.model, _vectors(optimizer), config)
+        for vector in (ema.average, *_vectors(optimizer).values()):
+            ranks.broadcast(vector)
+    facts = ranks.told(facts) or {"step": 0, "seconds": 0.0, "config": config}
+    config, optimizer.n, ema.n = facts["config"], facts["step"], facts["step"]
+    if config["micro_batch"] is None:
+        config["micro_batch"] = shard_size(batch, *images.shape[1:3]) if on_cpu else batch
+    micro_batch = config["micro_batch"]
+    starts = ranks.share(range(0, batch, micro_batch))
+    groups = np.array_split(starts, min(GROUPS, len(starts)) or 1) if on_cpu else [starts]
+    scale = 2.0 ** round(math.log2(batch * math.prod(images.shape[1:]))) if model.precision == "fp16" else 1.0
+    with on_device(device):
+        rows = empty((len(groups), model.size + 2), model.dtype)  # the last two numbers are for what ranks add up too
+    gradients, views = rows[:, :-2], [p.data for p in parameters]
 
-    def differentiate(group: int, step: int, indices: np.ndarray) -> Array:
-        """Loss of a group of micro-batches; the gradient goes to its row of `gradients`. Both are weighted so that the
-        groups add up to the batch's mean."""
-        total = 0.0
-        for start in groups[group]:
+    def read(step: int) -> list[list[np.ndarray]]:
+        """The images of each micro-batch in each group."""
+        indices = batch_indices(len(images), step, batch, seed)
+        return [[images[indices[start : start + micro_batch]] for start in group] for group in groups]
+
+    def differentiate(item: tuple[int, list[np.ndarray]], step: int) -> Array:
+        """Loss of a group of micro-batches, of images that are given or in memory; the gradient goes to its row of
+        `gradients`. Both are weighted so that the groups add up to the batch's mean."""
+        (group, given), total = item, 0.0
+        indices = batch_indices(len(images), step, batch, seed)
+        if not len(groups[group]):  # there are more ranks than micro-batches
+            gradients[group] = 0
+        for i, start in enumerate(groups[group]):
             chosen = indices[start : start + micro_batch]
+            x0 = given[i] if given else images[chosen]
+            if flip:
+                mirrored = random_stream(seed, "flip", step, start).random(len(chosen)) < 0.5
+                x0[mirrored] = x0[mirrored, :, ::-1]
             rng = random_stream(seed, "noise", step, start)
             drops = getattr(model, "dropout", 0) or getattr(model, "label_dropout", 0)
             settings = ({"rng": rng} if drops else {}) | ({} if labels is None else {"labels": labels[chosen]})
             net = functools.partial(model, **settings) if settings else model
-            loss = diffusion.loss(net, to_device(images[chosen], device), rng) * (scale * len(chosen) / batch)
+            loss = diffusion.loss(net, to_device(x0, device), rng) * (scale * len(chosen) / batch)
             gradient = backward(loss, copy=False)
             total += loss.data.astype(np.float64)
-            if start == groups[group][0]:
+            if i == 0:
                 flat_gradient(gradient, parameters, out=gradients[group])
             else:
                 gradients[group] += flat_gradient(gradient, parameters)
         return total
 
-    def update(step: int, loss: Array) -> TrainState:
-        """Step against the sum of all gradients and move the average."""
+    def update(step: int, loss: Array, last: bool) -> TrainState:
+        """Step against the sum of all gradients and move the average; `last`: whether this rank wants to stop."""
         gradient = gradients[0]
         for other in gradients[1:]:
             gradient += other
+        if ranks.size > 1:
+            rows[0, -2], rows[0, -1] = loss, last
+            ranks.add_up(rows[0])
+            loss, last = rows[0, -2], bool(rows[0, -1])
         if scale != 1:
             loss = loss / scale
             gradient *= 1 / scale
         rate = learning_rate(lr, step, steps, warmup_steps, decay_steps)
-        state = TrainState(step + 1, rate, ema, optimizer, (loss, clip_norm(gradient, max_norm)))
+        outcome = loss, clip_norm(gradient, max_norm)
+        state = TrainState(step + 1, rate, ema, optimizer, outcome, last or step + 1 == steps, config, diffusion, look)
         unseen.append(state)
-        if on_cpu or len(unseen) == LOOK_EVERY or step + 1 == steps:
+        if on_cpu or len(unseen) == LOOK_EVERY or state.last:
             look()
         if moved():
             raise RuntimeError(f"step {step + 1}: the model's parameters were moved or replaced while it trains")
@@ -183,14 +270,28 @@ def train(
     def moved() -> bool:
         return any(p.data is not view for p, view in zip(parameters, views))
 
-    unseen = []
+    unseen, first, seconds, recent = [], facts["step"], facts["seconds"], collections.deque(maxlen=LOOK_EVERY)
     try:
-        with worker_processes(differentiate, workers, most=len(groups) if on_cpu else 1) as run:
-            for step in range(steps):
-                indices = batch_indices(len(images), step, batch, seed)
+        if first >= steps:
+            outcome, more = (facts["loss"], facts["grad_norm"]), (seconds, facts["images_per_second"])
+            yield TrainState(first, facts["lr"], ema, optimizer, outcome, True, config, diffusion, look, *more)
+            return
+        with contextlib.ExitStack() as stack:
+            run = stack.enter_context(worker_processes(differentiate, workers, len(groups) if on_cpu else 1))
+            batches = itertools.repeat([None] * len(groups))
+            if not in_memory:
+                batches = stack.enter_context(ahead(read, range(first, steps), READ_AHEAD))
+            for step in range(first, steps):
+                began = time.monotonic()
                 with on_device(device):
-                    state = update(step, sum(run(range(len(groups)), step, indices)))
+                    loss = sum(run(list(enumerate(next(batches))), step))
+                    state = update(step, loss, stop is not None and stop())
+                recent.append(time.monotonic() - began)
+                seconds += recent[-1]
+                state.seconds, state.images_per_second = seconds, batch * len(recent) / sum(recent)
                 yield state
+                if state.last:
+                    break
     finally:
         if on_cpu and not moved():
             flatten(parameters)  # out of the memory that processes share

@@ -1,0 +1,712 @@
+"""A training that ends at any moment goes on as if it never had: checkpoints, their damage, signals, the log."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import types
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
+
+from tinyddpm import Diffusion, UNet, load_model, make_schedule, train
+from tinyddpm.checkpoint import previous
+from tinyddpm.data import batch_indices
+from tinyddpm.nn import Linear, Module
+from tinyddpm.parallel import shared_array
+from tinyddpm.run import MetricsLog, stop_signals
+
+TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
+DIFFUSION = Diffusion(make_schedule("linear", 20, beta_end=0.6))
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (23, 4, 4, 1)).astype(np.float32)
+SETTINGS = dict(batch=11, micro_batch=4, lr=0.01, warmup_steps=3, decay_steps=3, seed=3)
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are copied there only")
+
+
+def training(path, steps=8, *, unet=None, rng=0, diffusion=DIFFUSION, images=IMAGES, **changes):
+    """A network and the training of it that goes on from `path`."""
+    unet = unet or UNet(**TINY, rng=rng)
+    return unet, train(unet, diffusion, images, steps, resume=path, **SETTINGS | changes)
+
+
+def one_after_another(path, parts, **changes):
+    """Train for each number of steps in turn, save, and forget; return what is left in the end, and all losses."""
+    losses = []
+    for steps, workers in parts:
+        unet, states = training(path, workers=workers, rng=len(losses), **changes)
+        for state in itertools.islice(states, steps):
+            losses.append((state.step, state.loss, state.grad_norm, state.lr))
+        state.save(path)
+        states.close()
+    return unet.state_dict(), state.ema.model.state_dict(), losses
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        np.testing.assert_array_equal(value, second[name], err_msg=name)
+
+
+class TestResume:
+    @settings(max_examples=5)
+    @given(stops=st.lists(st.integers(1, 7), max_size=3), workers=st.lists(st.integers(1, 3), min_size=4, max_size=4))
+    def test_it_goes_on_bit_for_bit_from_any_step_with_any_number_of_workers(self, tmp_path_factory, stops, workers):
+        folder = tmp_path_factory.mktemp("run")
+        stops = sorted({*stops, 8})
+        parts = [(after - before, n) for before, after, n in zip([0, *stops], stops, workers)]
+        whole, interrupted = one_after_another(folder / "a", [(8, 1)]), one_after_another(folder / "b", parts)
+        for a, b in zip(whole[:2], interrupted[:2]):
+            assert_same(a, b)
+        assert whole[2] == interrupted[2] and [step for step, *_ in whole[2]] == list(range(1, 9))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            dict(flip=True),
+            dict(unet=dict(dropout=0.3)),
+            dict(unet=dict(classes=3, label_dropout=0.3), labels=np.arange(23) % 3),
+            dict(dtype="float64"),
+            dict(diffusion=Diffusion(make_schedule("cosine", 12), "v", "learned_range", "hybrid"),
+                 unet=dict(out_channels=2)),
+            dict(batch=18, micro_batch=1),
+            dict(micro_batch=None, decay_steps=0),
+        ],
+    )  # fmt: skip
+    def test_with_whatever_is_random(self, tmp_path, changes):
+        changes, dtype = dict(changes), changes.get("dtype", "float32")
+        options, outcomes = changes.pop("unet", {}), []
+        changes.pop("dtype", None)
+        for name, parts in (("whole", [(5, 1)]), ("parts", [(2, 2), (3, 1)])):
+            losses = []
+            for steps, workers in parts:
+                unet = UNet(**TINY | options, rng=len(losses)).to(dtype=dtype)
+                _, states = training(
+                    tmp_path / name, 5, unet=unet, images=IMAGES.astype(dtype), workers=workers, **changes
+                )
+                losses += [(s.loss, s.save(tmp_path / name)) for s in itertools.islice(states, steps)]
+                states.close()
+            outcomes.append((unet.state_dict(), losses))
+        assert_same(outcomes[0][0], outcomes[1][0])
+        assert outcomes[0][1] == outcomes[1][1]
+
+    def test_where_there_is_no_checkpoint_it_begins(self, tmp_path):
+        _, states = training(tmp_path / "run")
+        assert next(states).step == 1
+
+    def test_a_run_at_its_end_yields_its_last_state_again(self, tmp_path):
+        unet, states = training(tmp_path / "run")
+        *_, last = states
+        assert last.last
+        last.save(tmp_path / "run")
+        again, states = training(tmp_path / "run", rng=1)
+        (state,) = states
+        assert state.last and state.metrics() == last.metrics()
+        assert_same(unet.state_dict(), again.state_dict())
+        assert_same(last.ema.model.state_dict(), state.ema.model.state_dict())
+        before = (tmp_path / "run").read_bytes()
+        state.save(tmp_path / "run")
+        assert load_file(tmp_path / "run").keys() == load_file(previous(tmp_path / "run")).keys()
+        assert len(before) == len((tmp_path / "run").read_bytes())
+
+    def test_without_decay_it_may_go_on_for_longer(self, tmp_path):
+        whole, states = training(None, 6, decay_steps=0)
+        list(states)
+        unet, states = training(tmp_path / "run", 4, decay_steps=0)
+        (*_, state) = states
+        state.save(tmp_path / "run")
+        unet, states = training(tmp_path / "run", 6, decay_steps=0)
+        assert [state.step for state in states] == [5, 6]
+        assert_same(whole.state_dict(), unet.state_dict())
+
+    def test_the_seconds_go_on_too(self, tmp_path):
+        _, states = training(tmp_path / "run")
+        state = next(states)
+        state.seconds = 1000.0
+        state.save(tmp_path / "run")
+        states.close()
+        _, states = training(tmp_path / "run")
+        assert 1000 < next(states).seconds < 1100
+
+    def test_any_module_can_be_trained(self, tmp_path):
+        class Scale(Module):
+            def __init__(self, rng):
+                self.dense = Linear(1, 1, np.random.default_rng(rng))
+
+            def __call__(self, x, t):
+                return self.dense(x)
+
+        whole, states = training(None, unet=Scale(0))
+        list(states)
+        unet, states = training(tmp_path / "run", unet=Scale(0))
+        next(states), next(states).save(tmp_path / "run")
+        states.close()
+        again, states = training(tmp_path / "run", unet=Scale(1))
+        list(states)
+        assert_same(whole.state_dict(), again.state_dict())
+        with pytest.raises(ValueError, match="run was not written by save_model"):
+            load_model(tmp_path / "run")
+
+    def test_the_checkpoint_is_a_model_with_the_averaged_weights(self, tmp_path):
+        _, states = training(tmp_path / "run")
+        next(states), (state := next(states)).save(tmp_path / "run")
+        unet, diffusion = load_model(tmp_path / "run")
+        assert_same(unet.state_dict(), state.ema.model.state_dict())
+        np.testing.assert_array_equal(diffusion.schedule.beta, DIFFUSION.schedule.beta)
+        states.close()
+
+    def test_a_state_that_is_gone_cannot_be_saved(self, tmp_path):
+        _, states = training(tmp_path / "run")
+        first = next(states)
+        next(states)
+        with pytest.raises(RuntimeError, match="save: the training is at step 2, and this state of 1 is gone"):
+            first.save(tmp_path / "run")
+        assert not list(tmp_path.iterdir())
+        states.close()
+
+    @pytest.mark.parametrize(
+        ("change", "field"),
+        [
+            (dict(batch=12), "batch: 11 there, 12 here"),
+            (dict(micro_batch=5), "micro_batch: 4 there, 5 here"),
+            (dict(lr=0.02), "lr: 0.01 there, 0.02 here"),
+            (dict(warmup_steps=4), "warmup_steps: 3 there, 4 here"),
+            (dict(decay_steps=4), "decay_steps: 3 there, 4 here"),
+            (dict(decay_steps=0), "decay_steps: 3 there, 0 here"),
+            (dict(steps=9), "steps: 8 there, 9 here"),
+            (dict(max_norm=2.0), "max_norm: 1.0 there, 2.0 here"),
+            (dict(ema_decay=0.9), "ema_decay: 0.995 there, 0.9 here"),
+            (dict(seed=4), "seed: 3 there, 4 here"),
+            (dict(flip=True), "flip: False there, True here"),
+            (dict(labels=[0] * 23), "labels: 'none' there"),
+            (dict(images=IMAGES[:22]), "images: [[23, 4, 4, 1], "),
+            (dict(images=-IMAGES), "images: [[23, 4, 4, 1], "),
+            (dict(unet=UNet(**TINY | dict(channels=(4, 6)))), "unet.channels: [4, 8] there, [4, 6] here"),
+            (dict(unet=UNet(**TINY, dropout=0.1)), "unet.dropout: 0.0 there, 0.1 here"),
+            (dict(unet=UNet(**TINY).to(precision="tf32")), "precision: 'float32' there, 'tf32' here"),
+            (dict(unet=Linear(1, 1, np.random.default_rng(0))), "model: None there, 'Linear' here"),
+            (dict(diffusion=Diffusion(DIFFUSION.schedule, "v")), "diffusion.objective: 'eps' there, 'v' here"),
+            (dict(diffusion=Diffusion(make_schedule("linear", 20, beta_end=0.5))),
+             "schedule.parameters.beta_end: 0.6 there, 0.5 here"),
+        ],
+    )  # fmt: skip
+    def test_a_run_with_another_configuration_is_refused_by_field(self, tmp_path, change, field):
+        _, states = training(tmp_path / "run")
+        next(states).save(tmp_path / "run")
+        next(states).save(tmp_path / "run")  # so that there is a previous one, which is not to be tried
+        unet, others = training(tmp_path / "run", **change)
+        before = unet.state_dict()
+        with pytest.raises(ValueError, match="run is of another run: ") as error, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            next(others)
+        assert field in str(error.value)
+        assert_same(before, unet.state_dict())
+        states.close()
+
+    def test_all_fields_that_differ_are_named(self, tmp_path):
+        _, states = training(tmp_path / "run")
+        next(states).save(tmp_path / "run")
+        states.close()
+        with pytest.raises(ValueError, match="another run: batch: 11 there, 5 here; lr: 0.01 there, 1.0 here$"):
+            next(training(tmp_path / "run", batch=5, lr=1.0)[1])
+
+    def test_a_model_is_no_checkpoint(self, tmp_path):
+        save_file({"w": np.zeros(3)}, tmp_path / "run")
+        with pytest.raises(ValueError, match="run is no checkpoint of a training"):
+            next(training(tmp_path / "run")[1])
+        assert [p.name for p in tmp_path.iterdir()] == ["run"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A checkpoint and the one before it."""
+    path = tmp_path_factory.mktemp("run") / "run.safetensors"
+    _, states = training(path)
+    for state in itertools.islice(states, 4):
+        state.save(path)
+    states.close()
+    return path.read_bytes(), previous(path).read_bytes()
+
+
+class TestDamage:
+    """What a disk may do to a file, and what comes of it."""
+
+    @given(data=st.data())
+    def test_no_bit_can_flip_unnoticed(self, run, data, tmp_path_factory):
+        path, content = tmp_path_factory.mktemp("damaged") / "run.safetensors", bytearray(run[0])
+        header = 8 + int.from_bytes(content[:8], "little")
+        at = data.draw(st.one_of(st.integers(0, header - 1), st.integers(0, len(content) - 1)))
+        content[at] ^= 1 << data.draw(st.integers(0, 7))
+        path.write_bytes(content)
+        unet, states = training(path)
+        before = unet.state_dict()
+        with pytest.raises(ValueError, match="damaged since it was written|not a readable safetensors|no checkpoint"):
+            next(states)
+        assert_same(before, unet.state_dict())
+        with pytest.raises(ValueError):
+            load_model(path)
+
+    @given(data=st.data())
+    def test_no_file_can_be_cut_short_unnoticed(self, run, data, tmp_path_factory):
+        path = tmp_path_factory.mktemp("damaged") / "run.safetensors"
+        path.write_bytes(run[0][: data.draw(st.integers(0, len(run[0]) - 1))])
+        with pytest.raises(ValueError, match="run.safetensors is not a readable safetensors file"):
+            next(training(path)[1])
+
+    @pytest.mark.parametrize("damage", ["cut", "flipped"])
+    def test_then_it_goes_on_from_the_one_before_and_says_so(self, run, tmp_path, damage):
+        path, content = tmp_path / "run.safetensors", bytearray(run[0])
+        content[-1] ^= 1
+        path.write_bytes(run[0][:-1] if damage == "cut" else content)
+        previous(path).write_bytes(run[1])
+        unet, states = training(path)
+        with pytest.warns(
+            UserWarning, match="run.safetensors .* going on from the one before it, run.previous.safeten"
+        ):
+            assert next(states).step == 4
+        list(states)
+        whole, states = training(None)
+        list(states)
+        assert_same(whole.state_dict(), unet.state_dict())
+
+    def test_or_silently_if_there_is_only_the_one_before(self, run, tmp_path):
+        """As a kill leaves it that hits between two names."""
+        previous(tmp_path / "run.safetensors").write_bytes(run[1])
+        assert next(training(tmp_path / "run.safetensors")[1]).step == 4
+
+    def test_both_may_be_damaged(self, run, tmp_path):
+        path = tmp_path / "run.safetensors"
+        path.write_bytes(run[0][:-1])
+        previous(path).write_bytes(run[1][:100])
+        with pytest.warns(UserWarning), pytest.raises(ValueError, match="run.previous.safetensors is not a readable"):
+            next(training(path)[1])
+
+
+def step_in(path):
+    """The step that a checkpoint says it is of."""
+    with safe_open(path, "numpy") as file:
+        return json.loads(file.metadata()["training"])["step"]
+
+
+def in_a_copy(function):
+    """Run `function` in a copy of this process and return how that ended: 0, its exit status, or minus a signal."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+@on_linux
+class TestDisk:
+    def save_or_tell(self, path):
+        """Exit 0 if the state after 2 steps could be saved, 3 if that was an OSError that says which file it was."""
+        _, states = training(path, workers=1)
+        state = next(itertools.islice(states, 1, None))
+        try:
+            state.save(path)
+        except OSError as error:
+            os._exit(3 if f"cannot write {path}" in str(error) else 4)
+        os._exit(0)
+
+    @pytest.fixture
+    def saved(self, tmp_path):
+        _, states = training(tmp_path / "run", workers=1)
+        next(states).save(tmp_path / "run")
+        states.close()
+        return tmp_path / "run", (tmp_path / "run").read_bytes()
+
+    @pytest.mark.parametrize("size", [0, 1, 100, 4096, 20_000])
+    def test_full(self, saved, size):
+        """The system lets a file grow to `size` bytes only, as a full disk does."""
+        path, before = saved
+
+        def with_little_space():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            self.save_or_tell(path)
+
+        assert len(before) > 20_000
+        assert in_a_copy(with_little_space) == 3
+        assert path.read_bytes() == before and os.listdir(path.parent) == ["run"]
+        assert in_a_copy(lambda: self.save_or_tell(path)) == 0  # there is space again
+
+    def test_really_full(self, saved, tmp_path):
+        path, before = saved
+        disk = tmp_path / "disk"
+        disk.mkdir()
+        size = f"size={5 * len(before) // 2}"  # room for two, but not for a third while it is written
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", disk], capture_output=True).returncode:
+            pytest.skip("no file system can be mounted here")
+        try:
+            (disk / "run").write_bytes(before)
+            _, states = training(disk / "run", workers=1)
+            next(states).save(disk / "run")
+            with pytest.raises(OSError, match="cannot write .*run: No space left on device"):
+                next(states).save(disk / "run")
+            assert sorted(os.listdir(disk)) == ["run", "run.previous"]
+            next(states)  # the training itself can go on
+            states.close()
+            _, states = training(disk / "run", workers=1)
+            assert next(states).step == 3
+            states.close()
+        finally:
+            subprocess.run(["umount", disk], check=True)
+
+    def test_read_only(self, saved):
+        path, before = saved
+
+        def as_somebody_without_rights():
+            os.chdir(path.parent)
+            path.parent.chmod(0o555)
+            if os.getuid() == 0:
+                os.setuid(65534)
+            self.save_or_tell(pathlib.Path("run"))
+
+        assert in_a_copy(as_somebody_without_rights) == 3
+        path.parent.chmod(0o755)
+        assert path.read_bytes() == before and os.listdir(path.parent) == ["run"]
+
+
+def signals_of_a_run(path, *numbers):
+    """Train in a copy of this process that gets these signals in its third step; return how it ended, and the steps."""
+
+    def trains():
+        with stop_signals("in a moment") as asked:
+            _, states = training(path, 100, workers=2, stop=lambda: send(asked))
+            for state in states:
+                state.save(path)
+        os._exit(0 if state.last else 1)
+
+    def send(asked):
+        if path.exists() and path.with_name(previous(path).name).exists():
+            for number in numbers:
+                os.kill(os.getpid(), number)
+        return asked()
+
+    return in_a_copy(trains), step_in(path)
+
+
+@on_linux
+class TestSignals:
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_once_the_step_is_finished_and_nothing_more(self, tmp_path, number, capfd):
+        assert signals_of_a_run(tmp_path / "run", number) == (0, 3)
+        assert capfd.readouterr().err.count("in a moment") == 1
+
+    @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+    @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+    def test_twice_it_ends_at_once(self, tmp_path, first, second):
+        assert signals_of_a_run(tmp_path / "run", first, second) == (-second, 2)
+
+    def test_a_signal_for_the_whole_group_does_not_end_the_workers(self, tmp_path):
+        """As a job scheduler or a shutdown sends it."""
+
+        def trains():
+            os.setpgid(0, 0)
+            with stop_signals() as asked:
+                _, states = training(None, 100, workers=2, stop=asked)
+                for state in states:
+                    if state.step == 2:
+                        script = f"import os, signal; os.killpg({os.getpid()}, signal.SIGTERM)"
+                        subprocess.run([sys.executable, "-c", script], start_new_session=True, check=True)
+            os._exit(0 if state.last and state.step in (3, 4) else 1)
+
+        assert in_a_copy(trains) == 0
+
+    def test_afterwards_signals_are_what_they_were(self):
+        before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        with stop_signals() as asked:
+            assert not asked() and signal.getsignal(signal.SIGTERM) is not before[1]
+            signal.raise_signal(signal.SIGTERM)
+            assert asked()
+            assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+    def test_another_thread_may_train_too(self):
+        seen = []
+
+        def trains():
+            with stop_signals() as asked:
+                seen.append(asked())
+
+        thread = threading.Thread(target=trains)
+        thread.start()
+        thread.join()
+        assert seen == [False]
+
+
+def test_the_step_in_which_it_is_asked_to_stop_is_the_last(tmp_path):
+    unet, states = training(None, 8, stop=lambda: len(asked.append(0) or asked) == 5)
+    asked = []
+    states = list(states)
+    assert [s.step for s in states] == [1, 2, 3, 4, 5] and [s.last for s in states] == [False] * 4 + [True]
+    assert [s.last for s in training(None, 3)[1]] == [False, False, True]
+
+
+class TestFaults:
+    def test_what_is_not_finite_is_never_saved(self, tmp_path):
+        """The last good checkpoint stays, and the error names the step."""
+        images = IMAGES.copy()
+        images[batch_indices(23, 2, 11, 3)[0]] = np.nan
+        assert batch_indices(23, 2, 11, 3)[0] not in [*batch_indices(23, 0, 11, 3), *batch_indices(23, 1, 11, 3)]
+        _, states = training(tmp_path / "run", images=images)
+        with pytest.raises(FloatingPointError, match="step 3: the loss is nan"):
+            for state in states:
+                state.save(tmp_path / "run")
+        assert step_in(tmp_path / "run") == 2
+        _, states = training(tmp_path / "run", images=images)
+        with pytest.raises(FloatingPointError, match="step 3: the loss is nan"):
+            next(states)
+
+    def test_memory_that_does_not_suffice(self):
+        class Huge(UNet):
+            def __call__(self, x, t):
+                np.empty(2**60, np.uint8)
+
+        for workers in (1, 2):
+            with pytest.raises(MemoryError, match="Unable to allocate"):
+                next(training(None, unet=Huge(**TINY), workers=workers)[1])
+            assert not multiprocessing.active_children()
+
+    @on_linux
+    def test_the_system_kills_a_worker_for_want_of_memory(self):
+        class Killed(UNet):
+            def __call__(self, x, t):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        with pytest.raises(RuntimeError, match="a worker was killed; if it was for want of memory, fewer workers"):
+            next(training(None, unet=Killed(**TINY), workers=2)[1])
+        assert not multiprocessing.active_children()
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_an_exception_of_a_worker_comes_with_its_traceback(self, workers):
+        class Broken(UNet):
+            def __call__(self, x, t):
+                raise LookupError("in the model")
+
+        before = threading.active_count()
+        with pytest.raises(LookupError, match="in the model") as raised:
+            next(training(None, unet=Broken(**TINY), workers=workers)[1])
+        text = "".join(traceback.format_exception(raised.value))
+        assert 'raise LookupError("in the model")' in text and "in differentiate" in text
+        assert threading.active_count() == before and not multiprocessing.active_children()
+
+
+def states_of(*steps, loss=0.5):
+    """What the log needs to know of some states."""
+    names = ("step", "loss", "grad_norm", "lr", "images_per_second", "seconds")
+    return [
+        types.SimpleNamespace(
+            seen=True, metrics=lambda step=step: dict(zip(names, (step, loss / step, 1, 0.1, 9, step)))
+        )
+        for step in steps
+    ]
+
+
+class TestLog:
+    HEADER = "step,loss,grad_norm,lr,images_per_second,seconds"
+
+    def write(self, path, states):
+        log = MetricsLog(path)
+        for state in states:
+            log.write(state)
+        log.close()
+
+    def test_it_has_the_numbers_of_each_step(self, tmp_path):
+        _, states = training(None, 4)
+        states = list(states)
+        self.write(tmp_path / "metrics.csv", states)
+        header, *lines = (tmp_path / "metrics.csv").read_text().splitlines()
+        assert header == self.HEADER == ",".join(states[0].metrics())
+        for line, state in zip(lines, states, strict=True):
+            step, loss, grad_norm, lr, speed, seconds = line.split(",")
+            assert (int(step), float(loss), float(grad_norm)) == (state.step, state.loss, state.grad_norm)
+            assert float(lr) == state.lr and float(speed) > 0 and abs(float(seconds) - state.seconds) < 1e-3
+        assert states[-1].seconds > states[0].seconds > 0
+
+    def test_each_line_is_there_as_soon_as_it_is_written(self, tmp_path):
+        log = MetricsLog(tmp_path / "metrics.csv")
+        for n, state in enumerate(states_of(1, 2, 3), 1):
+            log.write(state)
+            assert len((tmp_path / "metrics.csv").read_text().splitlines()) == n + 1
+        losses, steps = log.losses()
+        assert steps.tolist() == [1, 2, 3] and losses.tolist() == [0.5, 0.25, 0.5 / 3]
+        log.close()
+
+    @given(kept=st.integers(0, 6), cut=st.integers(0, 30))
+    def test_a_run_that_goes_on_leaves_no_line_out_and_none_twice(self, tmp_path_factory, kept, cut):
+        """It was killed later than the checkpoint, perhaps in the middle of a line."""
+        path = tmp_path_factory.mktemp("log") / "metrics.csv"
+        self.write(path, states_of(*range(1, 7)))
+        whole = path.read_text()
+        path.write_text(whole + "7,0.1,1,0.1,9,7\n"[: cut % 16])
+        self.write(path, states_of(*range(kept + 1, 9)))
+        lines = path.read_text().splitlines()
+        assert [int(line.split(",")[0]) for line in lines[1:]] == list(range(1, 9)) and lines[0] == self.HEADER
+        assert path.read_text().startswith(whole) and not list(path.parent.glob("*.part"))
+
+    @pytest.mark.parametrize("old", [b"", b"a,b\n1,2\n", b"\xff\x00\n1,", b"step,loss\n1,2\n"])
+    def test_a_file_of_another_kind_is_begun_anew(self, tmp_path, old):
+        (tmp_path / "metrics.csv").write_bytes(old)
+        self.write(tmp_path / "metrics.csv", states_of(2))
+        assert (tmp_path / "metrics.csv").read_text() == f"{self.HEADER}\n2,0.25,1,0.1,9,2\n"
+
+    def test_steps_nobody_has_looked_at_wait(self, tmp_path):
+        """Of a GPU, which runs behind."""
+        log, states = MetricsLog(tmp_path / "metrics.csv"), states_of(1, 2, 3)
+        states[0].seen = states[1].seen = False
+        for state in states[:2]:
+            log.write(state)
+        assert not (tmp_path / "metrics.csv").exists()
+        log.write(states[2])
+        assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 4
+        log.close()
+
+    def test_what_could_not_be_written_is_tried_again(self, tmp_path):
+        log = MetricsLog(tmp_path / "folder" / "metrics.csv")
+        for state in states_of(1, 2):
+            with pytest.raises(OSError):
+                log.write(state)
+        (tmp_path / "folder").mkdir()
+        log.write(*states_of(3))
+        log.close()
+        assert len((tmp_path / "folder" / "metrics.csv").read_text().splitlines()) == 4
+
+
+# -------------------------------------------------------------------------------------------------------- kill -9
+
+
+def at_step(path):
+    """The step after which the run at `path` goes on; it has to do so without a word."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, states = training(path, 100, workers=1)
+        step = next(states).step
+        states.close()
+    return step - 1
+
+
+def dies_in_the_next_save(path, where):
+    """Train for a step and save it, in a copy of this process that kills itself before, after or in the middle of a
+    call of the system, at the `where`-th of these places; return whether it did."""
+    places = itertools.count(1)
+
+    def place():
+        if next(places) == where:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(function):
+        def wrapper(*args, **kwargs):
+            place()
+            result = function(*args, **kwargs)
+            place()
+            return WatchedFile(result) if function is path_open else result
+
+        return wrapper
+
+    class WatchedFile:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def fileno(self):
+            return self.file.fileno()
+
+        def write(self, content):
+            for part in (content[: len(content) // 2], content[len(content) // 2 :]):
+                self.file.write(part)
+                self.file.flush()
+                place()
+
+    path_open = pathlib.Path.open
+
+    def trains():
+        _, states = training(path, 100, workers=1)
+        state = next(states)
+        for module, names in ((os, ("fsync", "replace", "open", "close")), (pathlib.Path, ("open", "unlink"))):
+            for name in names:
+                setattr(module, name, watched(getattr(module, name)))
+        state.save(path)
+        os._exit(0)
+
+    return in_a_copy(trains) == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@on_linux
+def test_killed_anywhere_in_writing_a_checkpoint_it_goes_on_from_this_one_or_the_one_before(tmp_path):
+    path, outcomes = tmp_path / "run.safetensors", []
+    _, states = training(path, 100, workers=1)
+    next(states).save(path)
+    states.close()
+    for where in itertools.count(1):
+        before = at_step(path)
+        if not dies_in_the_next_save(path, where):
+            break
+        outcomes.append(at_step(path) - before)
+        assert len(list(tmp_path.iterdir())) <= 3  # the two checkpoints and the one that was not finished
+    assert outcomes == sorted(outcomes) and set(outcomes) == {0, 1} and len(outcomes) > 15
+    assert at_step(path) == before + 1 and sorted(p.suffix for p in tmp_path.iterdir()) == [".safetensors"] * 2
+
+
+@pytest.mark.slow
+@on_linux
+def test_killed_two_hundred_times_at_any_moment_it_goes_on_and_loses_nothing(tmp_path):
+    """kill -9 of a run that saves and logs every step: in the end all is to the bit as if nothing had been."""
+    path, csv = tmp_path / "run.safetensors", tmp_path / "metrics.csv"
+    moments, in_writing = np.random.default_rng(0), 0
+    settings = dict(decay_steps=0, lr=1e-3)
+
+    def life(path, csv, workers, steps=10**6):
+        unet = UNet(channels=(32, 32), blocks=1, attention=(False, True))  # so large that much of the time is writing
+        log = MetricsLog(csv)
+        for state in training(path, steps, unet=unet, workers=workers, **settings)[1]:
+            began[0] = began[0] or state.step
+            log.write(state)
+            state.save(path)
+            saved[0] = state.step
+        return unet
+
+    began, saved, on_disk = shared_array((1,), "int64"), shared_array((1,), "int64"), 0
+    for n in range(200):
+        began[0] = 0
+        process = multiprocessing.get_context("fork").Process(target=life, args=(path, csv, 1 + n % 2))
+        process.start()
+        while not began[0] and process.is_alive() and n < 190:  # the last ten may not even get to their first step
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.15))
+        assert process.is_alive(), f"life {n} ended by itself"
+        process.kill()
+        process.join()
+        in_writing += path.with_name("run.safetensors.part").exists()
+        assert began[0] in (0, on_disk + 1)
+        on_disk = max([step_in(p) for p in (path, previous(path)) if p.exists()], default=0)
+        assert on_disk >= saved[0]
+    assert 20 < in_writing < 180
+
+    steps = on_disk + 5
+    unet = life(path, csv, 2, steps)
+    whole = life(tmp_path / "whole", tmp_path / "whole.csv", 2, steps)
+    assert_same(whole.state_dict(), unet.state_dict())
+    for name, x in load_file(tmp_path / "whole").items():
+        np.testing.assert_array_equal(load_file(path)[name], x, err_msg=name)
+    columns = dict(delimiter=",", skiprows=1, usecols=(0, 1, 2, 3))  # not the times
+    np.testing.assert_array_equal(np.loadtxt(csv, **columns), np.loadtxt(tmp_path / "whole.csv", **columns))
+    print(f"200 kills survived, {in_writing} of them while a checkpoint was written; {steps} steps")
