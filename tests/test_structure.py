@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "sample": {"backend", "tensor", "winograd", "schedule", "limit", "diffusion", "parallel"},
     "editing": {"backend", "limit", "diffusion", "sample"},
     "optim": {"backend", "tensor"},
-    "data": {"backend"},
+    "download": set(),
+    "data": {"backend", "download"},
     "image": {"backend"},
     "run": {"backend", "checkpoint", "diffusion", "nn", "unet"},
     "train": {"backend", "tensor", "nn", "diffusion", "optim", "parallel", "data", "run"},
@@ -104,7 +105,7 @@ def lines_of_code(path):
 
 def test_the_budget_of_lines():
     sizes = {path.name: lines_of_code(path) for path in PACKAGE.glob("*.py")}
-    assert sum(sizes.values()) < 3300
+    assert sum(sizes.values()) < 3450
     assert max(sizes.values()) < 300, sizes
 
 
