@@ -10,7 +10,7 @@ README.md says in which order to read it.
 """
 
 from .checkpoint import load_model, save_model
-from .data import load_digits
+from .data import load_digits, load_fashion_mnist, load_mnist
 from .diffusion import Diffusion
 from .exchange import load_diffusers, load_original, save_diffusers
 from .optim import EMA, Adam
@@ -23,6 +23,6 @@ from .unet import UNet
 __version__ = "0.1.0"
 __all__ = [
     "EMA", "Adam", "Diffusion", "Parameter", "Schedule", "Tensor", "TrainState", "UNet", "backward",
-    "load_diffusers", "load_digits", "load_model", "load_original", "make_schedule", "no_grad", "sample",
-    "save_diffusers", "save_model", "train",
+    "load_diffusers", "load_digits", "load_fashion_mnist", "load_mnist", "load_model", "load_original",
+    "make_schedule", "no_grad", "sample", "save_diffusers", "save_model", "train",
 ]  # fmt: skip
