@@ -8,10 +8,10 @@ import os
 import pathlib
 import random
 import re
-import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -28,7 +28,7 @@ import tinyddpm.data
 import tinyddpm.download
 from tinyddpm import load_digits, load_fashion_mnist, load_mnist
 from tinyddpm.data import MIRRORS, SHA256, read_idx
-from tinyddpm.download import fetch, unpack
+from tinyddpm.download import download, fetch, unpack
 from tinyddpm.image import to_uint8
 
 MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
@@ -100,6 +100,11 @@ def truncated(answer, file):
 
 def stalled(answer, file):
     truncated(answer, file)
+    answer.server.closing.wait()
+
+
+def lingering(answer, file):
+    good(answer, file)
     answer.server.closing.wait()
 
 
@@ -249,6 +254,25 @@ class TestOneMirror:
         assert_whole(tmp_path, server := mirror(behave))
         assert server.asked == [SOME] if behave is ignoring_range else [SOME, None]
 
+    def test_other_bytes_than_were_asked_for_are_not_added(self, mirror, tmp_path):
+        part = tmp_path / "part"
+        part.write_bytes(FILE[:SOME])
+        with pytest.raises(ValueError, match=f"asked for bytes from {SOME}, got bytes 0-{len(FILE) - 1}/{len(FILE)}"):
+            download(mirror(other_range).address + NAME, part, 10**6, NAME)
+        assert part.read_bytes() == FILE[:SOME]
+
+    def test_a_part_outlives_a_refusal(self, mirror, tmp_path):
+        (tmp_path / f"{NAME}.0.part").write_bytes(FILE[:SOME])
+        with pytest.raises(ConnectionError, match="HTTP Error 503"):
+            get(tmp_path, mirror(refusing(503)))
+        assert_whole(tmp_path, server := mirror(good))
+        assert server.asked == [SOME]
+
+    def test_a_server_that_does_not_hang_up(self, mirror, tmp_path):
+        began = time.monotonic()
+        assert_whole(tmp_path, mirror(lingering))
+        assert time.monotonic() - began < tinyddpm.download.TIMEOUT / 2
+
     def test_another_file_meanwhile(self, mirror, tmp_path):
         (tmp_path / f"{NAME}.0.part").write_bytes(gzip.compress(CONTENT[::-1])[:SOME])
         assert_whole(tmp_path, server := mirror(good))
@@ -362,17 +386,25 @@ class TestTheCache:
                 get(cache, server)
         assert server.asked == []
 
-    @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
-    def test_a_read_only_folder(self, mirror, tmp_path):
-        server = mirror(good)
-        tmp_path.chmod(0o500)
-        with pytest.raises(OSError, match="cache: cannot write to the folder .*: Permission denied; give another"):
-            get(tmp_path, server)
-        assert server.asked == []
-        tmp_path.chmod(0o700)
-        (tmp_path / NAME).write_bytes(FILE)
-        tmp_path.chmod(0o500)
-        assert get(tmp_path) == CONTENT  # which is enough where the file is there
+    @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="read-only is something else here")
+    def test_a_read_only_folder(self, mirror):
+        with tempfile.TemporaryDirectory() as cache:
+            cache, server = pathlib.Path(cache), mirror(good)
+            (cache / "another.gz").write_bytes(FILE)
+            cache.chmod(0o555)
+            if root := os.geteuid() == 0:
+                os.seteuid(65534)  # since root may write anywhere
+            try:
+                with pytest.raises(
+                    OSError, match="cache: cannot write to the folder .*: Permission denied; give another"
+                ):
+                    get(cache, server)
+                assert server.asked == []
+                assert fetch("another.gz", [], cache, **SAME) == CONTENT  # reading needs no more
+            finally:
+                if root:
+                    os.seteuid(0)
+                cache.chmod(0o700)
 
 
 class TestHalfAFileIsNeverThere:
@@ -397,15 +429,17 @@ class TestHalfAFileIsNeverThere:
         assert calls == ["fsync", "replace"]
 
     def test_interrupted_just_before_the_end(self, mirror, tmp_path, monkeypatch):
+        def interrupt(*paths):
+            raise KeyboardInterrupt
+
         server = mirror(good)
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(os, "replace", lambda *paths: signal.raise_signal(signal.SIGINT))
+            patch.setattr(os, "replace", interrupt)
             get(tmp_path, server)
         assert names(tmp_path) == [f"{NAME}.0.part"]
         assert_whole(tmp_path, server)
         assert server.sent == [len(FILE), 0]
 
-    @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="there is no SIGKILL")
     def test_killed_in_the_middle(self, mirror, tmp_path):
         server = mirror(stalled, good)
         part = tmp_path / f"{NAME}.0.part"
