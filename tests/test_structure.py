@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "optim": {"backend", "tensor"},
     "download": set(),
     "data": {"backend", "download"},
+    "folder": set(),
     "image": {"backend"},
     "run": {"backend", "checkpoint", "diffusion", "nn", "unet"},
     "train": {"backend", "tensor", "nn", "diffusion", "optim", "parallel", "data", "run"},
@@ -46,10 +47,10 @@ MAY_IMPORT = {
 }
 # other packages, and the only files that may import them
 ONLY_IN = {"cupy": {"backend", "cuda"}, "cupy_backends": {"cuda"}, "cupyx": {"cuda"}, "concurrent": {"parallel"},
-           "threading": {"tensor", "winograd", "parallel"}, "multiprocessing": {"parallel"}, "mmap": {"parallel"},
-           "ctypes": {"parallel"}, "threadpoolctl": {"parallel"}, "mpi4py": {"parallel"}, "PIL": {"image", "data"},
-           "matplotlib": {"image"}, "safetensors": {"checkpoint"}, "torch": set(), "diffusers": set(), "scipy": set(),
-           "numba": set(), "pickle": set()}  # fmt: skip
+           "threading": {"tensor", "winograd", "parallel", "folder"}, "multiprocessing": {"parallel"},
+           "mmap": {"parallel"}, "ctypes": {"parallel"}, "threadpoolctl": {"parallel"}, "mpi4py": {"parallel"},
+           "PIL": {"image", "data", "folder"}, "matplotlib": {"image"}, "safetensors": {"checkpoint"}, "torch": set(),
+           "diffusers": set(), "scipy": set(), "numba": set(), "pickle": set()}  # fmt: skip
 
 FILES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 
@@ -105,7 +106,7 @@ def lines_of_code(path):
 
 def test_the_budget_of_lines():
     sizes = {path.name: lines_of_code(path) for path in PACKAGE.glob("*.py")}
-    assert sum(sizes.values()) < 3450
+    assert sum(sizes.values()) < 3900
     assert max(sizes.values()) < 300, sizes
 
 

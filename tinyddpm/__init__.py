@@ -13,6 +13,7 @@ from .checkpoint import load_model, save_model
 from .data import load_digits, load_fashion_mnist, load_mnist
 from .diffusion import Diffusion
 from .exchange import load_diffusers, load_original, save_diffusers
+from .folder import ImageFolder
 from .optim import EMA, Adam
 from .sample import sample
 from .schedule import Schedule, make_schedule
@@ -22,7 +23,7 @@ from .unet import UNet
 
 __version__ = "0.1.0"
 __all__ = [
-    "EMA", "Adam", "Diffusion", "Parameter", "Schedule", "Tensor", "TrainState", "UNet", "backward",
+    "EMA", "Adam", "Diffusion", "ImageFolder", "Parameter", "Schedule", "Tensor", "TrainState", "UNet", "backward",
     "load_diffusers", "load_digits", "load_fashion_mnist", "load_mnist", "load_model", "load_original",
     "make_schedule", "no_grad", "sample", "save_diffusers", "save_model", "train",
 ]  # fmt: skip

@@ -1,0 +1,578 @@
+"""A folder of pictures: which files are taken, what of a picture is shown, and what becomes of damaged ones."""
+
+import concurrent.futures
+import errno
+import gc
+import os
+import pathlib
+import struct
+import threading
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageFile, ImageOps
+
+import tinyddpm.folder
+from tinyddpm import ImageFolder, load_digits
+from tinyddpm.image import to_uint8
+
+
+def put(path, picture=None, **how):
+    """Save a picture, or a small grey one, and make the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not isinstance(picture, Image.Image):
+        picture = Image.new("L", (6, 5), 100) if picture is None else Image.fromarray(picture)
+    picture.save(path, **how)
+    return path
+
+
+def cut_short(path):
+    """Leave of a file its header, and half of the rest."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2 + 20])
+
+
+def noise(*shape, dtype=np.uint8, seed=0):
+    return np.random.default_rng(seed).integers(0, np.iinfo(dtype).max, shape, dtype, endpoint=True)
+
+
+def png_header(width, height):
+    """A PNG that claims a size and holds no pixels."""
+    chunks = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", b""), (b"IEND", b"")
+    body = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+def shown(path, size, channels=3):
+    """The bytes that the folder of a single picture gives."""
+    return to_uint8(ImageFolder(path.parent, size, channels)[0])
+
+
+class TestWhichFiles:
+    def test_all_in_an_order_that_is_the_same_everywhere(self, tmp_path):
+        for file in ("b/x.png", "a b/1.png", "a/z.png", "a/c/d/1.JPG", "a/B.png", "a.png", "a/10.gif", "a/9.png"):
+            put(tmp_path / file)
+        images = ImageFolder(tmp_path, 4)
+        # by the parts of the path: as whole strings, "a b/1.png" and "a.png" would stand before "a/..."
+        in_order = ["a/10.gif", "a/9.png", "a/B.png", "a/c/d/1.JPG", "a/z.png", "a b/1.png", "a.png", "b/x.png"]
+        assert images.files == sorted(in_order, key=lambda file: pathlib.PurePosixPath(file).parts)
+        assert images.shape == (8, 4, 4, 3) and len(images) == 8 and images.ndim == 4 and images.dtype == np.float32
+        assert images.labels is None and images.classes == () and images.skipped == {}
+
+    def test_every_format_that_pillow_writes_and_reads_by_itself(self, tmp_path):
+        for suffix in ("bmp", "gif", "ico", "jpeg", "jpg", "pgm", "png", "tga", "tif", "tiff", "webp"):
+            put(tmp_path / f"a.{suffix}", Image.new("L", (16, 16), 100))
+        assert len(ImageFolder(tmp_path, 4)) == 11
+
+    def test_not_what_is_hidden_nor_other_files(self, tmp_path):
+        for file in ("a.png", ".b.png", ".cache/c.png", "d/.e/f.png"):
+            put(tmp_path / file)
+        put(tmp_path / "g.eps")  # needs Ghostscript
+        put(tmp_path / "h.pdf")  # is only written
+        for file in ("i.txt", "j.h5", "k", "png"):
+            (tmp_path / file).write_bytes(b"text")
+        images = ImageFolder(tmp_path, 4)
+        assert images.files == ["a.png"] and not images.skipped
+
+    def test_no_file_is_given_to_ghostscript_whatever_its_name(self, tmp_path):
+        put(tmp_path / "a.png")
+        put(tmp_path / "b.eps").rename(tmp_path / "b.png")
+        with pytest.warns(UserWarning, match="1 of 2 files are left out: b.png: in no format that Pillow reads$"):
+            assert ImageFolder(tmp_path, 4).files == ["a.png"]
+
+    def test_links_are_followed_but_not_in_circles(self, tmp_path):
+        put(tmp_path / "folder/a/1.png")
+        put(tmp_path / "elsewhere/2.png")
+        (tmp_path / "folder/a/up").symlink_to(tmp_path / "folder")
+        (tmp_path / "folder/a/here").symlink_to(".")
+        (tmp_path / "folder/b").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere/back").symlink_to(tmp_path / "folder")
+        (tmp_path / "folder/c.png").symlink_to("c.png")
+        (tmp_path / "folder/d.png").symlink_to("gone.png")
+        (tmp_path / "folder/e.png").symlink_to("/dev/null")
+        with pytest.warns(UserWarning, match="3 of 5 files"):
+            images = ImageFolder(tmp_path / "folder", 4)
+        assert images.files == ["a/1.png", "b/2.png"] and images.classes == ("a", "b")
+        assert "symbolic links" in images.skipped["c.png"] and images.skipped["d.png"] == "No such file or directory"
+        assert images.skipped["e.png"] == "not a regular file"
+
+    def test_a_folder_of_its_own_for_each_class(self, tmp_path):
+        for file in ("dogs/b/1.png", "cats/3.png", "cats/1.png", "dogs/a.png", "dogs/b.png"):
+            put(tmp_path / file)
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "read me.txt").touch()
+        images = ImageFolder(tmp_path, 4)
+        assert images.classes == ("cats", "dogs") and images.labels.tolist() == [0, 0, 1, 1, 1]
+        assert images.labels.dtype == load_digits()[1].dtype
+        put(tmp_path / "z.png")
+        assert ImageFolder(tmp_path, 4).labels is None
+
+    def test_where_no_picture_can_be_read_there_is_no_class(self, tmp_path):
+        put(tmp_path / "cats/1.png")
+        (tmp_path / "above.png").touch()
+        (tmp_path / "apes").mkdir()
+        (tmp_path / "apes/1.png").touch()
+        with pytest.warns(UserWarning, match="2 of 3 files are left out: above.png: empty; apes/1.png: empty$"):
+            assert ImageFolder(tmp_path, 4).classes == ("cats",)
+
+    def test_the_fingerprint_is_that_of_names_order_and_shape(self, tmp_path):
+        def made(folder, *files, size=4, channels=3):
+            for file in files:
+                put(tmp_path / folder / file)
+            return ImageFolder(tmp_path / folder, size, channels).fingerprint
+
+        first = made("one", "a.png", "b.png")
+        put(tmp_path / "two/a.png", noise(9, 9))
+        assert made("two", "b.png") == first == made("two", size=(4, 4)) and int(first, 16) and len(first) == 16
+        others = [made("one", size=5), made("one", size=(4, 5)), made("one", size=(5, 4)), made("one", channels=1)]
+        others += [made("three", "a.png", "c.png"), made("four", "a.pngb.png"), made("one", "c.png")]
+        assert len({first, *others}) == 8
+
+    def test_a_relative_folder_is_found_after_moving_elsewhere(self, tmp_path, monkeypatch):
+        put(tmp_path / "here/a.png")
+        monkeypatch.chdir(tmp_path)
+        images = ImageFolder("here", 4)
+        monkeypatch.chdir("/")
+        assert images[0].shape == (4, 4, 3)
+
+    def test_headers_are_read_at_first_and_no_pixels(self, tmp_path, monkeypatch):
+        for suffix in ("png", "jpg", "tif", "gif", "webp"):
+            put(tmp_path / f"a.{suffix}")
+        monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
+        assert len(ImageFolder(tmp_path, 4)) == 5
+
+    def test_a_bar_if_there_are_many(self, tmp_path, capsys, monkeypatch):
+        put(tmp_path / "a.png")
+        ImageFolder(tmp_path, 4)
+        monkeypatch.setattr(tinyddpm.folder, "_find", lambda folder, suffixes: ["a.png"] * 1000)
+        ImageFolder(tmp_path, 4, progress=False)
+        assert capsys.readouterr().err == ""
+        ImageFolder(tmp_path, 4)
+        assert "looking at files: 100%" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def seven(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seven")
+    for i in range(7):
+        put(folder / f"{i}.png", noise(5, 6, 3, seed=i))
+    return folder
+
+
+class TestAsAnArray:
+    @pytest.mark.parametrize(
+        "indices",
+        [0, -1, np.int64(3), slice(2, 5), slice(None, None, -2), [], [3], [6, 0, 6, -7], np.array([[1, 2], [3, 4]]),
+         np.arange(7) % 2 == 0, ...],
+    )  # fmt: skip
+    def test_indices_are_those_of_numpy(self, seven, indices):
+        images = ImageFolder(seven, (5, 6))
+        array = np.stack([noise(5, 6, 3, seed=i) for i in range(7)])
+        taken, expected = images[indices], array[indices]
+        assert taken.dtype == np.float32 and taken.flags.writeable
+        np.testing.assert_array_equal(taken, expected.astype(np.float32) / np.float32(127.5) - 1)
+
+    @pytest.mark.parametrize("indices", [7, -8, [0, 7], np.array([-8])])
+    def test_out_of_range(self, seven, indices):
+        with pytest.raises(IndexError, match="out of bounds for axis 0 with size 7"):
+            ImageFolder(seven, 4)[indices]
+
+    def test_in_a_loop_and_twice_the_same(self, seven):
+        images = ImageFolder(seven, 4)
+        assert len(list(images)) == 7
+        np.testing.assert_array_equal(images[:], ImageFolder(seven, 4)[:])
+
+    def test_digits_are_the_digits(self, tmp_path):
+        digits = load_digits()[0][::1000]
+        for i, digit in enumerate(to_uint8(digits)):
+            put(tmp_path / f"{i}.png", digit[:, :, 0])
+        np.testing.assert_array_equal(ImageFolder(tmp_path, 28, channels=1)[:], digits)
+
+    def test_threads_read_the_same(self, tmp_path):
+        for i in range(24):
+            put(tmp_path / f"{i % 2}/{i}.{'jpg' if i % 3 else 'png'}", noise(40, 30 + i, 3, seed=i))
+        cut_short(tmp_path / "0/6.png")
+        images, others = ImageFolder(tmp_path, 8), ImageFolder(tmp_path, 8)
+        with pytest.warns(UserWarning):
+            expected = images[:]
+        chosen = np.random.default_rng(0).integers(0, 24, (60, 4))
+        with concurrent.futures.ThreadPoolExecutor(8) as pool, pytest.warns(UserWarning) as seen:
+            batches = list(pool.map(others.__getitem__, chosen))
+        np.testing.assert_array_equal(batches, expected[chosen])
+        assert len(seen) == 1 and others.skipped == images.skipped
+
+    def test_nothing_is_kept_but_names(self, seven):
+        images = ImageFolder(seven, 4)
+        before = dict(vars(images))
+        images[:]
+        assert vars(images) == before and all(type(file) is str for file in images.files)
+
+
+COLOURS = st.tuples(*[st.integers(0, 255)] * 3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("shown")
+
+
+class TestWhatIsShown:
+    @staticmethod
+    def flat(mode, size, colour, alpha):
+        """A picture of one colour, the name to save it by, and the colour it should have."""
+        grey = (colour[0],) * 3
+        if mode == "1":
+            return Image.new("1", size, colour[0] > 127), "a.png", (255 * (colour[0] > 127),) * 3
+        if mode == "L":
+            return Image.new("L", size, colour[0]), "a.png", grey
+        if mode == "P":
+            picture = Image.new("P", size, 1)
+            picture.putpalette([0, 0, 0, *colour])
+            return picture, "a.png", colour
+        if mode == "I;16":
+            return Image.fromarray(np.full(size[::-1], 257 * colour[0], np.uint16)), "a.png", grey
+        if mode == "CMYK":
+            return Image.new("CMYK", size, (*colour, 0)), "a.tif", tuple(255 - c for c in colour)
+        over_white = tuple((alpha * c + (255 - alpha) * 255) / 255 for c in colour)
+        if mode == "LA":
+            return Image.new("LA", size, (colour[0], alpha)), "a.png", (over_white[0],) * 3
+        if mode == "RGBA":
+            return Image.new("RGBA", size, (*colour, alpha)), "a.png", over_white
+        return Image.new("RGB", size, colour), "a.png", colour
+
+    @given(
+        mode=st.sampled_from(["1", "L", "P", "RGB", "LA", "RGBA", "CMYK", "I;16"]),
+        size=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+        colour=COLOURS,
+        alpha=st.sampled_from([0, 100, 255]),
+        out=st.tuples(st.integers(1, 24), st.integers(1, 24)),
+        channels=st.sampled_from([1, 3]),
+    )
+    def test_flat_colours_of_any_mode_and_size(self, folder, mode, size, colour, alpha, out, channels):
+        picture, name, expected = self.flat(mode, size, colour, alpha)
+        path = put(folder / mode.replace(";", "") / name, picture)
+        images = ImageFolder(path.parent, out, channels)
+        assert images[:].shape == images.shape == (1, *out, channels)
+        if channels == 1:
+            expected = (np.dot(expected, [0.299, 0.587, 0.114]),)
+        # rounded: at most once to grey and once by the transparency; else to the bit
+        slack = 1.01 if mode in ("LA", "RGBA") and alpha == 100 else 0.51 if channels == 1 else 0
+        assert np.abs(to_uint8(images[0]) - np.float64(expected)).max() <= slack
+        assert np.ptp(images[0], axis=(0, 1)).max() == 0
+
+    @given(
+        size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
+        out=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+        channels=st.sampled_from([1, 3]),
+    )
+    def test_the_centre_fills_the_size_without_distortion(self, folder, size, out, channels):
+        width, height = size
+        picture = Image.fromarray(noise(height, width, 3))
+        fitted = ImageOps.fit(picture.convert("L" if channels == 1 else "RGB"), out[::-1], Image.Resampling.BICUBIC)
+        got = shown(put(folder / "fit/a.png", picture), out, channels)
+        assert np.abs(got - np.asarray(fitted).reshape(got.shape).astype(int)).max() <= 1
+
+    def test_the_centre_on_sight(self, folder):
+        """Red, a green square, blue: of a wide picture and of a high one, only the square is left."""
+        for name, axis in (("wide", 1), ("high", 0)):
+            colours = [np.full((40, 40, 3), colour, np.uint8) for colour in np.diag([255, 255, 255])]
+            path = put(folder / name / "a.png", np.concatenate(colours, axis))
+            assert (shown(path, 20)[1:-1, 1:-1] == (0, 255, 0)).all()
+
+    def test_fine_patterns_turn_grey_and_not_into_others(self, folder):
+        stripes = np.zeros((96, 96), np.uint8)
+        stripes[:, ::2] = 255
+        got = shown(put(folder / "stripes/a.png", stripes), 13, 1)
+        assert np.abs(got[:, 1:-1] - 127.5).max() < 6
+
+    def test_pixels_are_as_they_are_at_the_size_they_have(self, folder):
+        np.testing.assert_array_equal(shown(put(folder / "same/a.png", noise(9, 7, 3)), (9, 7)), noise(9, 7, 3))
+
+    @pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm"])
+    @pytest.mark.parametrize("order", ["<", ">"])
+    def test_sixteen_bits_are_scaled(self, tmp_path, name, order):
+        pixels = noise(8, 9, dtype=np.uint16)
+        if name == "a.tif" and order == ">":
+            tags = [(256, 9), (257, 8), (258, 16), (259, 1), (262, 1), (273, 8), (277, 1), (278, 8), (279, 144)]
+            directory = b"".join(struct.pack(">HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+            data = b"MM\0*" + struct.pack(">I", 152) + pixels.astype(">u2").tobytes()
+            (tmp_path / name).write_bytes(data + struct.pack(">H", len(tags)) + directory + bytes(4))
+        elif name == "a.pgm":
+            (tmp_path / name).write_bytes(b"P5 9 8 65535\n" + pixels.astype(">u2").tobytes())
+        else:
+            put(tmp_path / name, pixels)
+        np.testing.assert_array_equal(shown(tmp_path / name, (8, 9), 1)[:, :, 0], np.rint(pixels / 257))
+
+    def test_32_bits_of_unknown_range_are_refused(self, tmp_path):
+        put(tmp_path / "a.png")
+        put(tmp_path / "b.tif", np.zeros((4, 4), np.float32))
+        put(tmp_path / "c.tif", np.zeros((4, 4), np.int32))
+        with pytest.warns(UserWarning, match="b.tif: 32 bits a pixel, .*; c.tif: 32 bits a pixel, "):
+            assert ImageFolder(tmp_path, 4).files == ["a.png"]
+
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_white_is_behind_what_is_transparent(self, tmp_path, channels):
+        """On the left 50, on the right colour 9, which is transparent by its alpha or as the file's header says."""
+        ramp = [i // 3 for i in range(768)]
+        for mode, left, right, how in (
+            ("RGBA", (50, 50, 50, 255), (9, 9, 9, 0), {}),
+            ("LA", (50, 255), (9, 0), {}),
+            ("RGB", (50, 50, 50), (9, 9, 9), {"transparency": (9, 9, 9)}),
+            ("L", 50, 9, {"transparency": 9}),
+            ("P", 50, 9, {"transparency": 9}),
+            ("P", 50, 9, {"transparency": b"\xff" * 9 + b"\0" + b"\xff" * 41}),
+            ("P", 50, 9, {"transparency": 9, "format": "GIF"}),
+        ):
+            picture = Image.new(mode, (8, 4), right)
+            picture.paste(left, (0, 0, 4, 4))
+            if mode == "P":
+                picture.putpalette(ramp)
+            got = shown(put(tmp_path / "a.png", picture, **how), (4, 8), channels)
+            assert (got[:, :4] == 50).all() and (got[:, 4:] == 255).all(), (mode, how)
+
+    def test_of_several_frames_the_first(self, tmp_path):
+        frames = [Image.new("L", (8, 8), value) for value in (30, 90, 200)]
+        for name in ("gif", "tif", "png", "webp"):
+            how = {"lossless": True} if name == "webp" else {}
+            put(tmp_path / name / f"a.{name}", frames[0], save_all=True, append_images=frames[1:], **how)
+            assert (shown(tmp_path / name / f"a.{name}", 8) == 30).all(), name
+
+
+TURNED = {  # stored with this orientation -> as it is to be seen (the EXIF standard, tag 274)
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: np.rot90(stored, -1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: np.rot90(stored),
+    9: lambda stored: stored,
+}
+
+
+class TestOrientation:
+    @staticmethod
+    def exif(orientation):
+        exif = Image.Exif()
+        exif[274] = orientation
+        return exif
+
+    @pytest.mark.parametrize("name", ["a.png", "a.tif"])
+    @pytest.mark.parametrize("orientation", TURNED)
+    def test_a_picture_is_turned(self, tmp_path, name, orientation):
+        expected = TURNED[orientation](noise(5, 8, 3))
+        path = put(tmp_path / name, noise(5, 8, 3), exif=self.exif(orientation))
+        np.testing.assert_array_equal(shown(path, expected.shape[:2]), expected)
+
+    @pytest.mark.parametrize("orientation", TURNED)
+    def test_so_is_a_large_photo_and_its_centre_stays(self, tmp_path, orientation):
+        stored = np.zeros((160, 480, 3), np.uint8)
+        stored[:80, :240], stored[:80, 240:], stored[80:, :240] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+        path = put(tmp_path / "a.jpg", stored, exif=self.exif(orientation), subsampling=0)
+        expected = TURNED[orientation](stored[::40, 120:360:40])  # 4 x 6 of 40 pixels
+        assert np.abs(shown(path, expected.shape[:2]) - expected.astype(int)).max() < 45
+
+    def test_exif_that_makes_no_sense_costs_no_picture(self, tmp_path):
+        path = put(tmp_path / "a.png", noise(5, 8, 3), exif=b"Exif\0\0" + b"nonsense" * 4)
+        np.testing.assert_array_equal(shown(path, (5, 8)), noise(5, 8, 3))
+
+
+class TestDraft:
+    @pytest.mark.parametrize(
+        "size, out", [((33, 33), 2), ((1003, 701), (24, 32)), ((300, 999), (32, 16)), ((70, 70), 40)]
+    )
+    @pytest.mark.parametrize("channels", [1, 3])
+    def test_a_photo_decoded_small_shows_the_same(self, tmp_path, size, out, channels):
+        y, x = np.mgrid[: size[1], : size[0]]
+        ramps = np.stack([255 * x / size[0], 255 * y / size[1], 128 + 0 * x], -1).astype(np.uint8)
+        path = put(tmp_path / "a.jpg", ramps, quality=98, subsampling=0)
+        out = (out, out) if isinstance(out, int) else out
+        with Image.open(path) as picture:
+            picture = picture.convert("L" if channels == 1 else "RGB")
+            fitted = np.asarray(ImageOps.fit(picture, out[::-1], Image.Resampling.BICUBIC))
+        got = shown(path, out, channels).astype(int)
+        assert np.abs(got - fitted.reshape(got.shape)).max() <= (10 if out == (2, 2) else 2)
+
+    def test_it_is_decoded_small_and_not_too_small(self, tmp_path, monkeypatch):
+        seen, resize = [], Image.Image.resize
+        monkeypatch.setattr(Image.Image, "resize", lambda self, *args: seen.append(self.size) or resize(self, *args))
+        for width, height, size in ((800, 600, 30), (800, 600, 38), (800, 600, (10, 60)), (800, 600, 400)):
+            ImageFolder(put(tmp_path / "a.jpg", Image.new("RGB", (width, height))).parent, size)[0]
+        assert seen == [(100, 75), (200, 150), (200, 150), (800, 600)]
+
+
+class TestDamage:
+    def test_what_is_no_picture_is_left_out_with_one_warning(self, tmp_path):
+        put(tmp_path / "z.png")
+        (tmp_path / "a.png").touch()
+        (tmp_path / "b.jpg").write_text("no picture")
+        (tmp_path / "c.png").write_bytes(png_header(8, 8)[:20])
+        (tmp_path / "d.webp").write_bytes(b"RIFF\0\0\0\0WEBPVP8 ")
+        (tmp_path / "e.gif").write_bytes(b"GIF89a")
+        with pytest.warns() as seen:
+            images = ImageFolder(tmp_path, 4)
+        assert images.files == ["z.png"] and list(images.skipped) == ["a.png", "b.jpg", "c.png", "d.webp", "e.gif"]
+        assert [warning.category for warning in seen] == [UserWarning] and seen[0].filename == __file__
+        message = str(seen[0].message)
+        assert message.startswith(
+            f"{tmp_path}: 5 of 6 files are left out: a.png: empty; b.jpg: in no format that Pillow "
+        )
+        assert message.endswith("; ...") and message.count(": ") == 5 and "_io" not in message
+
+    def test_bombs_are_refused(self, tmp_path, monkeypatch):
+        put(tmp_path / "a.png")
+        (tmp_path / "b.png").write_bytes(png_header(100000, 100000))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        put(tmp_path / "c.png", Image.new("L", (10, 10)))
+        put(tmp_path / "d.png", Image.new("L", (10, 11)))
+        with pytest.warns() as seen:
+            images = ImageFolder(tmp_path, 4)
+        assert [warning.category for warning in seen] == [UserWarning] and images.files == ["a.png", "c.png"]
+        assert "10000000000 pixels" in images.skipped["b.png"] and "110 pixels" in images.skipped["d.png"]
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+        assert len(ImageFolder(tmp_path, 4)) == 4
+
+    def test_so_are_files_that_become_one(self, tmp_path, monkeypatch):
+        for name in "abc":
+            put(tmp_path / f"{name}.png")
+        images = ImageFolder(tmp_path, 4)
+        (tmp_path / "a.png").write_bytes(png_header(100000, 100000))
+        put(tmp_path / "b.png", Image.new("L", (10, 11)))
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+        with pytest.warns() as seen:
+            np.testing.assert_array_equal(images[0], images[2])
+        ours = [warning for warning in seen if warning.category is not Image.DecompressionBombWarning]
+        assert [warning.category for warning in ours] == [UserWarning] * 2
+        assert "10000000000 pixels" in images.skipped["a.png"]
+        assert images.skipped["b.png"] == "110 pixels, more than the 100 of PIL.Image.MAX_IMAGE_PIXELS"
+
+    @pytest.fixture
+    def damaged(self, tmp_path):
+        """Two classes of four; in each, one is cut short, one becomes something else, and one is gone."""
+        for i in range(8):
+            put(tmp_path / f"{'ab'[i // 4]}/{i}.{'jpg' if i == 4 else 'png'}", noise(20, 20, 3, seed=i))
+        images = ImageFolder(tmp_path, 20)
+        whole = images[:]
+        for name in ("a/1.png", "b/4.jpg"):
+            cut_short(tmp_path / name)
+        for name in ("a/2.png", "b/7.png"):
+            (tmp_path / name).write_text("something else")
+        for name in ("a/3.png", "b/5.png"):
+            (tmp_path / name).unlink()
+        return images, whole
+
+    def test_the_next_of_its_class_stands_in(self, damaged):
+        images, whole = damaged
+        with pytest.warns(UserWarning) as seen:
+            got = images[:]
+        np.testing.assert_array_equal(got, whole[[0, 0, 0, 0, 6, 6, 6, 6]])
+        assert images.skipped.keys() == {"a/1.png", "a/2.png", "a/3.png", "b/4.jpg", "b/5.png", "b/7.png"}
+        assert "truncated" in images.skipped["a/1.png"] and images.skipped["b/5.png"] == "No such file or directory"
+        assert images.skipped["a/2.png"] == "in no format that Pillow reads"
+        assert len(seen) == 6 and all(warning.filename == __file__ for warning in seen)
+        assert "a/1.png is replaced by the next picture: image file is truncated" in str(seen[0].message)
+        np.testing.assert_array_equal(images[:], got)  # and is not warned of again
+
+    def test_in_whatever_order_they_are_asked_for(self, damaged):
+        images, whole = damaged
+        with pytest.warns(UserWarning):
+            got = np.stack([images[i] for i in (7, 3, 5, 1, 2, 4)])
+        np.testing.assert_array_equal(got, whole[[6, 0, 6, 0, 0, 6]])
+
+    def test_without_classes_the_next_in_the_folder(self, tmp_path):
+        for i in range(3):
+            put(tmp_path / f"{i}.png", noise(9, 9, seed=i))
+        images = ImageFolder(tmp_path, 9)
+        last = images[2]
+        cut_short(tmp_path / "1.png")
+        with pytest.warns(UserWarning, match="1.png is replaced by the next picture"):
+            np.testing.assert_array_equal(images[1], last)
+
+    def test_a_class_of_which_nothing_is_left(self, damaged):
+        images, whole = damaged
+        (pathlib.Path(images._folder) / "a/0.png").unlink()
+        with (
+            pytest.warns(UserWarning),
+            pytest.raises(OSError, match="no picture of class 'a' of .* can be read any more; a/2.png: in no format"),
+        ):
+            images[2]
+        np.testing.assert_array_equal(images[6], whole[6])
+
+    def test_a_folder_of_which_nothing_is_left(self, tmp_path):
+        images = ImageFolder(put(tmp_path / "a.png").parent, 4)
+        (tmp_path / "a.png").unlink()
+        with pytest.warns(UserWarning), pytest.raises(OSError, match=f"no picture of {tmp_path} can be read any more"):
+            images[0]
+
+    def test_of_threads_that_stumble_over_the_same_file_one_warns(self, damaged, monkeypatch):
+        images, whole = damaged
+        together, reason = threading.Barrier(4, timeout=5), tinyddpm.folder._reason
+        monkeypatch.setattr(tinyddpm.folder, "_reason", lambda error: (together.wait(), reason(error))[1])
+        with concurrent.futures.ThreadPoolExecutor(4) as pool, pytest.warns(UserWarning) as seen:
+            got = list(pool.map(images.__getitem__, [5] * 4))
+        assert len(seen) == 1
+        np.testing.assert_array_equal(got, whole[[6] * 4])
+
+    def test_too_many_open_files_are_no_fault_of_a_picture(self, tmp_path, monkeypatch):
+        images = ImageFolder(put(tmp_path / "a.png").parent, 4)
+
+        def too_many(path, mode):
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(tinyddpm.folder, "open", too_many, raising=False)
+        for read in (lambda: images[0], lambda: ImageFolder(tmp_path, 4)):
+            with pytest.raises(OSError, match="Too many open files"):
+                read()
+        assert not images.skipped
+
+    @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="open files are not listed here")
+    def test_files_are_closed_at_once(self, tmp_path):
+        for suffix in ("png", "jpg", "tif", "gif", "webp", "bmp", "ico"):
+            for i in range(3):
+                how = {"compression": "tiff_lzw"} if suffix == "tif" else {}
+                put(tmp_path / f"{suffix}/{i}.{suffix}", noise(32, 32, 3), **how)
+            (tmp_path / suffix / f"none.{suffix}").write_text("no picture")
+        gc.collect()
+        before = len(os.listdir("/proc/self/fd"))
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            images = ImageFolder(tmp_path, 4)
+            for suffix in images.classes:
+                cut_short(tmp_path / f"{suffix}/1.{suffix}")
+            for _ in range(3):
+                images[:]
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert {warning.category for warning in seen} == {UserWarning} and len(images.skipped) >= 13
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("size", [0, -3, (4, 0), (4,), (4, 4, 3), (4.0, 4), [2, "a"]])
+    def test_size(self, tmp_path, size):
+        with pytest.raises(ValueError, match="size: expected a positive integer, or two: .height, width., got "):
+            ImageFolder(tmp_path, size)
+
+    @pytest.mark.parametrize("channels", [0, 2, 4, "RGB"])
+    def test_channels(self, tmp_path, channels):
+        with pytest.raises(ValueError, match=r"channels: expected 1 \(grey\) or 3 \(RGB\), got "):
+            ImageFolder(tmp_path, 4, channels)
+
+    def test_folder(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"folder: there is no {tmp_path}/none"):
+            ImageFolder(tmp_path / "none", 4)
+        with pytest.raises(NotADirectoryError, match="folder: expected a folder of pictures, got the file .*a.png"):
+            ImageFolder(put(tmp_path / "a.png"), 4)
+
+    def test_no_pictures(self, tmp_path):
+        expected = f"folder: expected pictures .* in {tmp_path} or in folders in it, but "
+        with pytest.raises(ValueError, match=expected + "there is none"):
+            ImageFolder(tmp_path, 4)
+        (tmp_path / "a.png").touch()
+        with pytest.raises(ValueError, match=expected + "none of 1 files can be read: a.png: empty"):
+            ImageFolder(tmp_path, 4)
