@@ -7,12 +7,13 @@ import os
 import pathlib
 import struct
 import threading
+import time
 import warnings
 import zlib
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
@@ -266,6 +267,7 @@ class TestWhatIsShown:
         assert np.abs(to_uint8(images[0]) - np.float64(expected)).max() <= slack
         assert np.ptp(images[0], axis=(0, 1)).max() == 0
 
+    @example(size=(7, 14), out=(25, 25), channels=1)  # 25 * (7 / 25) > 7 in floats
     @given(
         size=st.tuples(st.integers(1, 60), st.integers(1, 60)),
         out=st.tuples(st.integers(1, 30), st.integers(1, 30)),
@@ -486,14 +488,22 @@ class TestDamage:
             got = np.stack([images[i] for i in (7, 3, 5, 1, 2, 4)])
         np.testing.assert_array_equal(got, whole[[6, 0, 6, 0, 0, 6]])
 
-    def test_without_classes_the_next_in_the_folder(self, tmp_path):
-        for i in range(3):
+    def test_without_classes_the_next_in_the_folder_and_after_the_last_the_first(self, tmp_path):
+        for i in range(4):
             put(tmp_path / f"{i}.png", noise(9, 9, seed=i))
         images = ImageFolder(tmp_path, 9)
-        last = images[2]
-        cut_short(tmp_path / "1.png")
-        with pytest.warns(UserWarning, match="1.png is replaced by the next picture"):
-            np.testing.assert_array_equal(images[1], last)
+        whole = images[:]
+        for damaged, shows in ((1, 2), (3, 0)):
+            cut_short(tmp_path / f"{damaged}.png")
+            with pytest.warns(UserWarning, match=f"{damaged}.png is replaced by the next picture"):
+                np.testing.assert_array_equal(images[damaged], whole[shows])
+
+    def test_what_was_replaced_once_stays_so(self, damaged):
+        images, whole = damaged
+        with pytest.warns(UserWarning):
+            before = images[4:]
+        put(pathlib.Path(images._folder) / "b/5.png", noise(20, 20, 3, seed=5))
+        np.testing.assert_array_equal(images[4:], before)
 
     def test_a_class_of_which_nothing_is_left(self, damaged):
         images, whole = damaged
@@ -512,7 +522,14 @@ class TestDamage:
             images[0]
 
     def test_of_threads_that_stumble_over_the_same_file_one_warns(self, damaged, monkeypatch):
+        class Slow(dict):
+            def __contains__(self, file):
+                found = super().__contains__(file)
+                time.sleep(0.02)
+                return found
+
         images, whole = damaged
+        images.skipped = Slow()
         together, reason = threading.Barrier(4, timeout=5), tinyddpm.folder._reason
         monkeypatch.setattr(tinyddpm.folder, "_reason", lambda error: (together.wait(), reason(error))[1])
         with concurrent.futures.ThreadPoolExecutor(4) as pool, pytest.warns(UserWarning) as seen:

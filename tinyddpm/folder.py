@@ -52,7 +52,8 @@ class ImageFolder:
         fingerprint: the same for the same `files`, size and channels, wherever the folder is and whatever they show.
 
     Raises ValueError for bad arguments or if there is no picture, FileNotFoundError if there is no such folder,
-    NotADirectoryError if it is a file. Warns of files that are no picture or too large (`PIL.Image.MAX_IMAGE_PIXELS`).
+    NotADirectoryError if it is a file, PermissionError if it or a folder in it must not be listed. Warns of files that
+    are no picture or too large (`PIL.Image.MAX_IMAGE_PIXELS`).
     """
 
     ndim = 4
