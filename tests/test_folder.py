@@ -570,7 +570,7 @@ class TestDamage:
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("size", [0, -3, (4, 0), (4,), (4, 4, 3), (4.0, 4), [2, "a"]])
+    @pytest.mark.parametrize("size", [0, -3, 4.0, None, (4, 0), (4,), (4, 4, 3), (4.0, 4), [2, "a"]])
     def test_size(self, tmp_path, size):
         with pytest.raises(ValueError, match="size: expected a positive integer, or two: .height, width., got "):
             ImageFolder(tmp_path, size)

@@ -62,7 +62,7 @@ class ImageFolder:
     def __init__(
         self, folder: str | pathlib.Path, size: int | tuple[int, int], channels: int = 3, progress: bool = True
     ):
-        height_width = (size, size) if isinstance(size, (int, np.integer)) else tuple(size)
+        height_width = size if isinstance(size, (tuple, list)) else (size, size)
         if len(height_width) != 2 or not all(isinstance(n, (int, np.integer)) and n >= 1 for n in height_width):
             raise ValueError(f"size: expected a positive integer, or two: (height, width), got {size!r}")
         if channels not in (1, 3):
@@ -82,7 +82,7 @@ class ImageFolder:
         bar = tqdm(
             found, "looking at files", unit="file", dynamic_ncols=True, disable=not progress or len(found) < 1000
         )
-        with warnings.catch_warnings():  # Pillow's own: what is the matter is said below
+        with warnings.catch_warnings():  # Pillow's own, in all threads: what is the matter is said below
             warnings.simplefilter("ignore")
             for file in bar:
                 try:
