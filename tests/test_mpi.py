@@ -40,7 +40,7 @@ PRELUDE = textwrap.dedent("""
 TRAINS = """
     steps = int(sys.argv[3])
     for state in train(unet, diffusion, images, steps, **settings):
-            os.write(1, f"{state.step} {state.loss!r} {state.grad_norm!r}\n".encode())  # at once, or they get mixed up
+        os.write(1, f"{state.step} {state.loss!r} {state.grad_norm!r}\\n".encode())  # at once, or they get mixed up
     if ranks.rank == 0:
         state.save(sys.argv[1])
     np.save(f"{sys.argv[1]}.{ranks.rank}.npy", state.optimizer.theta)
@@ -157,7 +157,7 @@ class TestTraining:
     stop = lambda: ranks.rank == 1 and len(steps) == 2
     for state in train(unet, diffusion, images, 100, stop=stop, **settings):
         steps.append(state.step)
-    print(steps, state.last)
+    os.write(1, f"{steps} {state.last}\\n".encode())
     """
         result = mpiexec(3, script, tmp_path / "run", "float32")
         assert result.stdout.splitlines() == ["[1, 2, 3] True"] * 3, result.stderr
@@ -173,7 +173,7 @@ class TestTraining:
 
     settings["batch"] = 16
     *_, state = train(unet, diffusion, Folder(), 3, **settings)
-    print(Folder.seen, state.step)
+    os.write(1, f"{Folder.seen} {state.step}\\n".encode())
     """
         result = mpiexec(2, script, tmp_path / "run", "float32")
         assert result.stdout.splitlines() == ["[100, 4, 4, 4, 4, 4, 4] 3"] * 2, result.stderr
