@@ -134,14 +134,13 @@ def train_and_sample(args, ranks):
     say(f"training {until}, {args.batch} images a step; Ctrl-C ends it earlier")
     say(f"results  {args.out.resolve()}", flush=True)
 
-    checkpoint, columns = (
-        args.out / "checkpoint.safetensors",
-        classes.get("classes"),
-    )  # of the grids: one for each class
+    columns = classes.get("classes")  # of the grids: one for each class, or about a square
+    checkpoint = args.out / "checkpoint.safetensors"
     if first:
         some = images[np.linspace(0, len(images) - 1, 4).astype(int)]
         noising_strip(diffusion, some, np.random.default_rng(args.seed)).save(args.out / "noising.png")
-        for kind in () if args.resume else ("", ".previous"):  # of another run in this folder: nothing is lost
+    if first and not args.resume:  # what another run left in this folder is kept
+        for kind in ("", ".previous"):
             with contextlib.suppress(FileNotFoundError):
                 os.replace(args.out / f"checkpoint{kind}.safetensors", args.out / f"earlier{kind}.safetensors")
 
@@ -160,7 +159,7 @@ def train_and_sample(args, ranks):
             troubles.add(what)
 
     def draw_progress():
-        attempt("loss curve", save_loss_curve, args.out / "loss.png", *log.losses())
+        attempt("loss curve", lambda: save_loss_curve(args.out / "loss.png", *log.losses()))
         if not state.last:
             attempt("grid", lambda: grid(draw(16), columns).save(args.out / f"step_{state.step:05d}.png"))
 
@@ -168,22 +167,22 @@ def train_and_sample(args, ranks):
     settings = {"lr": args.lr, "decay_steps": (args.steps or 0) // 2, "workers": workers, "seed": args.seed}
     settings |= {"labels": labels if args.labels else None, "flip": args.flip, "ranks": ranks}
     settings["resume"] = checkpoint if args.resume else None
-    log, states, troubles = MetricsLog(args.out / "metrics.csv"), collections.deque(maxlen=100), set()
-    notice = "what was trained is saved and sampled in a moment; again to quit at once"
-    with (
-        stop_signals(notice) as asked,
-        tqdm(unit="step", desc="training", dynamic_ncols=True, disable=not first) as bar,
-    ):
+    log, states, troubles = MetricsLog(args.out / "metrics.csv"), collections.deque(maxlen=99), set()
+    bar = tqdm(unit="step", desc="training", dynamic_ncols=True, disable=not first)
+    with bar, stop_signals("what was trained is saved and sampled in a moment; again to quit at once") as asked:
         settings["stop"] = lambda: asked() or time.monotonic() - began > seconds
         for state in train(unet, diffusion, images, steps, args.batch, **settings):
             if not first:
                 continue
             if not states:
                 bar.n = bar.initial = state.step - 1
-            states.append(state)
+                if args.resume:
+                    bar.write(f"resumed  after {state.step - 1:,} steps")
             attempt("line in metrics.csv", log.write, state)
-            if args.device == "cpu" or state.step % 50 == 1:  # who looks at a loss waits for it, and a GPU runs behind
-                loss = np.mean([s.loss for s in states])
+            # who looks at a loss waits for it, and a GPU runs behind
+            if args.device == "cpu" or not states or state.step % 50 == 0:
+                loss = np.mean([s.loss for s in (*states, state)])
+            states.append(state)
             gone = time.monotonic() - began
             bar.total = int(min(steps, max(state.step, bar.initial + (state.step - bar.initial) * seconds / gone)))
             bar.set_postfix_str(f"loss {loss:.4f}, {state.images_per_second:.0f} images/s", refresh=False)
@@ -247,4 +246,5 @@ if __name__ == "__main__":
     except MemoryError as error:
         sys.exit(f"mnist_ddpm.py: out of memory, of which fewer --workers or a smaller --batch need less: {error}")
     except KeyboardInterrupt:
-        sys.exit("mnist_ddpm.py: interrupted")
+        print("\nmnist_ddpm.py: interrupted", file=sys.stderr)
+        sys.exit(130)  # what a shell says of a program that Ctrl-C ended

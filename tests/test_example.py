@@ -1,6 +1,7 @@
 """The example itself, as a user would run it, on a tiny setting."""
 
 import inspect
+import os
 import pathlib
 import re
 import runpy
@@ -12,7 +13,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import tinyddpm
 from tinyddpm import (
@@ -37,24 +38,27 @@ TINY = [
     "8",
     "16",
     "--timesteps=25",
-    "--samples=6",
-    "--sample-every=2",
+    "--samples=2",
     "--workers=2",
 ]
 
 
-def run(*arguments, timeout=120):
-    return subprocess.run([sys.executable, EXAMPLE, *arguments], capture_output=True, text=True, timeout=timeout)
+on_posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of a process are POSIX's")
+
+
+def run(*arguments, timeout=120, **settings):
+    command = [sys.executable, EXAMPLE, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **settings)
 
 
 def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path):
     out = tmp_path / "new" / "folder"
-    result = run(*TINY, f"--out={out}")
+    result = run(*TINY, "--sample-every=2", "--samples=6", "--save-every=3", f"--out={out}")
     assert result.returncode == 0, result.stderr
     for words in (
         "device   cpu, 2 workers, BLAS",
         "parameters",
-        "10,000 digits of 28 x 28 pixels, T = 25",
+        "10,000 images of 28 x 28 pixels, T = 25",
         "training 5 steps, 4 images a step",
     ):
         assert words in result.stdout
@@ -67,11 +71,18 @@ def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path):
         "samples.png",
         "denoising.gif",
         "model.safetensors",
+        "metrics.csv",
+        "checkpoint.safetensors",  # after the last step
+        "checkpoint.previous.safetensors",  # after the third
     }
     with Image.open(out / "denoising.gif") as gif:
         assert gif.n_frames > 10
     unet, diffusion = load_model(out / "model.safetensors")
     assert unet.config["channels"] == (8, 16) and unet.config["image_size"] == (28, 28) and diffusion.T == 25
+    for name, w in unet.state_dict().items():
+        np.testing.assert_array_equal(load_model(out / "checkpoint.safetensors")[0].state_dict()[name], w)
+    log = np.loadtxt(out / "metrics.csv", delimiter=",", skiprows=1)
+    assert log.shape == (5, 6) and log[:, 0].tolist() == [1, 2, 3, 4, 5] and np.isfinite(log).all()
     again = grid(sample(diffusion, unet, (6, 28, 28, 1), rng=0))  # the file is the model that drew the samples
     np.testing.assert_array_equal(np.asarray(again), np.asarray(Image.open(out / "samples.png")))
 
@@ -83,31 +94,181 @@ def test_the_loss_curve_is_left_out_politely_without_matplotlib(tmp_path):
     code += f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "no loss curve: that needs matplotlib" in result.stdout and (tmp_path / "out" / "samples.png").exists()
+    text = result.stdout + result.stderr
+    assert text.count("no loss curve after 5 steps: that needs matplotlib, pip install 'tinyddpm[plots]'") == 1
+    assert (tmp_path / "out" / "samples.png").exists()
 
 
 def test_the_clock_stops_it_too(tmp_path):
-    result = run(*TINY, "--steps=100000", "--minutes=0.02", "--sample-every=100000", f"--out={tmp_path}")
+    result = run(*TINY, "--steps=100000", "--minutes=0.02", f"--out={tmp_path}")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "samples.png").exists()
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to a child there")
-def test_ctrl_c_ends_politely(tmp_path):
-    arguments = [sys.executable, str(EXAMPLE), *TINY, "--steps=1000000", "--sample-every=1000000", f"--out={tmp_path}"]
+def interrupted(out, number, *arguments):
+    """Run the example, send it a signal soon after its first step, and return its output."""
+    arguments = [sys.executable, str(EXAMPLE), *TINY, *arguments, f"--out={out}"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        seen = ""
-        while "images/s" not in seen and process.poll() is None:  # until the first step is done
-            seen += process.stderr.read(1)
-        time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        while not (out / "metrics.csv").exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.send_signal(number)
         stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
+    return process.returncode, stdout, stderr
+
+
+@on_posix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_sigterm_ends_politely(tmp_path, number):
+    code, stdout, stderr = interrupted(tmp_path, number, "--steps=1000000")
+    assert code == 0, stderr
     assert "Traceback" not in stderr and "done in" in stdout
-    assert {p.name for p in tmp_path.iterdir()} >= {"model.safetensors", "samples.png", "denoising.gif"}
+    assert "what was trained is saved and sampled in a moment; again to quit at once" in stderr
+    made = {"model.safetensors", "checkpoint.safetensors", "metrics.csv", "samples.png", "denoising.gif"}
+    assert {p.name for p in tmp_path.iterdir()} >= made
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGINT cannot be sent to a child there")
+RESUMED = [*TINY, "--steps=30", "--save-every=1", "--labels", "--samples=1"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nobody has stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert run(*RESUMED, f"--out={folder}").returncode == 0
+    return folder
+
+
+@on_posix
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_it_goes_on_as_if_it_had_not_been_stopped(whole, tmp_path, number):
+    """The same model, pictures and log, but for the times in it."""
+    parts = tmp_path
+    code, _, stderr = interrupted(parts, number, *RESUMED)
+    assert code == (0 if number == signal.SIGINT else -signal.SIGKILL), stderr
+    assert 1 <= sum(1 for _ in open(parts / "metrics.csv")) - 1 < 30
+    for resume in (["--resume", "--workers=1"], ["--resume"]):  # and once it was complete, nothing is trained
+        result = run(*RESUMED, *resume, f"--out={parts}")
+        assert result.returncode == 0 and "trained  30 steps" in result.stdout, result.stderr
+    for name, w in load_file(whole / "checkpoint.safetensors").items():
+        np.testing.assert_array_equal(load_file(parts / "checkpoint.safetensors")[name], w, err_msg=name)
+    columns = dict(delimiter=",", skiprows=1, usecols=(0, 1, 2, 3))
+    np.testing.assert_array_equal(*(np.loadtxt(folder / "metrics.csv", **columns) for folder in (whole, parts)))
+    assert (whole / "samples.png").read_bytes() == (parts / "samples.png").read_bytes()
+
+
+def test_another_run_in_the_folder_does_not_lose_the_checkpoint_of_the_one_before(tmp_path):
+    for seed in (1, 2):
+        assert run(*TINY, "--save-every=4", f"--seed={seed}", f"--out={tmp_path}").returncode == 0
+    resumed = run(*TINY, "--seed=1", "--resume", f"--out={tmp_path}")
+    assert resumed.returncode == 1 and "Traceback" not in resumed.stderr
+    assert "checkpoint.safetensors is of another run: seed: 2 there, 1 here" in resumed.stderr
+    for name in ("checkpoint", "checkpoint.previous"):
+        os.replace(tmp_path / f"{name.replace('checkpoint', 'earlier')}.safetensors", tmp_path / f"{name}.safetensors")
+    assert run(*TINY, "--seed=1", "--resume", f"--out={tmp_path}").returncode == 0
+
+
+@on_posix
+def test_a_disk_that_is_full_is_told_once_and_does_not_end_the_training(tmp_path):
+    """No file can grow beyond so many bytes; then the model cannot be written in the end either, and it is named."""
+    import resource
+
+    def little_space():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    (tmp_path / "metrics.csv").mkdir()  # in the way
+    result = run(*TINY, "--steps=15", "--save-every=5", f"--out={tmp_path}", preexec_fn=little_space)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    text = result.stdout + result.stderr
+    assert text.count("no checkpoint after 5 steps: ") == 1 and "no checkpoint after 10 steps" not in text
+    assert text.count("no line in metrics.csv after 1 steps: ") == text.count("no line in metrics.csv") == 1
+    assert "mnist_ddpm.py: " in text and "cannot write" in text and "model.safetensors: File too large" in text
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.safetensors"))
+
+
+def test_a_loss_that_is_not_finite_ends_it_with_the_last_checkpoint_kept(tmp_path):
+    result = run(*TINY, "--steps=400", "--lr=1e30", "--save-every=1", f"--out={tmp_path}")
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    (step,) = re.findall(r"mnist_ddpm.py: step (\d+): the loss is ", result.stderr)
+    assert f"{tmp_path / 'checkpoint.safetensors'} is kept: --resume goes on from it" in result.stderr
+    weights = load_file(tmp_path / "checkpoint.safetensors")
+    assert all(np.isfinite(w).all() for w in weights.values()) and not (tmp_path / "samples.png").exists()
+    assert sum(1 for _ in open(tmp_path / "metrics.csv")) == int(step)  # a header, and the steps before
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two classes of pictures larger than they are asked for, and one that is none."""
+    rng = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(4):
+            pixels = rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+    (tmp_path / "photos" / "cats" / "broken.png").write_bytes(b"nothing")
+    return tmp_path / "photos"
+
+
+def test_images_of_ones_own(photos, tmp_path):
+    """In colour, flipped, with a class per folder, and what cannot be read is reported."""
+    settings = [*TINY, f"--data={photos}", "--size=16", "--flip", "--labels", "--samples=4"]
+    result = run(*settings, f"--out={tmp_path / 'out'}")
+    assert result.returncode == 0, result.stderr
+    assert (
+        "8 images of 16 x 16 pixels" in result.stdout and "1 of 9 files are left out: cats/broken.png" in result.stderr
+    )
+    unet, _ = load_model(tmp_path / "out" / "model.safetensors")
+    expected = {"in_channels": 3, "out_channels": 3, "image_size": (16, 16), "classes": 2}
+    assert {name: unet.config[name] for name in expected} == expected
+    with Image.open(tmp_path / "out" / "samples.png") as picture:
+        assert picture.mode == "RGB" and picture.size == (2 * (2 * 18 + 2), 2 * (2 * 18 + 2))
+    result = run(*settings, "--grey", f"--out={tmp_path / 'out'}", "--resume")
+    assert result.returncode == 1 and "unet.in_channels: 3 there, 1 here" in result.stderr
+
+
+@on_posix
+@pytest.mark.parametrize("workers", [1, 2])
+def test_too_little_memory_is_said(photos, tmp_path, workers):
+    import resource
+
+    def little_memory():
+        resource.setrlimit(resource.RLIMIT_AS, (3 * 2**29, 3 * 2**29))
+
+    options = ["--size=4096", "--batch=2", f"--workers={workers}", f"--data={photos}", f"--out={tmp_path / 'out'}"]
+    result = run(*TINY, *options, preexec_fn=little_memory)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert "mnist_ddpm.py: out of memory, of which fewer --workers or a smaller --batch need less: " in result.stderr
+
+
+def test_labels_need_classes(photos, tmp_path):
+    result = run(*TINY, f"--data={photos / 'cats'}", "--labels", f"--out={tmp_path / 'out'}")
+    assert result.returncode == 1 and f"--labels: in {photos / 'cats'} there are no folders" in result.stderr
+
+
+@pytest.mark.parametrize("data", ["mnist", "fashion"])
+def test_without_a_network_it_says_what_there_is(tmp_path, data):
+    """Proxies that refuse make it one."""
+    nowhere = {"XDG_CACHE_HOME": str(tmp_path), "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+    result = run(*TINY, f"--data={data}", f"--out={tmp_path / 'out'}", env=os.environ | nowhere)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    for words in ("no mirror gave it", "https://", "bundled 10,000 digits", "--data FOLDER"):
+        assert words in result.stderr
+
+
+def test_data_sets_arrive(monkeypatch, tmp_path):
+    data, asked = sys.modules["tinyddpm.data"], []
+    images = np.random.default_rng(0).uniform(-1, 1, (12, 28, 28, 1)).astype(np.float32)
+    for name in ("load_mnist", "load_fashion_mnist"):
+        load = lambda name=name, **settings: asked.append((name, settings)) or (images, np.arange(12) % 6)
+        monkeypatch.setattr(data, name, load)
+    for kind in ("mnist", "fashion"):
+        with monkeypatch.context() as patch:
+            calls = run_here(patch, tmp_path, f"--data={kind}", "--steps=1", "--samples=1", "--labels")
+        assert calls["train"][0][0]["images"] is images and calls["UNet"][0][1].config["classes"] == 6
+    assert asked == [("load_mnist", {"full": True}), ("load_fashion_mnist", {})]
+
+
+@on_posix
 def test_ctrl_c_again_ends_at_once(tmp_path):
     arguments = [sys.executable, str(EXAMPLE), *TINY, "--samples=500", f"--out={tmp_path}"]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -115,8 +276,8 @@ def test_ctrl_c_again_ends_at_once(tmp_path):
         while "sampling:" not in seen and process.poll() is None:
             seen += process.stderr.read(1)
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGINT
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and "mnist_ddpm.py: interrupted" in stderr and "Traceback" not in stderr
     assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "samples.png").exists()
 
 
@@ -125,13 +286,15 @@ def test_after_the_first_ctrl_c_the_second_is_not_caught(monkeypatch, tmp_path):
 
     def interrupted(*args, **kwargs):
         for state in train(*args, **kwargs):
-            signal.raise_signal(signal.SIGINT)
+            if state.step == 2:
+                signal.raise_signal(signal.SIGINT)
             handlers.append(signal.getsignal(signal.SIGINT))
             yield state
 
     monkeypatch.setattr(tinyddpm, "train", interrupted)
     run_here(monkeypatch, tmp_path)
-    assert handlers == [signal.SIG_DFL]  # and it was asked for no second step
+    assert callable(handlers[0]) and handlers[1:] == [signal.SIG_DFL] * 2  # for the third step was the last
+    assert sum(1 for _ in open(tmp_path / "metrics.csv")) == 4
     assert (tmp_path / "samples.png").exists()
 
 
@@ -162,6 +325,7 @@ def run_here(monkeypatch, tmp_path, *arguments):
 
 def test_every_option_arrives_where_it_belongs(monkeypatch, tmp_path):
     options = ["--batch=6", "--lr=0.003", "--blocks=2", "--seed=7", "--steps=4", "--timesteps=30", "--objective=v"]
+    options += ["--sample-every=2", "--samples=6", "--flip"]
     calls = run_here(monkeypatch, tmp_path, *options)
     unet, diffusion = calls["UNet"][0], calls["Diffusion"][0][1]
     expected = {"channels": [8, 16], "blocks": 2, "rng": 7, "attention": [False, True]}
@@ -177,6 +341,8 @@ def test_every_option_arrives_where_it_belongs(monkeypatch, tmp_path):
         "lr": 0.003,
         "workers": 2,
         "seed": 7,
+        "flip": True,
+        "resume": None,
         "model": unet[1],
         "diffusion": diffusion,
     }
@@ -215,15 +381,15 @@ def test_steps_and_minutes(monkeypatch, tmp_path, given, steps):
 def test_the_same_seed_gives_the_same_digits(tmp_path):
     names = ["first", "again", "other"]
     for name, seed in zip(names, (3, 3, 4)):
-        assert run(*TINY, "--sample-every=100", f"--seed={seed}", f"--out={tmp_path / name}").returncode == 0
+        assert run(*TINY, f"--seed={seed}", f"--out={tmp_path / name}").returncode == 0
     first, again, other = ((tmp_path / name / "samples.png").read_bytes() for name in names)
     assert first == again != other
 
 
 def test_a_grid_that_cannot_be_written_does_not_lose_the_training(tmp_path):
-    (tmp_path / "step_00002.png").mkdir()  # in the way
-    result = run(*TINY, f"--out={tmp_path}")
-    assert result.returncode == 0 and "no grid after 2 steps" in result.stderr + result.stdout
+    (tmp_path / "step_00004.png").mkdir()  # in the way
+    result = run(*TINY, "--sample-every=4", f"--out={tmp_path}")
+    assert result.returncode == 0 and "no grid after 4 steps" in result.stderr + result.stdout
     assert (tmp_path / "model.safetensors").exists() and (tmp_path / "samples.png").exists()
 
 
@@ -250,7 +416,7 @@ def test_two_minutes_of_training_learn_something(tmp_path):
 
 def test_digits_that_are_asked_for(monkeypatch, tmp_path):
     """Trained with labels, it draws what it is told, in the grids and later; the model is not trained again."""
-    calls = run_here(monkeypatch, tmp_path, "--labels", "--seed=3", "--steps=3")
+    calls = run_here(monkeypatch, tmp_path, "--labels", "--seed=3", "--steps=3", "--sample-every=2", "--samples=6")
     unet, labels = calls["UNet"][0][1], load_digits()[1]
     assert unet.config["classes"] == 10 and unet.config["label_dropout"] == 0.2
     np.testing.assert_array_equal(calls["train"][0][0]["labels"], labels)
@@ -290,7 +456,8 @@ def test_help_documents_every_option():
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
     for option in ("steps", "minutes", "batch", "lr", "channels", "blocks", "timesteps", "labels", "digits", "guidance",
-                   "objective", "samples", "sample-every", "device", "workers", "seed", "out"):  # fmt: skip
+                   "objective", "samples", "sample-every", "save-every", "resume", "device", "workers", "mpi", "seed",
+                   "data", "size", "grey", "flip", "out"):  # fmt: skip
         # its meaning, and its default in brackets
         assert re.search(rf"--{option}( \{{\S+\}}| [A-Z_ \[\].]+)? [^-]+\[[^\]]+\]", text), option
 
@@ -302,6 +469,9 @@ def test_help_documents_every_option():
         (["--batch=-3"], "--batch must be greater than 0, got -3"),
         (["--lr=nan"], "--lr must be greater than 0, got nan"),
         (["--sample-every=0"], "--sample-every must be greater than 0"),
+        (["--save-every=0"], "--save-every must be greater than 0"),
+        (["--workers=0"], "--workers must be greater than 0"),
+        (["--data=nowhere"], "folder: there is no nowhere"),
         (["--timesteps=20"], "--timesteps must be greater than 20 to get from an image to noise, got 20"),
         (["--channels", "12"], "channels: expected multiples of groups = 8, got [12]"),
         (["--channels", "8", "8", "8", "8"], "a height and a width that are multiples of 8"),
@@ -330,7 +500,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
 
 
 def test_it_can_be_read_as_a_tutorial():
-    assert len(EXAMPLE.read_text().splitlines()) < 190
+    assert len(EXAMPLE.read_text().splitlines()) < 260
 
 
 class TestSamplePretrained:

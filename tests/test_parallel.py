@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_info
 
 from tinyddpm.parallel import (
     PIXELS,
+    ahead,
     blas_name,
     cpu_count,
     shard_size,
@@ -88,6 +89,48 @@ class TestThreads:
         assert threading.active_count() == before
 
 
+class TestAhead:
+    def test_results_come_in_order_and_no_further_ahead_than_asked_for(self):
+        begun, most = [], []
+
+        def work(i):
+            begun.append(i)
+            return 10 * i
+
+        with ahead(work, range(9), 3) as results:
+            time.sleep(0.02)
+            assert begun == []  # nothing before the first is asked for
+            for i in range(9):
+                assert next(results) == 10 * i
+                most.append(len(begun))
+            assert next(results, None) is None
+        assert all(n <= i + 1 + 3 for i, n in enumerate(most)) and begun == list(range(9))
+
+    def test_they_are_computed_while_nobody_waits(self):
+        done = threading.Event()
+        with ahead(lambda i: done.set() if i == 2 else None, range(9), 2) as results:
+            next(results)
+            assert done.wait(10)
+
+    def test_an_exception_surfaces_at_its_place_and_the_threads_end(self):
+        before = threading.active_count()
+        with pytest.raises(ZeroDivisionError), ahead(lambda i: 1 / (2 - i), range(9), 3) as results:
+            assert [next(results), next(results)] == [0.5, 1.0]
+            next(results)
+        assert threading.active_count() == before
+
+    def test_who_stops_early_does_not_wait_for_the_rest(self):
+        begun = []
+
+        def work(i):
+            begun.append(i)
+            time.sleep(0.02)
+
+        with ahead(work, range(10**9), 5) as results:
+            next(results)
+        assert len(begun) < 20
+
+
 @on_linux
 class TestProcesses:
     def test_results_come_in_order_from_as_many_processes(self):
@@ -117,6 +160,12 @@ class TestProcesses:
                 list(run(range(3)))
                 assert shared[1].tolist() == [k, 10 + k, 20 + k]
         assert not own.any()
+
+    def test_they_are_copies_of_this_process_as_it_is_when_the_block_begins(self):
+        seen = [1]
+        with worker_processes(lambda _: list(seen), 2) as run:
+            seen.append(2)
+            assert list(run(range(2))) == [[1], [1]]
 
     def test_blas_is_held_to_one_thread_in_them_only(self):
         before = blas_threads()
@@ -170,9 +219,11 @@ class TestProcesses:
             list(run(range(2)))
         assert not multiprocessing.active_children()
 
-    def test_ctrl_c_is_for_the_first_process(self):
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_ctrl_c_and_sigterm_are_for_the_first_process(self, number):
         def work(i):
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
+            time.sleep(0.02)
             return i
 
         with worker_processes(work, 2) as run:

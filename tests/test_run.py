@@ -710,3 +710,47 @@ def test_killed_two_hundred_times_at_any_moment_it_goes_on_and_loses_nothing(tmp
     columns = dict(delimiter=",", skiprows=1, usecols=(0, 1, 2, 3))  # not the times
     np.testing.assert_array_equal(np.loadtxt(csv, **columns), np.loadtxt(tmp_path / "whole.csv", **columns))
     print(f"200 kills survived, {in_writing} of them while a checkpoint was written; {steps} steps")
+
+
+SOAK = """
+import multiprocessing, os, sys, threading
+import numpy as np
+from tinyddpm import Diffusion, UNet, make_schedule, train
+from tinyddpm.run import MetricsLog
+
+def memory():  # of this process and its workers
+    pids = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
+    return sum(int(open(f"/proc/{pid}/statm").read().split()[1]) for pid in pids) * os.sysconf("SC_PAGE_SIZE")
+
+class Folder:  # read when it is indexed
+    shape, dtype = (500, 4, 4, 1), np.dtype(np.float32)
+    __len__ = lambda self: 500
+    def __getitem__(self, indices):
+        waves = np.sin(np.arange(16.0) + np.asarray(indices)[:, None])
+        return waves.astype(np.float32).reshape(-1, 4, 4, 1)
+
+
+images = Folder() if sys.argv[2] == "folder" else Folder()[np.arange(500)]
+unet, log = UNet(channels=(4, 4), blocks=1, attention=(False, True), groups=2), MetricsLog(sys.argv[1] + "/metrics.csv")
+diffusion = Diffusion(make_schedule("linear", 20, beta_end=0.6))
+for state in train(unet, diffusion, images, 3000, 4, micro_batch=2, workers=int(sys.argv[3])):
+    log.write(state)
+    if state.step % 100 == 0:
+        state.save(sys.argv[1] + "/run.safetensors")
+    if state.step % 300 == 0:
+        print(memory(), threading.active_count(), len(os.listdir("/proc/self/fd")), flush=True)
+"""
+
+
+@pytest.mark.slow
+@on_linux
+@pytest.mark.parametrize(("images", "workers"), [("array", 1), ("folder", 2)])
+def test_three_thousand_steps_take_no_more_memory_threads_or_files_than_six_hundred(tmp_path, images, workers):
+    command = [sys.executable, "-c", SOAK, tmp_path, images, str(workers)]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    seen = np.array([list(map(int, line.split())) for line in result.stdout.splitlines()])
+    assert len(seen) == 10
+    memory, threads, files = seen[1:].T  # the first steps fill what is reused later
+    assert memory.max() <= 1.02 * memory[0], memory
+    assert set(threads) == {threads[0]} and set(files) == {files[0]}

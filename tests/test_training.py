@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from tinyddpm.functional import mse
 from tinyddpm.nn import Linear, Module
 from tinyddpm.optim import clip_norm, flat_gradient, flatten, learning_rate
 from tinyddpm.tensor import Parameter, Tensor, op
-from tinyddpm.train import GROUPS
+from tinyddpm.train import GROUPS, READ_AHEAD
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
 DIFFUSION = Diffusion(make_schedule("linear", 20, beta_end=0.6))
@@ -332,6 +333,77 @@ class TestTrain:
             outcomes.append((states[-1].ema.average.copy(), [s.loss for s in states]))
         np.testing.assert_array_equal(outcomes[0][0], outcomes[1][0])
         assert outcomes[0][1] == outcomes[1][1]
+
+    def test_images_that_are_read_when_indexed_give_the_same_bits(self):
+        """A few batches ahead of use, in threads of this process, whoever differentiates."""
+
+        class Folder:
+            shape, dtype, asked, readers = IMAGES.shape, IMAGES.dtype, [], []
+
+            def __len__(self):
+                return len(IMAGES)
+
+            def __getitem__(self, indices):
+                self.asked.append(list(indices))
+                self.readers.append(threading.get_ident())
+                return IMAGES[indices]
+
+        whole, states = self.run(steps=6, flip=True)
+        for workers in (1, 2):
+            folder, before = Folder(), threading.active_count()
+            Folder.asked.clear(), Folder.readers.clear()
+            unet = UNet(**TINY)
+            training = train(unet, DIFFUSION, folder, 6, 11, micro_batch=4, seed=3, workers=workers, flip=True)
+            losses = [next(training).loss]
+            time.sleep(0.1)
+            ahead = [list(batch_indices(23, step, 11, 3)[start : start + 4]) for step in range(1 + READ_AHEAD)
+                     for start in (0, 4, 8)]  # fmt: skip
+            assert sorted(folder.asked[1:]) == sorted(ahead)  # the first were for the checkpoint to recognise them
+            losses += [state.loss for state in training]
+            assert losses == [state.loss for state in states] and threading.get_ident() not in folder.readers[1:]
+            assert threading.active_count() == before
+            for name, value in whole.state_dict().items():
+                np.testing.assert_array_equal(value, unet.state_dict()[name], err_msg=name)
+
+    def test_an_image_that_cannot_be_read_surfaces(self):
+        class Folder:
+            shape, dtype = IMAGES.shape, IMAGES.dtype
+
+            def __len__(self):
+                return len(IMAGES)
+
+            def __getitem__(self, indices):
+                if len(indices) == 4:
+                    raise OSError("no picture can be read any more")
+                return IMAGES[indices]
+
+        before = threading.active_count()
+        with pytest.raises(OSError, match="no picture can be read any more"):
+            next(train(UNet(**TINY), DIFFUSION, Folder(), 6, 11, micro_batch=4))
+        assert threading.active_count() == before and not multiprocessing.active_children()
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_half_of_the_images_are_flipped_anew_each_time(self, workers):
+        """Left to right, and none of those that are in memory."""
+        images, seen = np.zeros((6, 4, 4, 1), np.float32), []
+        images[:, 0, 0, 0] = 0.1 + np.arange(6) / 10  # a light in the upper left corner that tells which it is
+        before = images.copy()
+
+        class Look:
+            def loss(self, model, x0, rng):
+                assert ((x0 != 0).sum(axis=(1, 2, 3)) == 1).all() and (x0[:, 0, [0, 3], 0].sum(axis=1) > 0).all()
+                return DIFFUSION.loss(model, x0, rng) * 0 + float((x0[:, 0, 3, 0] > 0).sum())
+
+        for seed in (0, 0, 1):
+            states = list(
+                train(UNet(**TINY), Look(), images, 20, 6, micro_batch=3, flip=True, workers=workers, seed=seed)
+            )
+            seen.append([state.loss for state in states])
+        assert seen[0] == seen[1] != seen[2]
+        assert 0.45 < np.mean(seen) / 3 < 0.55 and len(set(seen[0])) > 2  # each half of six is weighted with one half
+        np.testing.assert_array_equal(images, before)
+        (state,) = train(UNet(**TINY), Look(), images, 1, 6, workers=workers)
+        assert state.loss == 0
 
     def test_bad_labels(self):
         unet = UNet(**TINY, classes=5)
