@@ -5,11 +5,13 @@ and images are small.
 """
 
 import inspect
+import itertools
 import pathlib
 import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,6 +50,8 @@ from tinyddpm.fused import attention, group_norm, normalise
 from tinyddpm.image import grid
 from tinyddpm.nn import Linear
 from tinyddpm.optim import EMA, Adam, clip_norm, flat_gradient, flatten
+from tinyddpm.parallel import Ranks
+from tinyddpm.run import MetricsLog
 from tinyddpm.tensor import Parameter
 
 pytestmark = pytest.mark.gpu
@@ -476,6 +480,79 @@ def test_the_last_step_is_looked_at():
     bad = np.full((4, 8, 8, 1), np.nan, np.float32)
     with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
         list(train(unet, diffusion, bad, 3, batch=4))
+
+
+def test_a_run_goes_on_to_the_bit_and_from_one_device_to_another(tmp_path):
+    """On another device in the same micro-batches, and to rounding."""
+    diffusion = Diffusion(make_schedule("linear", 50, beta_end=0.3))
+
+    def run(device, steps, path):
+        unet = awake(UNet(**SMALL)).to(device)
+        states = train(unet, diffusion, digits(12), 10, batch=8, lr=1e-3, warmup_steps=0, resume=path, flip=True)
+        *_, last = itertools.islice(states, steps)
+        last.save(path)
+        states.close()
+        return unet.state_dict()
+
+    whole = run("cuda", 4, tmp_path / "whole")
+    for steps in (1, 3):
+        parts = run("cuda", steps, tmp_path / "parts")
+    for name, w in whole.items():
+        np.testing.assert_array_equal(parts[name], w, err_msg=name)
+    on_cpu = run("cpu", 4, tmp_path / "cpu")
+    for device, steps in (("cpu", 1), ("cuda", 2), ("cpu", 1)):
+        mixed = run(device, steps, tmp_path / "mixed")
+    for name, w in on_cpu.items():
+        if not name.endswith(".k.b"):  # see test_training
+            np.testing.assert_allclose(mixed[name], w, atol=2e-5, err_msg=name)
+
+
+def test_a_step_that_nobody_has_looked_at_is_not_saved_if_it_is_not_finite(tmp_path):
+    images = digits(8)
+    images[:] = np.nan
+    diffusion = Diffusion(make_schedule("linear", 50, beta_end=0.3))
+    state = next(train(awake(UNet(**SMALL)).to("cuda"), diffusion, images, 100, batch=8))
+    assert not state.seen
+    with pytest.raises(FloatingPointError, match="step 1: the loss is nan"):
+        state.save(tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_log_of_a_gpu_waits_until_somebody_looks(tmp_path):
+    diffusion, path = Diffusion(make_schedule("linear", 50, beta_end=0.3)), tmp_path / "metrics.csv"
+    log = MetricsLog(path)
+    states = train(awake(UNet(**SMALL)).to("cuda"), diffusion, digits(8), 3, batch=8)
+    log.write(next(states)), log.write(next(states))
+    assert not path.exists()
+    log.write(next(states))  # the last one is looked at
+    assert len(path.read_text().splitlines()) == 4
+
+
+def test_ranks_exchange_vectors_through_the_host():
+    """Another rank, which has the same, is imitated."""
+
+    class World:
+        Allreduce = staticmethod(lambda where, host: np.multiply(host, 2, out=host))
+        Bcast = staticmethod(lambda host: host.fill(7))
+
+    ranks = Ranks()
+    ranks.size, ranks.world, ranks.mpi = 2, World, SimpleNamespace(IN_PLACE=None)
+    vector = to_cuda(np.arange(6, dtype=np.float32))
+    view = vector[1:4]
+    ranks.add_up(view)
+    assert to_numpy(vector).tolist() == [0, 2, 4, 6, 4, 5]
+    ranks.broadcast(view)
+    assert to_numpy(vector).tolist() == [0, 7, 7, 7, 4, 5]
+
+    ranks.told = lambda value: value
+    World.Bcast = staticmethod(lambda host: None)
+    diffusion = Diffusion(make_schedule("linear", 50, beta_end=0.3))
+    settings = dict(batch=8, micro_batch=4, max_norm=1e9, lr=1e-3, warmup_steps=0)
+    alone, doubled = (
+        list(train(awake(UNet(**SMALL)).to("cuda"), diffusion, digits(12), 2, ranks=r, **settings))
+        for r in (None, ranks)
+    )
+    assert doubled[0].loss != alone[0].loss and len(doubled) == 2  # twice the first half of the batch
 
 
 def test_images_far_out_of_range_are_warned_about():

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from .backend import Array, array_module, on_device, to_device
+from .backend import Array, array_module, is_array, on_device, to_device
 from .data import batch_indices, random_stream
 from .diffusion import Diffusion, checked_labels, warn_if_out_of_range
 from .nn import Module
@@ -165,8 +165,8 @@ def train(
         if not isinstance(value, numbers.Integral) or value < least:
             raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
     in_memory = isinstance(images, np.ndarray)
-    if not in_memory and not all(hasattr(images, name) for name in ("shape", "dtype", "__getitem__")):
-        raise TypeError(f"images: expected a NumPy array, got {type(images)}")
+    if not in_memory and (is_array(images) or not all(hasattr(images, name) for name in ("shape", "dtype"))):
+        raise TypeError(f"images: expected a NumPy array, got {type(images)}, or what is indexed like one")
     if len(images.shape) != 4 or math.prod(images.shape) == 0 or images.dtype != model.dtype:
         raise ValueError(f"images: expected {model.dtype} (M, H, W, C) with M >= 1, got {images.dtype} {images.shape}")
     labels = checked_labels(labels, len(images))
