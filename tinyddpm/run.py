@@ -99,7 +99,7 @@ def run_config(model: Module, diffusion: Any, images: Any, labels: np.ndarray | 
         "dtype": str(model.dtype),
         "precision": model.precision,
         "images": [list(images.shape), getattr(images, "fingerprint", None) or checksum(_some(images))],
-        "labels": "none" if labels is None else checksum(labels),
+        "labels": "none" if labels is None else checksum(labels.astype(np.int64)),
     }
     return json.loads(json.dumps(parts | settings, default=lambda number: number.item()))
 

@@ -45,7 +45,7 @@ class TrainState:
     lr: float
     ema: EMA  # ema.model is what to sample from
     optimizer: Adam
-    outcome: tuple[Array | float, Array | float]  # loss and grad_norm; on a GPU, arrays until somebody looks
+    outcome: list[Array | float]  # loss and grad_norm; on a GPU, arrays until somebody looks
     last: bool  # whether this is the last step
     config: dict = dataclasses.field(repr=False)  # what a checkpoint has to agree with for the run to go on from it
     diffusion: Diffusion = dataclasses.field(repr=False)
@@ -60,8 +60,8 @@ class TrainState:
 
     def look(self) -> tuple[float, float]:
         """Return loss and grad_norm. On a GPU, this waits until the step is done, the first time."""
-        self.outcome = loss, grad_norm = tuple(map(float, self.outcome))
-        return loss, grad_norm
+        self.outcome[:] = map(float, self.outcome)
+        return tuple(self.outcome)
 
     @property
     def loss(self) -> float:
@@ -144,7 +144,7 @@ def train(
             `ranks` and, without `decay_steps`, `steps`. A run that had come to its end yields its last state again.
         stop: asked in each step; when it says yes, that step is the last. With several ranks, one is enough.
         ranks: the processes of an MPI job that share the work, see `parallel.Ranks`; all yield the same states, and
-            each has images, model and all else. Rank 0 alone reads the checkpoint.
+            each has images, model and all else. Rank 0 alone reads the checkpoint. To be run within `ranks.together()`.
 
     Being a generator, it raises what follows when its first state is asked for: TypeError or ValueError if an argument
     is of the wrong type or out of range, or a checkpoint is damaged or of another run, FloatingPointError if the loss
@@ -245,9 +245,9 @@ def train(
             loss = loss / scale
             gradient *= 1 / scale
         rate = learning_rate(lr, step, steps, warmup_steps, decay_steps)
-        outcome = loss, clip_norm(gradient, max_norm)
+        outcome = [loss, clip_norm(gradient, max_norm)]
         state = TrainState(step + 1, rate, ema, optimizer, outcome, last or step + 1 == steps, config, diffusion, look)
-        unseen.append(state)
+        unseen.append((step + 1, outcome))
         if on_cpu or len(unseen) == LOOK_EVERY or state.last:
             look()
         if moved():
@@ -258,11 +258,11 @@ def train(
 
     def look() -> None:
         """Raise if a step that nobody has looked at came out not finite."""
-        for state in unseen:
-            loss, norm = state.look()
+        for step, outcome in unseen:
+            outcome[:] = loss, norm = [float(number) for number in outcome]
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise FloatingPointError(
-                    f"step {state.step}: the loss is {loss}, the gradient's norm {norm}; if all images are finite, try "
+                    f"step {step}: the loss is {loss}, the gradient's norm {norm}; if all images are finite, try "
                     f"a lower lr than {lr}" + (", or a precision other than fp16" if scale != 1 else "")
                 )
         unseen.clear()
@@ -273,7 +273,7 @@ def train(
     unseen, first, seconds, recent = [], facts["step"], facts["seconds"], collections.deque(maxlen=LOOK_EVERY)
     try:
         if first >= steps:
-            outcome, more = (facts["loss"], facts["grad_norm"]), (seconds, facts["images_per_second"])
+            outcome, more = [facts["loss"], facts["grad_norm"]], (seconds, facts["images_per_second"])
             yield TrainState(first, facts["lr"], ema, optimizer, outcome, True, config, diffusion, look, *more)
             return
         with contextlib.ExitStack() as stack:
