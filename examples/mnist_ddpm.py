@@ -17,6 +17,7 @@ import pathlib
 import sys
 import tempfile
 import time
+import warnings
 
 import numpy as np
 from tqdm import tqdm
@@ -27,7 +28,7 @@ from tinyddpm.data import load_fashion_mnist, load_mnist
 from tinyddpm.diffusion import OBJECTIVES
 from tinyddpm.image import grid, noising_strip, save_gif, save_loss_curve
 from tinyddpm.parallel import Ranks, blas_name, cpu_count, ranks_started
-from tinyddpm.run import MetricsLog, stop_signals
+from tinyddpm.run import MetricsLog, previous, set_aside, stop_signals
 
 
 def parse_arguments():
@@ -100,16 +101,20 @@ def load_data(args, ranks):
             return load_mnist(full=True)
         if args.data == "fashion":
             return load_fashion_mnist()
+        if not os.path.isdir(args.data):
+            raise ValueError(f"--data must be digits, mnist, fashion or a folder, got {args.data}")
         images = ImageFolder(args.data, args.size, channels=1 if args.grey else 3)  # read as they are needed
         return images, images.labels
 
 
 def train_and_sample(args, ranks):
-    first = ranks.rank == 0  # of several processes, only the first writes anything
+    first = ranks.rank == 0  # of several processes, only the first says and writes anything
     say = print if first else lambda *words, **settings: None
+    if not first:
+        warnings.simplefilter("ignore")
     images, labels = load_data(args, ranks)
     if args.labels and labels is None:
-        raise ValueError(f"--labels: in {args.data} there are no folders, one for each class")
+        raise ValueError(f"--labels: the images in {args.data} are not in folders, all of them, one for each class")
 
     # The forward process: T steps, each adding a little noise. Ho et al. take T = 1000 and beta from 1e-4 to 0.02; with
     # fewer steps each has to add more, so that the last image is, as it must be, pure noise.
@@ -123,77 +128,88 @@ def train_and_sample(args, ranks):
     # can be guided away from the latter when it is asked for a digit.
     classes = {"classes": int(labels.max()) + 1, "label_dropout": 0.2} if args.labels else {}
     unet = UNet(C, C, args.channels, args.blocks, attention, rng=args.seed, image_size=(H, W), **classes)
-    unet.to(f"cuda:{ranks.local}" if args.mpi and args.device == "cuda" else args.device, precision=args.precision)
-    workers = args.workers or max(1, cpu_count() // ranks.beside)
+    unet.to(f"cuda:{ranks.local_rank}" if args.mpi and args.device == "cuda" else args.device, precision=args.precision)
+    workers = args.workers or max(1, cpu_count() // ranks.local_size)
     several = f"{ranks.size} ranks with each " if args.mpi else ""
     say(f"device   {args.device}, {several}{workers} workers, BLAS {blas_name()}")
     say(f"network  U-Net {'-'.join(map(str, args.channels))}, {unet.size:,} parameters")
     say(f"data     {len(images):,} images of {H} x {W} pixels, T = {args.timesteps}")
+    if names := getattr(images, "classes", ()):
+        say(f"classes  {', '.join(f'{label} {name}' for label, name in enumerate(names))}")
     limits = [(args.steps, "steps"), (args.minutes, "minutes")]
     until = " or ".join(f"{limit:,} {unit}" for limit, unit in limits if limit is not None)
     say(f"training {until}, {args.batch} images a step; Ctrl-C ends it earlier")
     say(f"results  {args.out.resolve()}", flush=True)
 
     columns = classes.get("classes")  # of the grids: one for each class, or about a square
-    checkpoint = args.out / "checkpoint.safetensors"
     if first:
         some = images[np.linspace(0, len(images) - 1, 4).astype(int)]
         noising_strip(diffusion, some, np.random.default_rng(args.seed)).save(args.out / "noising.png")
-    if first and not args.resume:  # what another run left in this folder is kept
-        for kind in ("", ".previous"):
-            with contextlib.suppress(FileNotFoundError):
-                os.replace(args.out / f"checkpoint{kind}.safetensors", args.out / f"earlier{kind}.safetensors")
+    checkpoint, saved = args.out / "checkpoint.safetensors", None
+    if first and checkpoint.exists() and not args.resume:  # nothing of another run is lost
+        names = (checkpoint.name, previous(checkpoint).name, "metrics.csv", "model.safetensors")
+        earlier = set_aside(args.out, names)
+        print(f"earlier  the run that was in this folder is in {earlier.name} now; --resume would have gone on from it")
 
-    def draw(n, callback=None):  # from the averaged weights, always starting from the same noise
+    def draw_grid(n, name, callback=None):  # from the averaged weights, always starting from the same noise
         settings = {"rng": args.seed, "workers": workers, "callback": callback, "progress": callback is not None}
         if args.labels:
             settings["labels"] = np.arange(n) % columns
-        return to_numpy(sample(diffusion, state.ema.model, (n, H, W, C), **settings))
+        images = sample(diffusion, state.ema.model, (n, H, W, C), **settings)
+        grid(to_numpy(images), columns).save(args.out / name)
 
     def attempt(what, action, *arguments):  # a full disk, perhaps: no reason to lose the training
         try:
             action(*arguments)
+            return True
         except (OSError, ImportError) as error:
-            if what not in troubles:
+            if what not in troubles or state.last:
                 bar.write(f"no {what} after {state.step} steps: {error}")
             troubles.add(what)
-
-    def draw_progress():
-        attempt("loss curve", lambda: save_loss_curve(args.out / "loss.png", *log.losses()))
-        if not state.last:
-            attempt("grid", lambda: grid(draw(16), columns).save(args.out / f"step_{state.step:05d}.png"))
+            return False
 
     steps, seconds, began = args.steps or sys.maxsize, 60 * (args.minutes or float("inf")), time.monotonic()
     settings = {"lr": args.lr, "decay_steps": (args.steps or 0) // 2, "workers": workers, "seed": args.seed}
     settings |= {"labels": labels if args.labels else None, "flip": args.flip, "ranks": ranks}
     settings["resume"] = checkpoint if args.resume else None
-    log, states, troubles = MetricsLog(args.out / "metrics.csv"), collections.deque(maxlen=99), set()
+    log, states, troubles = MetricsLog(args.out / "metrics.csv"), collections.deque(maxlen=100), set()
     bar = tqdm(unit="step", desc="training", dynamic_ncols=True, disable=not first)
-    with bar, stop_signals("what was trained is saved and sampled in a moment; again to quit at once") as asked:
+    notice = "what was trained is saved and sampled in a moment; again to quit at once"
+    with bar, stop_signals(notice if first else "") as asked:
         settings["stop"] = lambda: asked() or time.monotonic() - began > seconds
-        for state in train(unet, diffusion, images, steps, args.batch, **settings):
-            if not first:
-                continue
-            if not states:
-                bar.n = bar.initial = state.step - 1
-                if args.resume:
-                    bar.write(f"resumed  after {state.step - 1:,} steps")
-            attempt("line in metrics.csv", log.write, state)
-            # who looks at a loss waits for it, and a GPU runs behind
-            if args.device == "cpu" or not states or state.step % 50 == 0:
-                loss = np.mean([s.loss for s in (*states, state)])
-            states.append(state)
-            gone = time.monotonic() - began
-            bar.total = int(min(steps, max(state.step, bar.initial + (state.step - bar.initial) * seconds / gone)))
-            bar.set_postfix_str(f"loss {loss:.4f}, {state.images_per_second:.0f} images/s", refresh=False)
-            bar.update()
-            if state.last or state.step % args.save_every == 0:
-                attempt("checkpoint", state.save, checkpoint)
-            if state.last or state.step % args.sample_every == 0:
-                draw_progress()
+        try:
+            for state in train(unet, diffusion, images, steps, args.batch, **settings):
+                if not first:
+                    continue
+                attempt("line in metrics.csv", log.write, state)
+                if state.last or state.step % args.save_every == 0:
+                    attempt("line in metrics.csv", log.flush)
+                    saved = state.step if attempt("checkpoint", state.save, checkpoint) else saved
+                if state.last or state.step % args.sample_every == 0:
+                    attempt("loss curve", lambda: save_loss_curve(args.out / "loss.png", *log.losses()))
+                if not state.last and state.step % args.sample_every == 0:
+                    attempt("grid", draw_grid, 16, f"step_{state.step:05d}.png")
+                if bar.n == 0:
+                    bar.n = bar.initial = state.step - 1
+                    if args.resume and state.step == 1:
+                        bar.write("resumed  from the beginning, for there is no checkpoint")
+                    elif args.resume:
+                        bar.write(f"resumed  at step {state.step:,}")
+                states.append(state)
+                if state.seen:  # a GPU runs behind, and who looked at each of its losses would have to wait for it
+                    loss = np.mean([s.loss for s in states])
+                    shown = f"loss {loss:.4f}, {state.images_per_second:.0f} images/s"
+                    bar.set_postfix_str(shown, refresh=False)
+                gone = time.monotonic() - began
+                bar.total = int(min(steps, max(state.step, bar.initial + (state.step - bar.initial) * seconds / gone)))
+                bar.update()
+        except Exception:
+            if saved:
+                bar.write(f"the checkpoint after {saved:,} steps is kept: --resume goes on from it")
+            raise
     if not first:
         return
-    attempt("rest of metrics.csv", log.close)
+    attempt("line in metrics.csv", log.close)
     save_model(args.out / "model.safetensors", state.ema.model, diffusion)
     print(f"trained  {state.step:,} steps in {state.seconds / 60:.1f} minutes")
 
@@ -204,7 +220,7 @@ def train_and_sample(args, ranks):
         if t % every == 0:
             frames.append(grid(to_numpy(x), columns))
 
-    grid(draw(args.samples, watch), columns).save(args.out / "samples.png")
+    draw_grid(args.samples, "samples.png", watch)
     save_gif(args.out / "denoising.gif", frames)
     print(f"done in {(time.monotonic() - began) / 60:.1f} minutes: look at samples.png and denoising.gif in {args.out}")
 
@@ -223,28 +239,31 @@ def draw_digits(args):
     print(f"look at {args.out / 'digits.png'}")
 
 
-def main():
-    args = parse_arguments()
-    ranks = Ranks(args.mpi)
-    if args.labels or args.digits is None:
-        try:
-            with ranks.together():
-                train_and_sample(args, ranks)
-        except Exception:
-            if (args.out / "checkpoint.safetensors").exists():
-                print(f"{args.out / 'checkpoint.safetensors'} is kept: --resume goes on from it", file=sys.stderr)
-            raise
-    if args.digits is not None and ranks.rank == 0:
-        draw_digits(args)
-
-
-if __name__ == "__main__":
+@contextlib.contextmanager
+def errors_in_a_line():
+    """Of an error that says what was wrong, no more is shown than that."""
     try:
-        main()
-    except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
+        yield
+    except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
         sys.exit(f"mnist_ddpm.py: {error}")
     except MemoryError as error:
         sys.exit(f"mnist_ddpm.py: out of memory, of which fewer --workers or a smaller --batch need less: {error}")
     except KeyboardInterrupt:
         print("\nmnist_ddpm.py: interrupted", file=sys.stderr)
         sys.exit(130)  # what a shell says of a program that Ctrl-C ended
+
+
+def main():
+    args = parse_arguments()
+    warnings.formatwarning = lambda message, *_: f"\nmnist_ddpm.py: {message}\n"
+    ranks = Ranks(args.mpi)
+    if args.labels or args.digits is None:
+        with ranks.abort_on_error(), errors_in_a_line():
+            train_and_sample(args, ranks)
+    if args.digits is not None and ranks.rank == 0:
+        draw_digits(args)
+
+
+if __name__ == "__main__":
+    with errors_in_a_line():
+        main()

@@ -539,20 +539,20 @@ def test_ranks_exchange_vectors_through_the_host():
     ranks.size, ranks.world, ranks.mpi = 2, World, SimpleNamespace(IN_PLACE=None)
     vector = to_cuda(np.arange(6, dtype=np.float32))
     view = vector[1:4]
-    ranks.add_up(view)
+    ranks.allreduce(view)
     assert to_numpy(vector).tolist() == [0, 2, 4, 6, 4, 5]
     ranks.broadcast(view)
     assert to_numpy(vector).tolist() == [0, 7, 7, 7, 4, 5]
 
-    ranks.told = lambda value: value
+    World.allgather = staticmethod(lambda value: [value, value])
     World.Bcast = staticmethod(lambda host: None)
     diffusion = Diffusion(make_schedule("linear", 50, beta_end=0.3))
     settings = dict(batch=8, micro_batch=4, max_norm=1e9, lr=1e-3, warmup_steps=0)
-    alone, doubled = (
-        list(train(awake(UNet(**SMALL)).to("cuda"), diffusion, digits(12), 2, ranks=r, **settings))
-        for r in (None, ranks)
-    )
-    assert doubled[0].loss != alone[0].loss and len(doubled) == 2  # twice the first half of the batch
+    twins = [train(awake(UNet(**SMALL)).to("cuda"), diffusion, digits(12), 4, ranks=ranks, **settings) for _ in "ab"]
+    at_once, later = [state.loss for state in twins[0]], list(twins[1])
+    assert [state.loss for state in later] == at_once and len(set(at_once)) == 4
+    alone = next(train(awake(UNet(**SMALL)).to("cuda"), diffusion, digits(12), 4, **settings))
+    assert alone.loss != at_once[0]  # which was twice that of the first half of the batch
 
 
 def test_images_far_out_of_range_are_warned_about():

@@ -1,6 +1,7 @@
 """Files from the network, by way of servers on this machine that behave as badly as those out there; and IDX files."""
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import http.server
@@ -405,6 +406,32 @@ class TestTheCache:
                 if root:
                     os.seteuid(0)
                 cache.chmod(0o700)
+
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+    def test_a_full_disk_is_no_fault_of_the_mirrors(self, code, mirror, tmp_path, monkeypatch):
+        server, open_file = mirror(good), pathlib.Path.open
+
+        def full(path, mode="r"):
+            file = open_file(path, mode)
+            if path.suffix != ".part":
+                return file
+            file.close()
+            return open("/dev/full", "wb", buffering=0) if code == errno.ENOSPC else Full()
+
+        class Full:
+            __enter__ = lambda self: self
+            __exit__ = lambda self, *_: None
+            seek = lambda self, _: None
+
+            def write(self, _):
+                raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(pathlib.Path, "open", full)
+        with pytest.raises(
+            OSError, match=f"cache: cannot write to the folder {tmp_path}: {os.strerror(code)}"
+        ) as error:
+            get(tmp_path, server)
+        assert not isinstance(error.value, ConnectionError) and server.asked == [None]
 
 
 class TestHalfAFileIsNeverThere:

@@ -159,12 +159,16 @@ def test_it_goes_on_as_if_it_had_not_been_stopped(whole, tmp_path, number):
 def test_another_run_in_the_folder_does_not_lose_the_checkpoint_of_the_one_before(tmp_path):
     for seed in (1, 2):
         assert run(*TINY, "--save-every=4", f"--seed={seed}", f"--out={tmp_path}").returncode == 0
+    made = {"checkpoint.safetensors", "checkpoint.previous.safetensors", "metrics.csv", "model.safetensors"}
+    assert {p.name for p in (tmp_path / "earlier-1").iterdir()} == made
     resumed = run(*TINY, "--seed=1", "--resume", f"--out={tmp_path}")
-    assert resumed.returncode == 1 and "Traceback" not in resumed.stderr
+    assert resumed.returncode == 1 and "Traceback" not in resumed.stderr and "is kept" not in resumed.stderr
     assert "checkpoint.safetensors is of another run: seed: 2 there, 1 here" in resumed.stderr
-    for name in ("checkpoint", "checkpoint.previous"):
-        os.replace(tmp_path / f"{name.replace('checkpoint', 'earlier')}.safetensors", tmp_path / f"{name}.safetensors")
-    assert run(*TINY, "--seed=1", "--resume", f"--out={tmp_path}").returncode == 0
+    resumed = run(*TINY, "--seed=1", "--resume", f"--out={tmp_path / 'earlier-1'}")
+    assert resumed.returncode == 0 and "resumed  at step 5" in resumed.stdout, resumed.stderr
+    again = run(*TINY, "--steps=1", f"--out={tmp_path}")
+    assert "the run that was in this folder is in earlier-2 now; --resume would have gone on" in again.stdout
+    assert {p.name for p in (tmp_path / "earlier-2").iterdir()} == made
 
 
 @on_posix
@@ -177,11 +181,11 @@ def test_a_disk_that_is_full_is_told_once_and_does_not_end_the_training(tmp_path
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     (tmp_path / "metrics.csv").mkdir()  # in the way
-    result = run(*TINY, "--steps=15", "--save-every=5", f"--out={tmp_path}", preexec_fn=little_space)
+    result = run(*TINY, "--steps=15", "--save-every=5", "--resume", f"--out={tmp_path}", preexec_fn=little_space)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     text = result.stdout + result.stderr
-    assert text.count("no checkpoint after 5 steps: ") == 1 and "no checkpoint after 10 steps" not in text
-    assert text.count("no line in metrics.csv after 1 steps: ") == text.count("no line in metrics.csv") == 1
+    assert re.findall(r"no checkpoint after (\d+) steps: ", text) == ["5", "15"]  # the first time, and the last
+    assert re.findall(r"no line in metrics.csv after (\d+) steps: ", text) == ["1", *["15"] * 3]
     assert "mnist_ddpm.py: " in text and "cannot write" in text and "model.safetensors: File too large" in text
     assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.safetensors"))
 
@@ -190,7 +194,8 @@ def test_a_loss_that_is_not_finite_ends_it_with_the_last_checkpoint_kept(tmp_pat
     result = run(*TINY, "--steps=400", "--lr=1e30", "--save-every=1", f"--out={tmp_path}")
     assert result.returncode == 1 and "Traceback" not in result.stderr
     (step,) = re.findall(r"mnist_ddpm.py: step (\d+): the loss is ", result.stderr)
-    assert f"{tmp_path / 'checkpoint.safetensors'} is kept: --resume goes on from it" in result.stderr
+    kept = f"the checkpoint after {int(step) - 1} steps is kept: --resume goes on from it"
+    assert kept in result.stdout + result.stderr
     weights = load_file(tmp_path / "checkpoint.safetensors")
     assert all(np.isfinite(w).all() for w in weights.values()) and not (tmp_path / "samples.png").exists()
     assert sum(1 for _ in open(tmp_path / "metrics.csv")) == int(step)  # a header, and the steps before
@@ -217,6 +222,7 @@ def test_images_of_ones_own(photos, tmp_path):
     assert (
         "8 images of 16 x 16 pixels" in result.stdout and "1 of 9 files are left out: cats/broken.png" in result.stderr
     )
+    assert "classes  0 cats, 1 dogs" in result.stdout
     unet, _ = load_model(tmp_path / "out" / "model.safetensors")
     expected = {"in_channels": 3, "out_channels": 3, "image_size": (16, 16), "classes": 2}
     assert {name: unet.config[name] for name in expected} == expected
@@ -242,7 +248,7 @@ def test_too_little_memory_is_said(photos, tmp_path, workers):
 
 def test_labels_need_classes(photos, tmp_path):
     result = run(*TINY, f"--data={photos / 'cats'}", "--labels", f"--out={tmp_path / 'out'}")
-    assert result.returncode == 1 and f"--labels: in {photos / 'cats'} there are no folders" in result.stderr
+    assert result.returncode == 1 and f"--labels: the images in {photos / 'cats'} are not in folders" in result.stderr
 
 
 @pytest.mark.parametrize("data", ["mnist", "fashion"])
@@ -471,7 +477,7 @@ def test_help_documents_every_option():
         (["--sample-every=0"], "--sample-every must be greater than 0"),
         (["--save-every=0"], "--save-every must be greater than 0"),
         (["--workers=0"], "--workers must be greater than 0"),
-        (["--data=nowhere"], "folder: there is no nowhere"),
+        (["--data=nowhere"], "--data must be digits, mnist, fashion or a folder, got nowhere"),
         (["--timesteps=20"], "--timesteps must be greater than 20 to get from an image to noise, got 20"),
         (["--channels", "12"], "channels: expected multiples of groups = 8, got [12]"),
         (["--channels", "8", "8", "8", "8"], "a height and a width that are multiples of 8"),
@@ -500,7 +506,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
 
 
 def test_it_can_be_read_as_a_tutorial():
-    assert len(EXAMPLE.read_text().splitlines()) < 260
+    assert len(EXAMPLE.read_text().splitlines()) < 270
 
 
 class TestSamplePretrained:

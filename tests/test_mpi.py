@@ -97,11 +97,11 @@ def test_each_rank_has_a_share_of_about_the_same_size(count, size):
 
 def test_without_mpi_there_is_one():
     ranks = Ranks()
-    assert (ranks.rank, ranks.size, ranks.local, ranks.beside) == (0, 1, 0, 1)
+    assert (ranks.rank, ranks.size, ranks.local_rank, ranks.local_size) == (0, 1, 0, 1)
     vector = np.arange(3.0)
-    ranks.add_up(vector), ranks.broadcast(vector)
-    assert vector.tolist() == [0, 1, 2] and ranks.told("something") == "something"
-    with pytest.raises(ZeroDivisionError), ranks.together(), ranks.first_alone():
+    ranks.allreduce(vector), ranks.broadcast(vector)
+    assert vector.tolist() == [0, 1, 2] and ranks.gathered("something") == ["something"]
+    with pytest.raises(ZeroDivisionError), ranks.abort_on_error(), ranks.first_alone():
         raise ZeroDivisionError
 
 
@@ -115,7 +115,7 @@ class TestTraining:
     def test_any_number_of_ranks_gives_the_same_to_rounding(self, mpiexec, tmp_path):
         """Of the three micro-batches of 4, 4 and 3 images, one of two ranks takes two, and one of four takes none."""
         (one,), log = trained(mpiexec, 1, tmp_path / "one")
-        for n in (2, 3, 4):
+        for n in (2, 3, 4):  # the last of which has nothing to do, and rank 0 says so
             thetas, lines = trained(mpiexec, n, tmp_path / str(n))
             for theta in thetas:
                 np.testing.assert_array_equal(theta, thetas[0])
@@ -162,6 +162,44 @@ class TestTraining:
         result = mpiexec(3, script, tmp_path / "run", "float32")
         assert result.stdout.splitlines() == ["[1, 2, 3] True"] * 3, result.stderr
 
+    def test_they_have_to_do_the_same(self, mpiexec, tmp_path):
+        script = """
+    settings["lr"] *= 1 + ranks.rank
+    try:
+        next(train(unet, diffusion, images, 4, **settings))
+    except ValueError as error:
+        os.write(1, f"{error}\\n".encode())
+    """
+        result = mpiexec(2, script, tmp_path / "run", "float32")
+        expected = "ranks: they have to do the same, but differ: lr: "
+        lines = [expected + "0.01 on rank 0, 0.02 on rank 1", expected + "0.02 on rank 1, 0.01 on rank 0"]
+        assert sorted(result.stdout.splitlines()) == lines, result.stderr
+
+    def test_a_checkpoint_that_is_refused_is_refused_on_all(self, mpiexec, tmp_path):
+        """Or the others would wait for rank 0, which alone reads it."""
+        trained(mpiexec, 1, tmp_path / "run", steps=2)
+        script = """
+    settings["seed"] = 4
+    try:
+        next(train(unet, diffusion, images, 4, **settings))
+    except ValueError as error:
+        os.write(1, f"{error}\\n".encode())
+    """
+        result = mpiexec(2, script, tmp_path / "run", "float64")
+        assert result.stdout.count("run is of another run: seed: 3 there, 4 here") == 2, result.stderr
+
+    def test_each_of_them_is_first_alone(self, mpiexec, tmp_path):
+        """Rank 0, then those that are the first on their machine, then the others."""
+        script = """
+    ranks.local_rank = ranks.rank % 2  # as if two were on each machine
+    with ranks.first_alone():
+        os.write(1, f"{ranks.rank}\\n".encode())
+        time.sleep(0.3)
+        os.write(1, f"{ranks.rank}\\n".encode())
+    """
+        lines = mpiexec(4, script, tmp_path / "run", "float32").stdout.split()
+        assert lines[:4] == ["0", "0", "2", "2"] and sorted(lines[4:]) == ["1", "1", "3", "3"]
+
     def test_each_rank_reads_its_own_images_only(self, mpiexec, tmp_path):
         script = """
     class Folder:
@@ -193,14 +231,14 @@ class TestFailure:
 
     def test_an_exception_in_one_rank_ends_the_job_and_says_which(self, mpiexec, tmp_path):
         script = """
-    with ranks.together():
+    with ranks.abort_on_error():
         for state in train(unet, diffusion, images, 10**6, **settings):
             if state.step == 3 and ranks.rank == 1:
                 raise LookupError("what was wrong")
     """
         result = mpiexec(2, script, tmp_path / "run", "float32")
         assert result.returncode != 0
-        assert "rank 1 of 2 failed, which ends the job" in result.stderr
+        assert "rank 1 of 2 failed, which ends the job: Traceback" in result.stderr
         assert "LookupError: what was wrong" in result.stderr and "rank 0 of 2" not in result.stderr
 
     def test_the_mpiexec_of_another_mpi_is_noticed(self, mpiexec, monkeypatch):
@@ -270,4 +308,5 @@ class TestExample:
     def test_what_is_not_finite_ends_all(self, mpiexec, tmp_path):
         result = mpiexec(2, EXAMPLE, *TINY, "--lr=1e30", "--steps=200", "--mpi", f"--out={tmp_path}")
         assert result.returncode != 0
-        assert re.search(r"FloatingPointError: step \d+: the loss is", result.stderr)
+        assert re.search(r"which ends the job: mnist_ddpm.py: step \d+: the loss is", result.stderr)
+        assert "Traceback" not in result.stderr

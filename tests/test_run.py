@@ -1,5 +1,6 @@
 """A training that ends at any moment goes on as if it never had: checkpoints, their damage, signals, the log."""
 
+import errno
 import itertools
 import json
 import multiprocessing
@@ -22,18 +23,22 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from tinyddpm import Diffusion, UNet, load_model, make_schedule, train
-from tinyddpm.checkpoint import previous
+from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule, train
+from tinyddpm.checkpoint import Stored, previous
 from tinyddpm.data import batch_indices
 from tinyddpm.nn import Linear, Module
 from tinyddpm.parallel import shared_array
-from tinyddpm.run import MetricsLog, stop_signals
+from tinyddpm.run import MetricsLog, set_aside, stop_signals
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
 DIFFUSION = Diffusion(make_schedule("linear", 20, beta_end=0.6))
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (23, 4, 4, 1)).astype(np.float32)
 SETTINGS = dict(batch=11, micro_batch=4, lr=0.01, warmup_steps=3, decay_steps=3, seed=3)
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are copied there only")
+
+
+class Own(Diffusion):
+    """A diffusion of one's own."""
 
 
 def training(path, steps=8, *, unet=None, rng=0, diffusion=DIFFUSION, images=IMAGES, **changes):
@@ -190,14 +195,17 @@ class TestResume:
             (dict(ema_decay=0.9), "ema_decay: 0.995 there, 0.9 here"),
             (dict(seed=4), "seed: 3 there, 4 here"),
             (dict(flip=True), "flip: False there, True here"),
-            (dict(labels=[0] * 23), "labels: 'none' there"),
+            (dict(labels=[0] * 23), "labels: None there"),
             (dict(images=IMAGES[:22]), "images: [[23, 4, 4, 1], "),
             (dict(images=-IMAGES), "images: [[23, 4, 4, 1], "),
             (dict(unet=UNet(**TINY | dict(channels=(4, 6)))), "unet.channels: [4, 8] there, [4, 6] here"),
             (dict(unet=UNet(**TINY, dropout=0.1)), "unet.dropout: 0.0 there, 0.1 here"),
             (dict(unet=UNet(**TINY).to(precision="tf32")), "precision: 'float32' there, 'tf32' here"),
-            (dict(unet=Linear(1, 1, np.random.default_rng(0))), "model: None there, 'Linear' here"),
+            (dict(unet=Linear(1, 1, np.random.default_rng(0))), "types: ['UNet', 'Diffusion'] there, ['Linear', 'Dif"),
+            (dict(diffusion=Own(DIFFUSION.schedule)), "types: ['UNet', 'Diffusion'] there, ['UNet', 'Own'] here"),
+            (dict(diffusion=Diffusion(Schedule([0.1] * 20))), "beta: "),
             (dict(diffusion=Diffusion(DIFFUSION.schedule, "v")), "diffusion.objective: 'eps' there, 'v' here"),
+            (dict(diffusion=Diffusion(make_schedule("linear", 21, beta_end=0.6))), "T: 20 there, 21 here; and no more"),
             (dict(diffusion=Diffusion(make_schedule("linear", 20, beta_end=0.5))),
              "schedule.parameters.beta_end: 0.6 there, 0.5 here"),
         ],
@@ -211,7 +219,8 @@ class TestResume:
         with pytest.raises(ValueError, match="run is of another run: ") as error, warnings.catch_warnings():
             warnings.simplefilter("error")
             next(others)
-        assert field in str(error.value)
+        assert field.removesuffix("; and no more") in str(error.value)
+        assert not field.endswith("; and no more") or "; " not in str(error.value).split(field[:4], 1)[1]
         assert_same(before, unet.state_dict())
         states.close()
 
@@ -258,6 +267,13 @@ class TestDamage:
         with pytest.raises(ValueError):
             load_model(path)
 
+    def test_nor_can_the_bits_that_say_there_is_a_checksum(self, run, tmp_path):
+        assert run[0].count(b'"sha256"') == 1
+        (tmp_path / "run").write_bytes(run[0].replace(b'"sha256"', b'"sha257"'))
+        for load in (lambda: next(training(tmp_path / "run")[1]), lambda: load_model(tmp_path / "run")):
+            with pytest.raises(ValueError, match="run has been damaged since it was written"):
+                load()
+
     @given(data=st.data())
     def test_no_file_can_be_cut_short_unnoticed(self, run, data, tmp_path_factory):
         path = tmp_path_factory.mktemp("damaged") / "run.safetensors"
@@ -281,10 +297,22 @@ class TestDamage:
         list(states)
         assert_same(whole.state_dict(), unet.state_dict())
 
-    def test_or_silently_if_there_is_only_the_one_before(self, run, tmp_path):
-        """As a kill leaves it that hits between two names."""
+    def test_whoever_removes_a_checkpoint_begins_anew(self, run, tmp_path):
         previous(tmp_path / "run.safetensors").write_bytes(run[1])
-        assert next(training(tmp_path / "run.safetensors")[1]).step == 4
+        assert next(training(tmp_path / "run.safetensors")[1]).step == 1
+
+    def test_a_bad_sector(self, run, tmp_path, monkeypatch):
+        path, read = tmp_path / "run.safetensors", Stored.read
+        path.write_bytes(run[0]), previous(path).write_bytes(run[1])
+
+        def fails(tensor, dtype):
+            if tensor.file.name == str(path):
+                raise OSError(errno.EIO, "Input/output error")
+            return read(tensor, dtype)
+
+        monkeypatch.setattr(Stored, "read", fails)
+        with pytest.warns(UserWarning, match="Input/output error; going on from the one before it, run.previous.safe"):
+            assert next(training(path)[1]).step == 4
 
     def test_both_may_be_damaged(self, run, tmp_path):
         path = tmp_path / "run.safetensors"
@@ -398,6 +426,15 @@ def signals_of_a_run(path, *numbers):
     return in_a_copy(trains), step_in(path)
 
 
+def test_what_was_in_a_folder_is_set_aside(tmp_path):
+    for n in (1, 2):
+        (tmp_path / "a").write_text(str(n))
+        (tmp_path / "stays").touch()
+        assert set_aside(tmp_path, ["a", "none"]) == tmp_path / f"earlier-{n}"
+    assert [(tmp_path / f"earlier-{n}" / "a").read_text() for n in (1, 2)] == ["1", "2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["earlier-1", "earlier-2", "stays"]
+
+
 @on_linux
 class TestSignals:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -433,6 +470,19 @@ class TestSignals:
             assert asked()
             assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
         assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+    def test_nobody_may_be_reading_any_more(self):
+        """Ctrl-C ends `tee` too, for instance."""
+
+        def trains():
+            reader, writer = os.pipe()
+            os.dup2(writer, 2)
+            os.close(reader), os.close(writer)
+            with stop_signals("in a moment") as asked:
+                signal.raise_signal(signal.SIGINT)
+                os._exit(0 if asked() else 1)
+
+        assert in_a_copy(trains) == 0
 
     def test_another_thread_may_train_too(self):
         seen = []
@@ -557,11 +607,25 @@ class TestLog:
         assert [int(line.split(",")[0]) for line in lines[1:]] == list(range(1, 9)) and lines[0] == self.HEADER
         assert path.read_text().startswith(whole) and not list(path.parent.glob("*.part"))
 
-    @pytest.mark.parametrize("old", [b"", b"a,b\n1,2\n", b"\xff\x00\n1,", b"step,loss\n1,2\n"])
-    def test_a_file_of_another_kind_is_begun_anew(self, tmp_path, old):
+    @pytest.mark.parametrize("old", [b"a,b\n1,2\n", b"\xff\x00\n1,", b"step,loss\n1,2\n", b"\n"])
+    def test_a_file_of_another_kind_is_left_alone(self, tmp_path, old):
         (tmp_path / "metrics.csv").write_bytes(old)
+        with pytest.raises(FileExistsError, match="path: .*metrics.csv is another file, it begins with '"):
+            MetricsLog(tmp_path / "metrics.csv").write(*states_of(2))
+        assert (tmp_path / "metrics.csv").read_bytes() == old
+
+    @pytest.mark.parametrize(
+        "odd", ["1,a,1,1,1,1\n", "1,1,1\n", "1,1,1,1,1,1,1\n", f"{'9' * 5000},1,1,1,1,1\n", "\0\0\n", "1,1,1,1,1,1"]
+    )
+    def test_lines_that_are_none_go(self, tmp_path, odd):
+        (tmp_path / "metrics.csv").write_text(f"{self.HEADER}\n1,0.5,1,0.1,9,1\n{odd}")
         self.write(tmp_path / "metrics.csv", states_of(2))
-        assert (tmp_path / "metrics.csv").read_text() == f"{self.HEADER}\n2,0.25,1,0.1,9,2\n"
+        assert (tmp_path / "metrics.csv").read_text() == f"{self.HEADER}\n1,0.5,1,0.1,9,1\n2,0.25,1,0.1,9,2\n"
+
+    def test_an_empty_file_is_none(self, tmp_path):
+        (tmp_path / "metrics.csv").touch()
+        self.write(tmp_path / "metrics.csv", states_of(1))
+        assert (tmp_path / "metrics.csv").read_text() == f"{self.HEADER}\n1,0.5,1,0.1,9,1\n"
 
     def test_steps_nobody_has_looked_at_wait(self, tmp_path):
         """Of a GPU, which runs behind."""
@@ -572,6 +636,36 @@ class TestLog:
         assert not (tmp_path / "metrics.csv").exists()
         log.write(states[2])
         assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 4
+        log.close()
+
+    @on_linux
+    def test_no_line_is_lost_on_a_disk_that_is_full_for_a_while(self, tmp_path):
+        path = tmp_path / "metrics.csv"
+
+        def writes():
+            log, failed = MetricsLog(path), 0
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            for step in range(1, 1500):
+                size = 200 if 300 < step < 1000 else resource.RLIM_INFINITY
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+                try:
+                    log.write(*states_of(step))
+                except OSError:
+                    failed += 1
+            log.close()
+            os._exit(0 if failed > 600 else 1)
+
+        assert in_a_copy(writes) == 0
+        assert np.loadtxt(path, delimiter=",", skiprows=1, usecols=0).tolist() == list(range(1, 1500))
+
+    def test_a_flush_waits_for_all(self, tmp_path):
+        """Before a checkpoint, so that no line is missing when the run goes on from it."""
+        log, states = MetricsLog(tmp_path / "metrics.csv"), states_of(1, 2)
+        states[0].seen = states[1].seen = False
+        for state in states:
+            log.write(state)
+        log.flush()
+        assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
         log.close()
 
     def test_what_could_not_be_written_is_tried_again(self, tmp_path):
@@ -640,7 +734,7 @@ def dies_in_the_next_save(path, where):
     def trains():
         _, states = training(path, 100, workers=1)
         state = next(states)
-        for module, names in ((os, ("fsync", "replace", "open", "close")), (pathlib.Path, ("open", "unlink"))):
+        for module, names in ((os, ("fsync", "replace", "link", "open", "close")), (pathlib.Path, ("open", "unlink"))):
             for name in names:
                 setattr(module, name, watched(getattr(module, name)))
         state.save(path)

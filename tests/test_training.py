@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 import multiprocessing
+import re
 import sys
 import threading
 import time
@@ -402,6 +403,14 @@ class TestTrain:
         assert seen[0] == seen[1] != seen[2]
         assert 0.45 < np.mean(seen) / 3 < 0.55 and len(set(seen[0])) > 2  # each half of six is weighted with one half
         np.testing.assert_array_equal(images, before)
+
+        class Folder:  # that hands out what it keeps
+            shape, dtype = images.shape, images.dtype
+            __len__ = lambda self: 6
+            __getitem__ = lambda self, indices: images if len(indices) == 6 else images[indices]
+
+        images.flags.writeable = False
+        list(train(UNet(**TINY), Look(), Folder(), 2, 6, micro_batch=6, flip=True, workers=workers))
         (state,) = train(UNet(**TINY), Look(), images, 1, 6, workers=workers)
         assert state.loss == 0
 
@@ -566,6 +575,7 @@ class TestTrain:
             ({"decay_steps": 0.5}, "decay_steps: expected an integer >= 0, got 0.5"),
             ({"lr": -1}, "lr, eps, weight_decay: expected > 0"),
             ({"max_norm": 0}, "max_norm: expected a number > 0, got 0"),
+            ({"batch": 4.0}, "batch: expected an integer >= 1, got 4.0"),
             ({"ema_decay": 1}, r"decay: expected a number in \[0, 1\), got 1"),
             ({"workers": -2}, "workers: expected an integer >= 1, got -2"),
             (
@@ -606,6 +616,27 @@ def test_a_variance_is_learned(objective, loss_type):
     v = unet(x, np.array([1, 4, 7, 9])).data[..., 1:]
     assert np.abs(v).max() > 0.01
     assert np.isfinite(sample(diffusion, unet, (2, *IMAGES.shape[1:]))).all()
+
+
+@pytest.mark.parametrize("name", ["lr", "max_norm", "ema_decay"])
+def test_settings_that_are_no_numbers(name):
+    for bad in ("0.1", None, [0.1]):
+        with pytest.raises(TypeError, match=re.escape(f"{name}: expected a number, got {bad!r}")):
+            next(train(UNet(**TINY), DIFFUSION, IMAGES, steps=1, **{name: bad}))
+
+
+def test_numbers_of_numpy_are_numbers_too(tmp_path):
+    """And do not lend their precision to what they meet."""
+    settings = dict(lr=0.01, max_norm=0.5, ema_decay=0.9, batch=11, micro_batch=4, warmup_steps=1, seed=3)
+    outcomes = []
+    for number in (lambda x: x, lambda x: np.float64(x) if isinstance(x, float) else np.int64(x)):
+        unet = UNet(**TINY)
+        numbers = {name: number(value) for name, value in settings.items()}
+        *_, state = train(unet, DIFFUSION, IMAGES, number(3), **numbers)
+        assert unet.dtype == state.ema.average.dtype == np.float32
+        state.save(tmp_path / "run")
+        outcomes.append((state.ema.average.tobytes(), unet.state_dict(), state.loss))
+    assert outcomes[0][0] == outcomes[1][0] and outcomes[0][2] == outcomes[1][2]
 
 
 def test_images_that_are_no_array():

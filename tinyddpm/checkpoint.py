@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 
@@ -106,18 +107,34 @@ def replacing(*paths: pathlib.Path, keep: bool = False) -> Iterator[list[pathlib
                 os.fsync(file)  # or a name could outlive a power cut that its content does not
         for part, path in zip(unfinished, paths):
             if keep and path.exists():
-                os.replace(path, previous(path))
+                _give_second_name(path, previous(path))
             os.replace(part, path)
-        if os.name == "posix":  # elsewhere a folder cannot be opened
-            for folder in {path.parent for path in paths}:
-                opened = os.open(folder, os.O_RDONLY)
-                os.fsync(opened)
-                os.close(opened)
+        for folder in {path.parent for path in paths}:
+            _sync_folder(folder)
     except OSError as error:
         raise OSError(error.errno, f"path: cannot write {paths[0]}: {error.strerror or error}") from error
     finally:
         for part in unfinished:
             part.unlink(missing_ok=True)
+
+
+def _give_second_name(path: pathlib.Path, name: pathlib.Path) -> None:
+    """And leave it its first, so that there is a file of that name at any moment."""
+    name.unlink(missing_ok=True)
+    try:
+        os.link(path, name)
+    except OSError:  # not every file system has links
+        shutil.copyfile(path, name)
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    """Have the new names in it survive a power cut, where a folder can be opened for that."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def previous(path: pathlib.Path) -> pathlib.Path:
@@ -130,15 +147,19 @@ def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray], metadat
 
     The checksum is the SHA-256 of the file with zeros in the checksum's place, so that it covers every byte.
     """
-    # the library takes memory as it lies, whatever the strides; its own writer of files would leave one of another name
-    # behind when it is killed
-    tensors = {name: np.ascontiguousarray(x) for name, x in tensors.items()}
-    content = memoryview(save(tensors, metadata | {"sha256": _ZEROS}))
-    header = 8 + int.from_bytes(content[:8], "little")
-    checksum = hashlib.sha256(content).hexdigest()
+    # the library takes memory as it lies, whatever the strides. It would put the metadata in any order, so that equal
+    # models were different files, and its own writer leaves a file of another name behind when it is killed
+    content = memoryview(save({name: np.ascontiguousarray(x) for name, x in tensors.items()}))
+    start = 8 + int.from_bytes(content[:8], "little")
+    entries, numbers = json.loads(bytes(content[8:start])), content[start:]
+    header = json.dumps({"__metadata__": metadata | {"sha256": _ZEROS}} | entries, separators=(",", ":"))
+    header += -len(header) % 8 * " "  # so that the numbers begin at a multiple of 8
+    header = len(header).to_bytes(8, "little") + header.encode()
+    checksum = hashlib.sha256(header)
+    checksum.update(numbers)
     with path.open("wb") as file:
-        file.write(bytes(content[:header]).replace(_entry(_ZEROS), _entry(checksum)))
-        file.write(content[header:])
+        file.write(header.replace(_entry(_ZEROS), _entry(checksum.hexdigest())))
+        file.write(numbers)
 
 
 _ZEROS = "0" * 64
@@ -200,10 +221,10 @@ def stored_tensors(path: Path) -> Iterator[tuple[dict[str, Stored], dict[str, st
     with path.open("rb") as file:
         try:
             with safe_open(path, framework="numpy") as checked:  # that the tensors fill the file and do not overlap
-                metadata = checked.metadata() or {}
+                checked.metadata()
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
-            header.pop("__metadata__", None)
+            metadata = header.pop("__metadata__", None) or {}
             stored = {
                 name: Stored(file, 8 + length + entry["data_offsets"][0], tuple(entry["shape"]), str(entry["dtype"]))
                 for name, entry in header.items()
@@ -212,8 +233,8 @@ def stored_tensors(path: Path) -> Iterator[tuple[dict[str, Stored], dict[str, st
             raise ValueError(
                 f"path: {path} is not a readable safetensors file: {error} (it has {path.stat().st_size:,} bytes)"
             ) from error
-        if "sha256" in metadata:
-            _check(file, path, metadata["sha256"])
+        if "sha256" in metadata or "training" in metadata:
+            _check(file, path, metadata.get("sha256", ""))
         yield stored, metadata
 
 

@@ -102,8 +102,9 @@ def _load(dataset, train, cache):
             content = fetch(f"{name}.gz", MIRRORS[dataset], cache, SHA256[dataset][name], size)
         except ConnectionError as error:
             raise ConnectionError(
-                f"{error}. Without a network there are the bundled 10,000 digits, load_digits() or the example without "
-                "--data, and images of your own, --data FOLDER"
+                f"{error}. Both {kind}-images-idx3-ubyte.gz and {kind}-labels-idx1-ubyte.gz are needed. Without a "
+                "network there are the bundled 10,000 digits, load_digits() or the example without --data, and images "
+                "of your own, --data FOLDER"
             ) from error
         arrays.append(read_idx(content, shape))
     pixels, labels = arrays

@@ -6,6 +6,7 @@ have compressed the same content each in its own way. How a download is resumed 
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import http.client
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 TIMEOUT = 20  # seconds without a byte after which a server counts as gone
 _CHUNK = 1 << 16  # bytes
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # no mirror is to blame
 
 
 def fetch(name: str, mirrors: Sequence[str], cache: pathlib.Path, sha256: str, size: int) -> bytes:
@@ -35,12 +37,12 @@ def fetch(name: str, mirrors: Sequence[str], cache: pathlib.Path, sha256: str, s
         ConnectionError: if no mirror gave the file; it tells why, for each
         OSError: if `cache` cannot be read or written to
     """
-    path = cache / name
+    path, failures = cache / name, {}
     if path.exists():
         try:
             return unpack(path, sha256, size)
-        except ValueError:
-            pass  # damaged: it stays until it is replaced
+        except ValueError as error:  # it stays until it is replaced
+            failures[path] = error
     try:  # better to know before the download than after
         cache.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache).close()
@@ -49,7 +51,6 @@ def fetch(name: str, mirrors: Sequence[str], cache: pathlib.Path, sha256: str, s
 
     limit = size + size // 1000 + 1000  # what gzip makes of bytes that cannot be compressed, and a header
     sources = [(mirror + name, cache / f"{name}.{i}.part") for i, mirror in enumerate(mirrors)]
-    failures = {}
     for url, part in 2 * sources:
         if isinstance(failures.get(url), urllib.error.URLError):
             continue  # it could not be reached or refused, and would again
@@ -60,6 +61,8 @@ def fetch(name: str, mirrors: Sequence[str], cache: pathlib.Path, sha256: str, s
             part.unlink(missing_ok=True)
             failures[url] = error
         except (OSError, http.client.HTTPException) as error:  # too few: what came stays
+            if getattr(error, "errno", None) in _FULL:
+                raise OSError(error.errno, f"cache: cannot write to the folder {cache}: {error.strerror}") from error
             failures[url] = error
         else:
             with part.open("r+b") as file:

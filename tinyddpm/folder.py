@@ -207,10 +207,11 @@ def _fingerprint(files: list[str], shape: tuple[int, ...]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a file. Raises the error again if it is no fault of the file's: too many are open."""
+    """What is wrong with a file. Raises the error again if it is no fault of the file's: too many are open, or there is
+    no memory left."""
     from PIL import UnidentifiedImageError
 
-    if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         raise error
     if isinstance(error, UnidentifiedImageError):
         return "in no format that Pillow reads"

@@ -102,7 +102,7 @@ def ahead(function: Callable, items: Iterable, depth: int) -> Iterator[Iterator]
         try:
             yield results()
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager
@@ -187,12 +187,19 @@ def _end_when_told_by_parent() -> None:
 class Ranks:
     """The processes that `mpiexec -n N` started, each of which takes a part of every batch; without `mpi`, this one.
 
-    `rank` is the number of this one of `size`, and `local` that among the `beside` ones on this machine. Raises
-    RuntimeError if mpi4py or an MPI is missing, or mpiexec is that of another MPI.
+        ranks = Ranks(mpi=True)
+        with ranks.abort_on_error():
+            for state in train(..., ranks=ranks):
+                if ranks.rank == 0:
+                    print(state.loss)
+
+    All have to do the same number of steps, so none may leave the loop alone. `rank` is the number of this one of
+    `size`, and `local_rank` that of the `local_size` on this machine. Raises RuntimeError if mpi4py or an MPI is
+    missing, or mpiexec is that of another MPI.
     """
 
     def __init__(self, mpi: bool = False):
-        self.rank, self.size, self.local, self.beside = 0, 1, 0, 1
+        self.rank, self.size, self.local_rank, self.local_size = 0, 1, 0, 1
         if not mpi:
             return
         try:
@@ -202,7 +209,7 @@ class Ranks:
         self.mpi, self.world = MPI, MPI.COMM_WORLD
         self.rank, self.size = self.world.rank, self.world.size
         machine = self.world.Split_type(MPI.COMM_TYPE_SHARED)
-        self.local, self.beside = machine.rank, machine.size
+        self.local_rank, self.local_size = machine.rank, machine.size
         if self.size < (started := ranks_started()):
             raise RuntimeError(
                 f"mpi: mpiexec started {started} processes, but they see {self.size}: it is that of another MPI than "
@@ -214,11 +221,11 @@ class Ranks:
         first, last = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))
         return items[first:last]
 
-    def add_up(self, vector: Array) -> None:
-        """Have each rank's `vector` replaced by their sum, by one Allreduce.
+    def allreduce(self, vector: Array) -> None:
+        """Have each rank's `vector` replaced by their sum.
 
-        MPI sums in an order that depends on N alone, so that the result is the same to the bit on every rank and in
-        every run. What is on a GPU passes through the host's memory.
+        MPICH and Open MPI sum in an order that depends on N, the length and which ranks share a machine, so that the
+        result is the same to the bit on every rank and in every run. What is on a GPU passes through the host's memory.
         """
         self._in_host_memory(vector, lambda host: self.world.Allreduce(self.mpi.IN_PLACE, host))
 
@@ -233,29 +240,35 @@ class Ranks:
             if host is not vector:
                 vector[...] = to_device(host, device_of(vector))
 
-    def told(self, value: Any) -> Any:
-        """The `value` that rank 0 has."""
-        return self.world.bcast(value) if self.size > 1 else value
+    def gathered(self, value: Any) -> list:
+        """What each rank has for `value`, a Python object, by rank."""
+        return self.world.allgather(value) if self.size > 1 else [value]
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Within this block is first rank 0, and when it is through, all others: to download something once, say."""
-        if self.rank > 0:
-            self.world.Barrier()
+        """Within this block is first rank 0, then one on each other machine, then all others: to download something
+        once, say."""
+        turn = 0 if self.rank == 0 else 1 if self.local_rank == 0 else 2
+        self._wait(turn)
         yield
-        if self.rank == 0 and self.size > 1:
+        self._wait(2 - turn)
+
+    def _wait(self, times: int) -> None:
+        for _ in range(times if self.size > 1 else 0):
             self.world.Barrier()
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Within this block, an exception in one rank ends them all: the others would wait for it for ever."""
+    def abort_on_error(self) -> Iterator[None]:
+        """Within this block, an exception in one rank ends them all: the others would wait for it for ever. It is
+        printed with its traceback, unless it is `sys.exit("message")`."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if self.size > 1:
-                print(f"rank {self.rank} of {self.size} failed, which ends the job", file=sys.stderr)
-                traceback.print_exc()
-                sys.stderr.flush()
+                text = str(error) if isinstance(error, SystemExit) else traceback.format_exc()
+                print(
+                    f"rank {self.rank} of {self.size} failed, which ends the job: {text}", file=sys.stderr, flush=True
+                )
                 self.world.Abort(1)
             raise
 

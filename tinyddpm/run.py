@@ -8,14 +8,15 @@ a stream made anew from (seed, step), so the seed and the step are their state.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import math
 import os
 import pathlib
-import re
 import signal
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
 import numpy as np
@@ -32,12 +33,12 @@ def write_checkpoint(
 ) -> None:
     """Write a checkpoint in one move, and keep the one before, as run.previous.safetensors for run.safetensors.
 
-    Args: average: the model with the averaged weights. vectors: all else that is as long as they are. facts: all that
-    is of JSON's types; facts["config"] is what has to be the same when the run goes on.
-    Raises OSError, and leaves what is there as it was, if it cannot be written.
+    Args: average: the model with the averaged weights. vectors: theta and Adam's m and v, each (P,). facts: all else,
+    of JSON's types; facts["config"] is what has to be the same when the run goes on.
+    Raises OSError, and leaves the checkpoint that is there, if it cannot be written.
     """
     tensors, metadata = average.state_dict(), {"training": json.dumps(facts)}
-    if isinstance(average, UNet) and isinstance(diffusion, Diffusion):
+    if type(average) is UNet and type(diffusion) is Diffusion:
         tensors["schedule.beta"] = diffusion.schedule.beta
         metadata["tinyddpm"] = json.dumps(configuration(average, diffusion))
     tensors |= {TRAINING + name: to_numpy(vector) for name, vector in vectors.items()}
@@ -51,57 +52,71 @@ def read_checkpoint(
 ) -> dict[str, Any] | None:
     """Read a checkpoint into `average` and `vectors`, and return its facts; None if there is none.
 
-    If that at `path` is damaged, or missing since the run was stopped as it was being replaced, the one before is read,
-    in the first case with a warning. Nothing is changed unless all fits. What is None in `config` is as it was.
-    Raises ValueError if neither is whole, or if it is of a run with another configuration; the fields are named.
+    If it is damaged, the one before is read, with a warning. Nothing is changed unless all fits. What `config` lacks is
+    as it was.
+    Raises ValueError or OSError if neither is whole, ValueError if it is of a run with another configuration; the
+    fields are named.
     """
-    paths = [candidate for candidate in (pathlib.Path(path), previous(pathlib.Path(path))) if candidate.exists()]
-    for i, candidate in enumerate(paths):
-        try:
-            with stored_tensors(candidate) as (stored, metadata):
-                if not {"training", "sha256"} <= metadata.keys():
-                    raise ValueError(f"path: {candidate} is no checkpoint of a training")
-                facts = json.loads(metadata["training"])
-                found = {name: tensor.read(average.dtype) for name, tensor in stored.items()}
-        except ValueError as error:
-            if i + 1 == len(paths):
-                raise
-            warnings.warn(f"{error}; going on from the one before it, {paths[i + 1].name}", stacklevel=2)
-            continue
-        config = facts["config"] | {name: value for name, value in config.items() if value is not None}
-        if differing := differences(facts["config"], config):
-            raise ValueError(f"{candidate} is of another run: {'; '.join(differing)}")
-        found.pop("schedule.beta", None)
-        for name, vector in vectors.items():
-            vector[...] = to_device(found.pop(TRAINING + name), average.device)
-        average.load_state_dict(found)
-        return facts
-    return None
+    path = pathlib.Path(path)
+    if not path.exists():
+        return None
+    try:
+        facts, found = _read(path, average.dtype)
+    except (ValueError, OSError) as error:  # OSError: of a bad disk
+        if not previous(path).exists():
+            raise
+        warnings.warn(f"{error}; going on from the one before it, {previous(path).name}", stacklevel=2)
+        facts, found = _read(previous(path), average.dtype)
+    if differing := differences(facts["config"], facts["config"] | config):
+        more = f"; and {len(differing) - 8} more" if len(differing) > 8 else ""
+        raise ValueError(f"{path} is of another run: {'; '.join(differing[:8])}{more}")
+    found.pop("schedule.beta", None)
+    for name, vector in vectors.items():
+        vector[...] = to_device(found.pop(TRAINING + name), average.device)
+    average.load_state_dict(found)
+    return facts
 
 
-def differences(stored: Any, ours: Any, name: str = "") -> list[str]:
-    """What differs between two configurations, "lr: 0.1 there, 0.2 here", field by field."""
-    if isinstance(stored, Mapping) and isinstance(ours, Mapping):
-        keys = sorted(stored.keys() | ours.keys())
-        parts = [differences(stored.get(k), ours.get(k), f"{name}.{k}" if name else k) for k in keys]
+def _read(path: pathlib.Path, dtype: np.dtype) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The facts and the tensors of a checkpoint."""
+    with stored_tensors(path) as (stored, metadata):
+        if "training" not in metadata:
+            raise ValueError(f"path: {path} is no checkpoint of a training")
+        return json.loads(metadata["training"]), {name: tensor.read(dtype) for name, tensor in stored.items()}
+
+
+def differences(first: Any, second: Any, name: str = "", where: tuple[str, str] = ("there", "here")) -> list[str]:
+    """What differs between two configurations, such as "lr: 0.1 there, 0.2 here", field by field."""
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        keys = sorted(first.keys() | second.keys())
+        parts = [differences(first.get(k), second.get(k), f"{name}.{k}" if name else k, where) for k in keys]
         return [line for part in parts for line in part]
-    return [] if stored == ours else [f"{name}: {stored!r} there, {ours!r} here"]
+    return [] if first == second else [f"{name}: {first!r} {where[0]}, {second!r} {where[1]}"]
 
 
 def run_config(model: Module, diffusion: Any, images: Any, labels: np.ndarray | None, **settings: Any) -> dict:
     """What decides about the outcome of a training, and so has to be the same when it goes on, of JSON's types."""
     if isinstance(model, UNet) and isinstance(diffusion, Diffusion):
-        parts = configuration(model, diffusion) | {"beta": checksum(diffusion.schedule.beta)}
+        config = configuration(model, diffusion) | {"T": diffusion.T}
+        if diffusion.schedule.name == "custom":  # of others, name, T and parameters tell all
+            config["beta"] = checksum(diffusion.schedule.beta)
     else:
-        parts = {"model": type(model).__name__, "diffusion": type(diffusion).__name__}
-    parts |= {
-        "parameters": {name: list(p.shape) for name, p in model.named_parameters().items()},
+        config = {"parameters": {name: list(p.shape) for name, p in model.named_parameters().items()}}
+    config |= {
+        "types": [type(model).__qualname__, type(diffusion).__qualname__],
         "dtype": str(model.dtype),
         "precision": model.precision,
         "images": [list(images.shape), getattr(images, "fingerprint", None) or checksum(_some(images))],
-        "labels": "none" if labels is None else checksum(labels.astype(np.int64)),
+        "labels": None if labels is None else checksum(labels.astype(np.int64)),
     }
-    return json.loads(json.dumps(parts | settings, default=lambda number: number.item()))
+    return json.loads(json.dumps(config | settings, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    """What stands in a configuration for a value of a type that JSON does not have."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return checksum(value) if isinstance(value, np.ndarray) else type(value).__qualname__
 
 
 def checksum(x: np.ndarray) -> str:
@@ -114,6 +129,18 @@ def _some(images: np.ndarray) -> np.ndarray:
     return images[np.linspace(0, len(images) - 1, 100).astype(int)]
 
 
+def set_aside(folder: Path, names: Iterable[str]) -> pathlib.Path:
+    """Move the files of these names, as far as they are in `folder`, to a new folder in it, earlier-1 or earlier-2 or
+    ..., and return that."""
+    numbered = (pathlib.Path(folder, f"earlier-{n}") for n in itertools.count(1))
+    earlier = next(candidate for candidate in numbered if not candidate.exists())
+    earlier.mkdir()
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(pathlib.Path(folder, name), earlier / name)
+    return earlier
+
+
 @contextlib.contextmanager
 def stop_signals(notice: str = "") -> Iterator[Callable[[], bool]]:
     """Within this block, Ctrl-C and SIGTERM ask for an end instead of making one; yields a function that says whether
@@ -121,18 +148,18 @@ def stop_signals(notice: str = "") -> Iterator[Callable[[], bool]]:
 
     In another thread than the first, nothing changes, for signals are for the first.
     """
-    asked = []
+    asked, before = [], {}
 
     def ask(number: int, frame: Any) -> None:
         asked.append(number)
         for number in before:
             signal.signal(number, signal.SIG_DFL)
-        os.write(2, f"\n{notice}\n".encode() if notice else b"")  # not print, which may be at work where this breaks in
+        with contextlib.suppress(OSError):  # nobody may be reading any more
+            os.write(2, f"\n{notice}\n".encode() if notice else b"")  # print may be at work where this breaks in
 
-    try:
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # this is another thread
-        before = {}
+    with contextlib.suppress(ValueError):  # in another thread
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, ask)
     try:
         yield lambda: bool(asked)
     finally:
@@ -143,50 +170,71 @@ def stop_signals(notice: str = "") -> Iterator[Callable[[], bool]]:
 class MetricsLog:
     """A CSV file with a line for each step: what `TrainState.metrics` says of it.
 
-    The first step that is written decides what stays of a file that is there: the lines of earlier steps. So a run that
-    goes on appends, without a line twice, and one that begins anew begins the file anew. None is left out either if a
-    step is written before its checkpoint is saved. Of a GPU, which runs behind, the lines of some steps are written
-    together, when somebody has looked at the loss or by `close`.
-    Raises OSError if it cannot be written; the next step tries again.
+    The first step that is written decides what stays of a log that is there: the lines of earlier steps. So a run that
+    goes on appends, without a line twice, and one that begins anew begins the log anew. None is left out either if the
+    log is flushed before a checkpoint is saved. Of a GPU, which runs behind, the lines of some steps are written
+    together, when somebody has looked at the loss.
+    Raises OSError if it cannot be written, and the next step tries again; or if the file is no such log.
     """
 
     def __init__(self, path: Path):
         self.path, self.file, self.pending = pathlib.Path(path), None, []
 
     def write(self, state: Any) -> None:
-        """Append the step of a `TrainState`."""
+        """Append the step of a `TrainState`, as soon as its loss is a number."""
         self.pending.append(state)
         if state.seen:
-            self.flush()
+            self._write_pending()
 
     def flush(self) -> None:
-        """Write what has not been, and wait for a GPU if need be."""
-        rows = [state.metrics() for state in self.pending]
-        if rows and self.file is None:
-            self.file = self._begin(rows[0])
-        for row in rows:
-            self.file.write(",".join(map(str, row.values())) + "\n")
-        self.pending.clear()
+        """Have all steps on the disk; of a GPU's, this waits for the last."""
+        self._write_pending()
         if self.file:
-            self.file.flush()
-
-    def _begin(self, row: dict[str, float]) -> TextIO:
-        """Open the file, with the lines in it that are whole and of steps before that of `row`."""
-        header = ",".join(row) + "\n"
-        text = self.path.read_text(errors="replace") if self.path.exists() else ""
-        lines = re.findall(r"^\d+(?:,[^,\n]+)+\n", text, re.MULTILINE) if text.startswith(header) else []
-        whole = [line for line in lines if line.count(",") == header.count(",")]
-        with replacing(self.path) as (unfinished,):
-            unfinished.write_text(header + "".join(line for line in whole if int(line.split(",")[0]) < row["step"]))
-        return self.path.open("a")
-
-    def losses(self) -> tuple[np.ndarray, np.ndarray]:
-        """The losses of all steps in the file, and the steps."""
-        self.flush()
-        return np.loadtxt(self.path, delimiter=",", skiprows=1, usecols=(1, 0), ndmin=2, unpack=True)
+            os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Write what has not been, and end."""
+        """Have all steps on the disk, and end."""
         self.flush()
         if self.file:
             self.file.close()
+        self.file = None
+
+    def losses(self) -> tuple[np.ndarray, np.ndarray]:
+        """The losses of all steps, and the steps."""
+        self._write_pending()
+        return np.loadtxt(self.path, delimiter=",", skiprows=1, usecols=(1, 0), ndmin=2, unpack=True)
+
+    def _write_pending(self) -> None:
+        if not self.pending:
+            return
+        rows = [state.metrics() for state in self.pending]
+        try:
+            self.file = self.file or self._begin(rows[0])
+            self.file.writelines(",".join(map(str, row.values())) + "\n" for row in rows)
+            self.file.flush()
+        except OSError:
+            if self.file:
+                with contextlib.suppress(OSError):
+                    self.file.close()
+            self.file = None  # `_begin` will find out how much of it is there
+            raise
+        self.pending.clear()
+
+    def _begin(self, row: dict[str, float]) -> TextIO:
+        """Open the file, with the lines in it that are whole and of steps before that of `row`."""
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        header, *lines = text.splitlines(keepends=True) or [""]
+        if header not in ("", names := ",".join(row) + "\n"):
+            raise FileExistsError(f"path: {self.path} is another file, it begins with {header[:60]!r}")
+        with replacing(self.path) as (unfinished,):
+            unfinished.write_text(names + "".join(line for line in lines if _step(line, len(row)) < row["step"]))
+        return self.path.open("a")
+
+
+def _step(line: str, count: int) -> float:
+    """The first number of a line with so many of them; infinity if it is no such line, or not the whole of it."""
+    try:
+        numbers = list(map(float, line.split(",")))
+    except ValueError:
+        return math.inf
+    return numbers[0] if len(numbers) == count and line.endswith("\n") else math.inf
