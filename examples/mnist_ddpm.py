@@ -155,8 +155,8 @@ def train_and_sample(args, ranks):
         settings = {"rng": args.seed, "workers": workers, "callback": callback, "progress": callback is not None}
         if args.labels:
             settings["labels"] = np.arange(n) % columns
-        images = sample(diffusion, state.ema.model, (n, H, W, C), **settings)
-        grid(to_numpy(images), columns).save(args.out / name)
+        drawn = sample(diffusion, state.ema.model, (n, H, W, C), **settings)
+        grid(to_numpy(drawn), columns).save(args.out / name)
 
     def attempt(what, action, *arguments):  # a full disk, perhaps: no reason to lose the training
         try:

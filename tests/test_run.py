@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import resource
 import signal
 import subprocess
 import sys
@@ -358,6 +357,8 @@ class TestDisk:
     @pytest.mark.parametrize("size", [0, 1, 100, 4096, 20_000])
     def test_full(self, saved, size):
         """The system lets a file grow to `size` bytes only, as a full disk does."""
+        import resource
+
         path, before = saved
 
         def with_little_space():
@@ -640,6 +641,8 @@ class TestLog:
 
     @on_linux
     def test_no_line_is_lost_on_a_disk_that_is_full_for_a_while(self, tmp_path):
+        import resource
+
         path = tmp_path / "metrics.csv"
 
         def writes():

@@ -93,6 +93,7 @@ class TrainState:
             raise RuntimeError(
                 f"save: the training is at step {self.optimizer.n}, and this state of {self.step} is gone"
             )
+        self.look()
         self.run.raise_unless_finite()
         facts = self.metrics() | {"seconds": self.seconds, "config": self.run.config}
         write_checkpoint(path, self.ema.model, self.run.diffusion, _vectors(self.optimizer), facts)
