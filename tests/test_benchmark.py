@@ -39,6 +39,7 @@ def run(*arguments, code=None, **environment):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, env=clean | environment)
 
 
+@pytest.mark.slow
 def test_profile_tells_where_the_time_goes():
     result = run("--profile", "--quick")
     assert result.returncode == 0, result.stderr
@@ -48,6 +49,7 @@ def test_profile_tells_where_the_time_goes():
     assert "OPENBLAS" not in result.stdout
 
 
+@pytest.mark.slow
 def test_a_changed_blas_is_warned_about():
     changed = {"OPENBLAS_CORETYPE": "Haswell", "OPENBLAS_L2_SIZE": "1024"}
     result = run("--profile", "--quick", **changed)

@@ -53,7 +53,7 @@ def run(*arguments, timeout=120, **settings):
 
 def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path):
     out = tmp_path / "new" / "folder"
-    result = run(*TINY, "--sample-every=2", "--samples=6", "--save-every=3", f"--out={out}")
+    result = run(*TINY, "--sample-every=4", "--samples=6", "--save-every=3", f"--out={out}")
     assert result.returncode == 0, result.stderr
     for words in (
         "device   cpu, 2 workers, BLAS",
@@ -66,7 +66,6 @@ def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path):
     made = {p.name for p in out.iterdir()} - {"loss.png"}  # without matplotlib there is none
     assert made == {
         "noising.png",
-        "step_00002.png",
         "step_00004.png",
         "samples.png",
         "denoising.gif",
@@ -99,6 +98,7 @@ def test_the_loss_curve_is_left_out_politely_without_matplotlib(tmp_path):
     assert (tmp_path / "out" / "samples.png").exists()
 
 
+@pytest.mark.slow
 def test_the_clock_stops_it_too(tmp_path):
     result = run(*TINY, "--steps=100000", "--minutes=0.02", f"--out={tmp_path}")
     assert result.returncode == 0, result.stderr
@@ -127,7 +127,7 @@ def test_ctrl_c_or_sigterm_ends_politely(tmp_path, number):
     assert {p.name for p in tmp_path.iterdir()} >= made
 
 
-RESUMED = [*TINY, "--steps=30", "--save-every=1", "--labels", "--samples=1"]
+RESUMED = [*TINY, "--steps=20", "--save-every=1", "--labels", "--samples=1"]
 
 
 @pytest.fixture(scope="module")
@@ -139,16 +139,18 @@ def whole(tmp_path_factory):
 
 
 @on_posix
-@pytest.mark.parametrize("number", [signal.SIGINT, getattr(signal, "SIGKILL", None)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(getattr(signal, "SIGKILL", None), marks=pytest.mark.slow)]
+)
 def test_it_goes_on_as_if_it_had_not_been_stopped(whole, tmp_path, number):
     """The same model, pictures and log, but for the times in it."""
     parts = tmp_path
     code, _, stderr = interrupted(parts, number, *RESUMED)
     assert code == (0 if number == signal.SIGINT else -signal.SIGKILL), stderr
-    assert 1 <= sum(1 for _ in open(parts / "metrics.csv")) - 1 < 30
+    assert 1 <= sum(1 for _ in open(parts / "metrics.csv")) - 1 < 20
     for resume in (["--resume", "--workers=1"], ["--resume"]):  # and once it was complete, nothing is trained
         result = run(*RESUMED, *resume, f"--out={parts}")
-        assert result.returncode == 0 and "trained  30 steps" in result.stdout, result.stderr
+        assert result.returncode == 0 and "trained  20 steps" in result.stdout, result.stderr
     for name, w in load_file(whole / "checkpoint.safetensors").items():
         np.testing.assert_array_equal(load_file(parts / "checkpoint.safetensors")[name], w, err_msg=name)
     columns = dict(delimiter=",", skiprows=1, usecols=(0, 1, 2, 3))
@@ -156,6 +158,7 @@ def test_it_goes_on_as_if_it_had_not_been_stopped(whole, tmp_path, number):
     assert (whole / "samples.png").read_bytes() == (parts / "samples.png").read_bytes()
 
 
+@pytest.mark.slow
 def test_another_run_in_the_folder_does_not_lose_the_checkpoint_of_the_one_before(tmp_path):
     for seed in (1, 2):
         assert run(*TINY, "--save-every=4", f"--seed={seed}", f"--out={tmp_path}").returncode == 0
@@ -234,6 +237,7 @@ def test_images_of_ones_own(photos, tmp_path):
 
 @on_posix
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.slow
 def test_too_little_memory_is_said(photos, tmp_path, workers):
     import resource
 
@@ -384,6 +388,7 @@ def test_steps_and_minutes(monkeypatch, tmp_path, given, steps):
     assert error.value.args == (steps,)
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_digits(tmp_path):
     names = ["first", "again", "other"]
     for name, seed in zip(names, (3, 3, 4)):
@@ -392,6 +397,7 @@ def test_the_same_seed_gives_the_same_digits(tmp_path):
     assert first == again != other
 
 
+@pytest.mark.slow
 def test_a_grid_that_cannot_be_written_does_not_lose_the_training(tmp_path):
     (tmp_path / "step_00004.png").mkdir()  # in the way
     result = run(*TINY, "--sample-every=4", f"--out={tmp_path}")
@@ -399,6 +405,7 @@ def test_a_grid_that_cannot_be_written_does_not_lose_the_training(tmp_path):
     assert (tmp_path / "model.safetensors").exists() and (tmp_path / "samples.png").exists()
 
 
+@pytest.mark.slow
 def test_a_result_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "samples.png").mkdir()
     result = run(*TINY, f"--out={tmp_path}")
@@ -422,12 +429,12 @@ def test_two_minutes_of_training_learn_something(tmp_path):
 
 def test_digits_that_are_asked_for(monkeypatch, tmp_path):
     """Trained with labels, it draws what it is told, in the grids and later; the model is not trained again."""
-    calls = run_here(monkeypatch, tmp_path, "--labels", "--seed=3", "--steps=3", "--sample-every=2", "--samples=6")
+    calls = run_here(monkeypatch, tmp_path, "--labels", "--seed=3", "--steps=3", "--samples=6")
     unet, labels = calls["UNet"][0][1], load_digits()[1]
     assert unet.config["classes"] == 10 and unet.config["label_dropout"] == 0.2
     np.testing.assert_array_equal(calls["train"][0][0]["labels"], labels)
-    for (arguments, _), n in zip(calls["sample"], (16, 6), strict=True):
-        assert arguments["labels"].tolist() == [i % 10 for i in range(n)]
+    ((arguments, _),) = calls["sample"]
+    assert arguments["labels"].tolist() == [0, 1, 2, 3, 4, 5]
     assert not (tmp_path / "digits.png").exists()
     with Image.open(tmp_path / "samples.png") as picture:
         assert picture.size == (2 * (10 * 30 + 2), 2 * 32)  # a column for each digit

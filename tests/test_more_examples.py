@@ -79,6 +79,7 @@ def test_sample_digits(tmp_path):
     assert (page != drawn(tmp_path, "sample_digits", "--seed=3", "--guidance=0")[0]).any()
 
 
+@pytest.mark.slow
 def test_samplers(tmp_path):
     page, printed = drawn(tmp_path, "samplers")
     lines = printed.splitlines()

@@ -71,6 +71,7 @@ def test_hues_run_along_the_roll_and_points_are_where_they_should_be(tmp_path):
         assert brightest(x, y).max() < 25  # dark
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_pictures(tmp_path):
     options = {"first": ["--seed=3"], "again": ["--seed=3", "--workers=2"], "other": ["--seed=4"]}
     for name, settings in options.items():

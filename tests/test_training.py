@@ -527,10 +527,13 @@ class TestTrain:
         (state,) = train(unet, DIFFUSION, IMAGES.astype(np.float64), steps=1, batch=4)
         assert unet.dtype == state.ema.average.dtype == state.optimizer.m.dtype == np.float64
 
+    @pytest.mark.slow
     def test_the_loss_falls(self):
         unet = UNet(**TINY)
         images = np.ones((8, 4, 4, 1), np.float32) * np.linspace(-0.5, 0.5, 8, dtype=np.float32)[:, None, None, None]
-        losses = [s.loss for s in train(unet, DIFFUSION, images, steps=150, batch=16, lr=5e-3, warmup_steps=10)]
+        losses = [
+            s.loss for s in train(unet, DIFFUSION, images, steps=150, batch=16, lr=5e-3, warmup_steps=10, workers=1)
+        ]
         assert np.mean(losses[-30:]) < 0.5 * np.mean(losses[:10])
 
     def test_stopping_early_ends_the_workers(self):
@@ -601,7 +604,14 @@ def test_images_far_out_of_range_are_warned_about(monkeypatch):
             next(train(UNet(**TINY), DIFFUSION, 100 * IMAGES, steps=1))
 
 
-@pytest.mark.parametrize(("objective", "loss_type"), [("eps", "hybrid"), ("v", "hybrid"), ("x0", "vlb")])
+@pytest.mark.parametrize(
+    ("objective", "loss_type"),
+    [
+        ("eps", "hybrid"),
+        pytest.param("v", "hybrid", marks=pytest.mark.slow),
+        pytest.param("x0", "vlb", marks=pytest.mark.slow),
+    ],
+)
 def test_a_variance_is_learned(objective, loss_type):
     """The bound gets tighter, and the model's second half of channels says something about the variance."""
     schedule = Schedule(np.linspace(0.02, 0.5, 10), input_scale=0.8)

@@ -213,6 +213,7 @@ def test_the_parameters_of_the_same_network_in_diffusers():
     )  # UNet2DModel(block_out_channels=(32, 64, 128), layers_per_block=2, attention at 7x7)
 
 
+@pytest.mark.slow
 def test_the_whole_gradient_in_float64():
     unet = awake(UNet(**TINY, heads=2).to(dtype="float64"))
     x, t = batch(dtype=np.float64)
