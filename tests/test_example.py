@@ -117,7 +117,7 @@ def interrupted(out, number, *arguments):
 
 
 @on_posix
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_ctrl_c_or_sigterm_ends_politely(tmp_path, number):
     code, stdout, stderr = interrupted(tmp_path, number, "--steps=1000000")
     assert code == 0, stderr

@@ -98,6 +98,7 @@ class TestNothingIsBetter:
         tolerance = 4 * 2 * np.sqrt(away[0].mean() * losses[1] / 4000)
         assert abs(losses[0] - losses[1] - away[0].mean()) < tolerance + 1e-9
 
+    @pytest.mark.slow
     def test_nor_is_a_network_after_training(self):
         data = DATA[:2].repeat(4, axis=1)[:, :4].repeat(4, axis=2)[:, :, :4].astype(np.float32)
         d = Diffusion(Schedule(linear(20, 1e-2, 0.5)))

@@ -208,6 +208,7 @@ class TestBitsPerDim:
         assert math.isclose(bits.total, bits.prior + expected.sum(), rel_tol=0.02)
         assert bits.terms.shape == (15,) and bits.terms.dtype == np.float64 and type(bits.prior) is float
 
+    @pytest.mark.slow
     def test_it_bounds_the_likelihood_that_integration_finds(self):
         """-log2 of what the reverse chain gives to a level, by carrying p(x_t) from N(0, 1) down a grid: the bound lies
         above it, and not far where steps are small."""

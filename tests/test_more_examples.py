@@ -111,6 +111,7 @@ def test_denoise(tmp_path):
     assert abs(float(lines[1][-1]) - error(mean)) < 0.01
 
 
+@pytest.mark.slow
 def test_inpaint(tmp_path):
     page, _ = drawn(tmp_path, "inpaint")
     digit, left_known, *left, dots_known, first, second = tiles(page, 7, 10)

@@ -32,7 +32,9 @@ def panels(path):
     return page.reshape(2, 242, 6, 242, 3).swapaxes(1, 2)[:, :, :222, :240]
 
 
-@pytest.mark.parametrize("data", ["roll", "moons", "gaussians"])
+@pytest.mark.parametrize(
+    "data", ["roll", *(pytest.param(name, marks=pytest.mark.slow) for name in ("moons", "gaussians"))]
+)
 def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path, data):
     out = tmp_path / "new" / "folder"
     result = run(*TINY, f"--data={data}", f"--out={out}")
