@@ -763,9 +763,12 @@ def test_killed_anywhere_in_writing_a_checkpoint_it_goes_on_from_this_one_or_the
     assert at_step(path) == before + 1 and sorted(p.suffix for p in tmp_path.iterdir()) == [".safetensors"] * 2
 
 
+KILLS = int(os.environ.get("KILLS", 50))  # KILLS=200 pytest -s -m slow -k any_moment
+
+
 @pytest.mark.slow
 @on_linux
-def test_killed_two_hundred_times_at_any_moment_it_goes_on_and_loses_nothing(tmp_path):
+def test_killed_at_any_moment_again_and_again_it_goes_on_and_loses_nothing(tmp_path):
     """kill -9 of a run that saves and logs every step: in the end all is to the bit as if nothing had been."""
     path, csv = tmp_path / "run.safetensors", tmp_path / "metrics.csv"
     moments, in_writing = np.random.default_rng(0), 0
@@ -782,11 +785,13 @@ def test_killed_two_hundred_times_at_any_moment_it_goes_on_and_loses_nothing(tmp
         return unet
 
     began, saved, on_disk = shared_array((1,), "int64"), shared_array((1,), "int64"), 0
-    for n in range(200):
+    for n in range(KILLS):
         began[0] = 0
         process = multiprocessing.get_context("fork").Process(target=life, args=(path, csv, 1 + n % 2))
         process.start()
-        while not began[0] and process.is_alive() and n < 190:  # the last ten may not even get to their first step
+        while (
+            not began[0] and process.is_alive() and n < KILLS - 10
+        ):  # the last ten may not even get to their first step
             time.sleep(0.001)
         time.sleep(moments.uniform(0, 0.15))
         assert process.is_alive(), f"life {n} ended by itself"
@@ -796,7 +801,7 @@ def test_killed_two_hundred_times_at_any_moment_it_goes_on_and_loses_nothing(tmp
         assert began[0] in (0, on_disk + 1)
         on_disk = max([step_in(p) for p in (path, previous(path)) if p.exists()], default=0)
         assert on_disk >= saved[0]
-    assert 20 < in_writing < 180
+    assert KILLS // 10 < in_writing < KILLS - KILLS // 10
 
     steps = on_disk + 5
     unet = life(path, csv, 2, steps)
@@ -806,7 +811,7 @@ def test_killed_two_hundred_times_at_any_moment_it_goes_on_and_loses_nothing(tmp
         np.testing.assert_array_equal(load_file(path)[name], x, err_msg=name)
     columns = dict(delimiter=",", skiprows=1, usecols=(0, 1, 2, 3))  # not the times
     np.testing.assert_array_equal(np.loadtxt(csv, **columns), np.loadtxt(tmp_path / "whole.csv", **columns))
-    print(f"200 kills survived, {in_writing} of them while a checkpoint was written; {steps} steps")
+    print(f"{KILLS} kills survived, {in_writing} of them while a checkpoint was written; {steps} steps")
 
 
 SOAK = """
