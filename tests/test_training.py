@@ -356,7 +356,10 @@ class TestTrain:
             unet = UNet(**TINY)
             training = train(unet, DIFFUSION, folder, 6, 11, micro_batch=4, seed=3, workers=workers, flip=True)
             losses = [next(training).loss]
-            time.sleep(0.1)
+            deadline = time.monotonic() + 10
+            while len(folder.asked) < 1 + 3 * (1 + READ_AHEAD) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.05)  # and no more
             ahead = [list(batch_indices(23, step, 11, 3)[start : start + 4]) for step in range(1 + READ_AHEAD)
                      for start in (0, 4, 8)]  # fmt: skip
             assert sorted(folder.asked[1:]) == sorted(ahead)  # the first were for the checkpoint to recognise them
