@@ -24,11 +24,12 @@ from tqdm import tqdm
 
 from tinyddpm import Diffusion, ImageFolder, UNet, load_digits, load_model, make_schedule, sample, save_model, train
 from tinyddpm.backend import to_numpy
+from tinyddpm.checkpoint import previous
 from tinyddpm.data import load_fashion_mnist, load_mnist
 from tinyddpm.diffusion import OBJECTIVES
 from tinyddpm.image import grid, noising_strip, save_gif, save_loss_curve
-from tinyddpm.parallel import Ranks, blas_name, cpu_count, ranks_started
-from tinyddpm.run import MetricsLog, previous, set_aside, stop_signals
+from tinyddpm.parallel import Ranks, blas_name, ranks_started
+from tinyddpm.run import MetricsLog, set_aside, stop_signals
 
 
 def parse_arguments():
@@ -129,7 +130,7 @@ def train_and_sample(args, ranks):
     classes = {"classes": int(labels.max()) + 1, "label_dropout": 0.2} if args.labels else {}
     unet = UNet(C, C, args.channels, args.blocks, attention, rng=args.seed, image_size=(H, W), **classes)
     unet.to(f"cuda:{ranks.local_rank}" if args.mpi and args.device == "cuda" else args.device, precision=args.precision)
-    workers = args.workers or max(1, cpu_count() // ranks.local_size)
+    workers = args.workers or ranks.cpus
     several = f"{ranks.size} ranks with each " if args.mpi else ""
     say(f"device   {args.device}, {several}{workers} workers, BLAS {blas_name()}")
     say(f"network  U-Net {'-'.join(map(str, args.channels))}, {unet.size:,} parameters")

@@ -262,7 +262,8 @@ class TestExample:
         result = mpiexec(2, EXAMPLE, *TINY, "--mpi", f"--out={tmp_path / 'two'}")
         assert result.returncode == 0, result.stderr
         assert "2 ranks with each 1 workers" in result.stdout and result.stdout.count("parameters") == 1
-        assert result.stdout.count("done in") == 1 and result.stderr.count("sampling: 100%") == 1
+        # one bar begins; how often it says that it is through depends on the time
+        assert result.stdout.count("done in") == 1 and result.stderr.count("| 0/25 [") == 1
         alone = subprocess.run(
             [sys.executable, EXAMPLE, *TINY, "--workers=1", f"--out={tmp_path / 'one'}"], capture_output=True, text=True
         )

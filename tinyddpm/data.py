@@ -152,8 +152,9 @@ def batch_indices(n: int, step: int, batch: int, seed: int) -> np.ndarray:
     """
     first, last = step * batch, (step + 1) * batch
     epochs = range(first // n, (last - 1) // n + 1)
-    order = np.concatenate([_permutation(n, seed, epoch) for epoch in epochs])
-    return order[first - epochs[0] * n : last - epochs[0] * n]
+    return np.concatenate(
+        [_permutation(n, seed, epoch)[max(0, first - epoch * n) : last - epoch * n] for epoch in epochs]
+    )
 
 
 @functools.lru_cache(maxsize=2)  # for a million images it takes as long as a small training step

@@ -216,6 +216,11 @@ class Ranks:
                 "mpi4py's; the right one lies beside this python"
             )
 
+    @property
+    def cpus(self) -> int:
+        """How many of this machine's CPUs are for this rank."""
+        return max(1, cpu_count() // self.local_size)
+
     def share(self, items: Sequence) -> Sequence:
         """Those of `items` that are for this rank: about as many as for any other, in order."""
         first, last = (len(items) * rank // self.size for rank in (self.rank, self.rank + 1))

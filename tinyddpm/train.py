@@ -29,7 +29,7 @@ from .data import batch_indices, random_stream
 from .diffusion import Diffusion, checked_labels, warn_if_out_of_range
 from .nn import Module
 from .optim import EMA, Adam, clip_norm, flat_gradient, flatten, learning_rate
-from .parallel import Ranks, ahead, cpu_count, shard_size, shared_array, worker_processes
+from .parallel import Ranks, ahead, shard_size, shared_array, worker_processes
 from .run import Path, differences, read_checkpoint, run_config, write_checkpoint
 from .tensor import backward
 
@@ -202,7 +202,7 @@ def train(
     device, on_cpu, ranks = model.device, model.device == "cpu", ranks or Ranks()
     if not on_cpu and in_memory:  # there `loss` does not look, for it would have to wait for the device
         warn_if_out_of_range("images", images)
-    workers = max(1, cpu_count() // ranks.local_size) if workers is None else workers
+    workers = ranks.cpus if workers is None else workers
 
     settings = {"batch": batch, "lr": lr, "warmup_steps": warmup_steps, "decay_steps": decay_steps, "seed": seed}
     settings |= {"max_norm": max_norm, "ema_decay": ema_decay, "flip": bool(flip)}
