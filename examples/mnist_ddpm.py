@@ -148,8 +148,7 @@ def train_and_sample(args, ranks):
         noising_strip(diffusion, some, np.random.default_rng(args.seed)).save(args.out / "noising.png")
     checkpoint, saved = args.out / "checkpoint.safetensors", None
     if first and checkpoint.exists() and not args.resume:  # nothing of another run is lost
-        names = (checkpoint.name, previous(checkpoint).name, "metrics.csv", "model.safetensors")
-        earlier = set_aside(args.out, names)
+        earlier = set_aside(args.out, (checkpoint.name, previous(checkpoint).name, "metrics.csv", "model.safetensors"))
         print(f"earlier  the run that was in this folder is in {earlier.name} now; --resume would have gone on from it")
 
     def draw_grid(n, name, callback=None):  # from the averaged weights, always starting from the same noise
