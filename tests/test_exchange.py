@@ -300,6 +300,7 @@ class TestWhatIsWritten:
             (dict(heads=2, attention=(True, True)), {}, 8, "heads: .* not 2 heads at levels of 4 and 8 channels"),
             (dict(encoding="interleaved"), {}, 8, "encoding: diffusers has no 'interleaved'; it has ddpm"),
             ({}, dict(input_scale=0.5), 8, "input_scale: diffusers has none, which is 1; this schedule has 0.5"),
+            (dict(patch=2), {}, 8, "patch: diffusers' U-Nets have none, which is 1; this one has 2"),
             ({}, {}, 7, "image_size: expected .* multiples of 2.*, got .*7"),
         ],
     )

@@ -99,6 +99,20 @@ def test_its_options(options, plain):
     assert (np.abs(y - ignored).max() > 1e-4) == ("image_size" not in options)
 
 
+@pytest.mark.parametrize("patch", [2, 3])
+def test_patches_are_the_channels_of_a_network_for_smaller_images(patch):
+    """Pixel (p i + a, p j + b) is channel p a + b of position (i, j), of each colour the first, then the next."""
+    shape = dict(channels=(4, 8), blocks=1, attention=(True, True), groups=2, image_size=(4 * patch, 6 * patch))
+    unet = awake(UNet(3, 6, **shape, patch=patch).to(dtype="float64"), seed=1)
+    x = np.random.default_rng(3).standard_normal((2, 4 * patch, 6 * patch, 3))
+    t, within = np.array([3, 777]), [(a, b) for a in range(patch) for b in range(patch)]
+    squares = np.concatenate([x[:, a::patch, b::patch] for a, b in within], axis=3)
+    expected = reference.unet(unet.state_dict(), squares, t, (4, 8), 1, (True, True), 1, 2)
+    y = unet(x, t).data
+    assert y.shape == (2, 4 * patch, 6 * patch, 6) and np.abs(y).max() > 0.1
+    np.testing.assert_allclose(np.concatenate([y[:, a::patch, b::patch] for a, b in within], axis=3), expected, 1e-9)
+
+
 def test_the_gradient_of_the_class_embedding():
     unet = awake(UNet(**TINY, classes=3).to(dtype="float64"))
     x, t = batch(n=3, dtype=np.float64)
@@ -397,6 +411,12 @@ class TestBadInput:
             ({"image_size": 0}, r"image_size: .* got \(0, 0\)"),
             ({"image_size": (8, 8, 1)}, r"image_size: .* got \(8, 8, 1\)"),
             ({"image_size": "large"}, "image_size: .* got 'large'"),
+            ({"patch": 0}, "patch: expected an integer >= 1, got 0"),
+            ({"patch": 2.0}, "patch: expected an integer >= 1, got 2.0"),
+            (
+                {"patch": 3, "image_size": 28},
+                r"image_size: .* multiples of 6, .* halves them 1 times after cutting them into squares of 3 x 3, got",
+            ),
         ],
     )
     def test_constructor(self, change, message):
@@ -444,6 +464,10 @@ class TestBadInput:
         message = rf"x: height and width must be multiples of 2, .* halves them 1 times; got {size[0]} x {size[1]}"
         with pytest.raises(ValueError, match=message):
             unet(np.zeros((1, *size, 1), np.float32), np.array([0]))
+        with pytest.raises(
+            ValueError, match="x: .* multiples of 4, .* after cutting them into squares of 2 x 2; got 8"
+        ):
+            UNet(**TINY, patch=2)(np.zeros((1, 8, 10, 1), np.float32), np.array([0]))
 
     @pytest.mark.parametrize("shape", [(8, 8, 1), (1, 8, 8, 2), (0, 8, 8, 1)])
     def test_shapes(self, shape):

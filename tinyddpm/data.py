@@ -1,8 +1,8 @@
 """Data: the bundled digits, MNIST and Fashion-MNIST as published, and the order in which training draws images.
 
 The package carries 10,000 of MNIST's training digits (LeCun, Cortes & Burges; see digits/LICENSE.txt) as one picture,
-so that everything runs offline. The others are fetched when they are first asked for: MNIST, and in the same format
-Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747).
+and 2,000 of its test digits as another, so that everything runs offline. The others are fetched when they are first
+asked for: MNIST, and in the same format Fashion-MNIST (Xiao, Rasul & Vollgraf 2017, arXiv:1708.07747).
 """
 
 from __future__ import annotations
@@ -47,19 +47,24 @@ SHA256 = {
 }
 COUNTS = {"train": 60_000, "t10k": 10_000}
 
+# pictures of tiles, a hundred to a row, as many rows for each class
 DIGITS = pathlib.Path(__file__).parent / "digits" / "digits.png"
-_SIZE, _ROWS, _COLUMNS = 28, 100, 100  # the picture's tiles; ten rows for each class
+HELD_OUT = DIGITS.with_name("held_out.png")
+_SIZE, _COLUMNS = 28, 100
 
 
-def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """Return the bundled digits: images (10000, 28, 28, 1), float32 in [-1, 1], and their labels (10000,)."""
+def load_digits(train: bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Return bundled digits: images (N, 28, 28, 1), float32 in [-1, 1], and their labels (N,), in the order 0 to 9.
+
+    They are 10,000 of MNIST's digits for training or, with train=False, 2,000 of those for testing: of each class, the
+    first.
+    """
     from PIL import Image
 
-    with Image.open(DIGITS) as picture:
+    with Image.open(DIGITS if train else HELD_OUT) as picture:
         pixels = np.asarray(picture.convert("L"))
-    tiles = pixels.reshape(_ROWS, _SIZE, _COLUMNS, _SIZE).swapaxes(1, 2).reshape(-1, _SIZE, _SIZE, 1)
-    labels = np.arange(_ROWS * _COLUMNS) // _COLUMNS // 10
-    return _scaled(tiles), labels
+    tiles = pixels.reshape(-1, _SIZE, _COLUMNS, _SIZE).swapaxes(1, 2).reshape(-1, _SIZE, _SIZE, 1)
+    return _scaled(tiles), np.arange(len(tiles)) * 10 // len(tiles)
 
 
 def load_mnist(full: bool = False, train: bool = True, cache: Path | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -67,17 +72,12 @@ def load_mnist(full: bool = False, train: bool = True, cache: Path | None = None
 
     Args:
         full: all of MNIST, fetched from the network when it is first asked for, 11 MB; or the bundled digits
-        train: its 60,000 digits for training, or the 10,000 for testing
+        train: its 60,000 digits for training, or the 10,000 for testing; of the bundled ones, 10,000 and 2,000
         cache: where the files are kept, in a folder "mnist" of this one [the user's cache, such as ~/.cache/tinyddpm]
     Raises:
-        ValueError: if test digits are asked for without `full`
         OSError: if they cannot be had from the network, or the cache cannot be read or written to
     """
-    if full:
-        return _load("mnist", train, cache)
-    if not train:
-        raise ValueError("train: the bundled digits are all for training, got train=False; for others give full=True")
-    return load_digits()
+    return _load("mnist", train, cache) if full else load_digits(train)
 
 
 def load_fashion_mnist(train: bool = True, cache: Path | None = None) -> tuple[np.ndarray, np.ndarray]:

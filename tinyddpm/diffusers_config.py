@@ -106,6 +106,8 @@ def unet_settings(config: dict, path: pathlib.Path) -> dict:
 def unet_config(unet: UNet, image_size: int | tuple[int, int] | None = None) -> dict:
     """The configuration of UNet2DModel for our `unet`; see `tinyddpm.exchange.save_diffusers`."""
     c = unet.config
+    if c["patch"] > 1:
+        raise ValueError(f"patch: diffusers' U-Nets have none, which is 1; this one has {c['patch']}")
     factor = 2 ** (len(c["channels"]) - 1)
     size = c["image_size"] if image_size is None else checked_size(image_size, len(c["channels"]))
     height, width = size or [math.ceil(28 / factor) * factor] * 2

@@ -52,6 +52,22 @@ def timestep_encoding(t: np.ndarray, channels: int, form: str = "ddpm") -> np.nd
     return np.concatenate([first(angle), second(angle)], axis=1)
 
 
+def to_patches(x: Tensor | Array, p: int) -> Tensor | Array:
+    """Squares of p x p pixels as one position: images (N, H, W, C) -> (N, H/p, W/p, p p C)."""
+    if p == 1:
+        return x
+    N, H, W, C = x.shape
+    return x.reshape(N, H // p, p, W // p, p, C).transpose(0, 1, 3, 2, 4, 5).reshape(N, H // p, W // p, p * p * C)
+
+
+def from_patches(x: Tensor | Array, p: int) -> Tensor | Array:
+    """And back: (N, h, w, p p C) -> (N, p h, p w, C)."""
+    if p == 1:
+        return x
+    N, h, w, C = x.shape
+    return x.reshape(N, h, w, p, p, C // p**2).transpose(0, 1, 3, 2, 4, 5).reshape(N, h * p, w * p, C // p**2)
+
+
 class ResBlock(Module):
     """Residual block: h = conv(SiLU(norm(x))) + dense(temb);  y = x + conv(dropout(SiLU(norm(h)))).
 
@@ -128,6 +144,9 @@ class UNet(Module):
             classifier-free guidance needs (Ho & Salimans 2022, algorithm 1).
         image_size: (height, width) of the images it is for, or one number for both. The network takes other sizes too;
             this is for those who get it in a file and want to sample.
+        patch: the network takes a square of patch x patch pixels for one position with patch^2 times the channels, and
+            gives back as many. Its first level is then that of the squares: images of few details lose nothing and
+            cost a fraction (Hoogeboom et al. 2023, "simple diffusion", after the vision transformer's patches).
 
     Raises ValueError if an argument is out of range or does not fit the others.
     """
@@ -152,10 +171,13 @@ class UNet(Module):
         classes: int | None = None,
         image_size: int | tuple[int, int] | None = None,
         label_dropout: float = 0.0,
+        patch: int = 1,
     ):
         arguments = locals()  # before there are other names
         self.config = checked_config({name: arguments[name] for name in arguments if name not in ("self", "rng")})
-        channels, attention, blocks = (self.config[name] for name in ("channels", "attention", "blocks"))
+        channels, attention, blocks, patch = (
+            self.config[name] for name in ("channels", "attention", "blocks", "patch")
+        )
         self.dropout, self.label_dropout = dropout, label_dropout
         rng = np.random.default_rng(rng)
         time = 4 * channels[0]
@@ -177,7 +199,7 @@ class UNet(Module):
         self.time2 = Linear(time, time, rng)
         if classes:
             self.class_embedding = Embedding(classes + (label_dropout > 0), time, rng)
-        self.conv_in = Conv2d(in_channels, channels[0], 3, rng, padding=1)
+        self.conv_in = Conv2d(in_channels * patch**2, channels[0], 3, rng, padding=1)
         width, skips = channels[0], [channels[0]]  # of the activation, and of what has been laid aside
 
         self.down = []
@@ -197,7 +219,7 @@ class UNet(Module):
             width = c
 
         self.norm_out = GroupNorm(width, groups, norm_eps)
-        self.conv_out = Conv2d(width, out_channels, 3, rng, padding=1, scale=0.0)
+        self.conv_out = Conv2d(width, out_channels * patch**2, 3, rng, padding=1, scale=0.0)
 
     def __call__(
         self,
@@ -209,7 +231,7 @@ class UNet(Module):
         """Return eps_theta(x_t, t).
 
         Args:
-            x: (N, H, W, in_channels) noisy images of the parameters' dtype, H and W divisible by 2^(levels - 1).
+            x: (N, H, W, in_channels) noisy images of the parameters' dtype, H and W divisible by patch 2^(levels - 1).
             t: (N,) integer timesteps, counted from 0.
             rng: generator for dropout, of labels too; none, no dropout.
             labels: (N,) integers, the class of each image, counted from 0; for a network made for `classes`. If it has
@@ -228,7 +250,7 @@ class UNet(Module):
                 labels[rng.random(len(labels)) < self.label_dropout] = NO_LABEL
             temb = temb + self.class_embedding(labels % len(self.class_embedding.w.data))  # of "no label", the last
         temb = silu(temb)  # every block takes SiLU of the embedding: once is enough
-        h = self.conv_in(2 * x - 1 if self.config["center_input"] else x)
+        h = self.conv_in(to_patches(2 * x - 1 if self.config["center_input"] else x, self.config["patch"]))
         skips = [h]
         for level in self.down:
             for i in range(len(level.res)):
@@ -247,10 +269,11 @@ class UNet(Module):
             if level.resize:
                 h = level.resize(upsample(h))
         assert not skips
-        return self.conv_out(self.norm_out(h, silu=True))
+        return from_patches(self.conv_out(self.norm_out(h, silu=True)), self.config["patch"])
 
     def _check_input(self, x: Array, t: np.ndarray, labels: np.ndarray | None) -> None:
-        C, factor = self.config["in_channels"], 2 ** (len(self.config["channels"]) - 1)
+        C, levels, patch = self.config["in_channels"], len(self.config["channels"]), self.config["patch"]
+        factor = _divisor(levels, patch)
         classes = self.config["classes"]
         if not is_array(x):
             raise TypeError(f"x: expected an array or a Tensor, got {type(x).__name__}")
@@ -259,7 +282,7 @@ class UNet(Module):
         if x.shape[1] % factor or x.shape[2] % factor or 0 in x.shape:
             raise ValueError(
                 f"x: height and width must be multiples of {factor}, since this network halves them "
-                f"{len(self.config['channels']) - 1} times; got {x.shape[1]} x {x.shape[2]}"
+                f"{levels - 1} times{_after(patch)}; got {x.shape[1]} x {x.shape[2]}"
             )
         if x.dtype != self.dtype:
             raise TypeError(f"x: expected {self.dtype}, the dtype of the parameters, got {x.dtype}")
@@ -289,7 +312,7 @@ def checked_config(config: dict) -> dict:
     """The arguments of `UNet`, all but rng, as plain numbers and tuples, or ValueError."""
     config = dict(config)
     channels, attention, groups, heads = (config[name] for name in ("channels", "attention", "groups", "heads"))
-    for name in ("in_channels", "out_channels", "blocks", "heads", "groups", "head_channels", "classes"):
+    for name in ("in_channels", "out_channels", "blocks", "heads", "groups", "head_channels", "classes", "patch"):
         value = config[name]
         if value is None and name in ("head_channels", "classes"):
             continue
@@ -336,18 +359,27 @@ def checked_config(config: dict) -> dict:
         "label_dropout": float(config["label_dropout"]),
         "norm_eps": float(config["norm_eps"]),
         "downsample_padding": int(config["downsample_padding"]),
-        "image_size": checked_size(config["image_size"], len(channels)),
+        "image_size": checked_size(config["image_size"], len(channels), config["patch"]),
     }
 
 
-def checked_size(size: int | Sequence[int] | None, levels: int) -> tuple[int, int] | None:
+def _divisor(levels: int, patch: int) -> int:
+    """What height and width of the images must be multiples of."""
+    return patch * 2 ** (levels - 1)
+
+
+def _after(patch: int) -> str:
+    return f" after cutting them into squares of {patch} x {patch}" if patch > 1 else ""
+
+
+def checked_size(size: int | Sequence[int] | None, levels: int, patch: int = 1) -> tuple[int, int] | None:
     """(height, width) of images that so many levels can halve, from one number or both, or ValueError."""
     if size is None:
         return None
-    size, factor = (size, size) if isinstance(size, numbers.Integral) else size, 2 ** (levels - 1)
+    size, factor = (size, size) if isinstance(size, numbers.Integral) else size, _divisor(levels, patch)
     if np.shape(size) != (2,) or not all(isinstance(n, numbers.Integral) and n > 0 and n % factor == 0 for n in size):
         raise ValueError(
             f"image_size: expected a height and a width that are multiples of {factor}, since this network halves "
-            f"them {levels - 1} times, got {size!r}"
+            f"them {levels - 1} times{_after(patch)}, got {size!r}"
         )
     return tuple(map(int, size))
