@@ -469,7 +469,7 @@ class TestFoldersOfOthers:
             in_channels=3, out_channels=3, channels=(224, 448, 672, 896), blocks=2, heads=1,
             attention=(False, True, True, True), head_channels=8, middle_attention=True, groups=32, norm_eps=1e-5,
             dropout=0.0, downsample_padding=1, encoding="improved", center_input=False, classes=None, image_size=None,
-            label_dropout=0.0,
+            label_dropout=0.0, patch=1,
         )  # fmt: skip
         assert unet_settings({}, path) == expected
         d = diffusion_from({}, path)

@@ -89,6 +89,7 @@ def unet_settings(config: dict, path: pathlib.Path) -> dict:
         "attention": attention,
         "heads": 1,
         "label_dropout": 0.0,  # that the last of their embeddings is of no label, nothing says
+        "patch": 1,
         "encoding": ENCODING_OF[c["flip_sin_to_cos"], c["freq_shift"]],
     }
     try:
