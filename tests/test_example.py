@@ -1,6 +1,7 @@
 """The example itself, as a user would run it, on a tiny setting."""
 
 import inspect
+import json
 import os
 import pathlib
 import re
@@ -65,6 +66,7 @@ def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path):
     assert str(out) in result.stdout and "images/s" in result.stderr and "loss" in result.stderr
     made = {p.name for p in out.iterdir()} - {"loss.png"}  # without matplotlib there is none
     assert made == {
+        "options.json",
         "noising.png",
         "step_00004.png",
         "samples.png",
@@ -82,7 +84,8 @@ def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path):
         np.testing.assert_array_equal(load_model(out / "checkpoint.safetensors")[0].state_dict()[name], w)
     log = np.loadtxt(out / "metrics.csv", delimiter=",", skiprows=1)
     assert log.shape == (5, 6) and log[:, 0].tolist() == [1, 2, 3, 4, 5] and np.isfinite(log).all()
-    again = grid(sample(diffusion, unet, (6, 28, 28, 1), rng=0))  # the file is the model that drew the samples
+    again = sample(diffusion, unet, (6, 28, 28, 1), rng=0, labels=np.arange(6), guidance=1.5)
+    again = grid(again, columns=10)  # the file is the model that drew the samples
     np.testing.assert_array_equal(np.asarray(again), np.asarray(Image.open(out / "samples.png")))
 
 
@@ -99,10 +102,16 @@ def test_the_loss_curve_is_left_out_politely_without_matplotlib(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_clock_stops_it_too(tmp_path):
-    result = run(*TINY, "--steps=100000", "--minutes=0.02", f"--out={tmp_path}")
+def test_a_rehearsal_tells_how_many_steps_take_so_many_minutes(tmp_path):
+    """And the same many give the same digits, so that nothing but their number depends on the clock."""
+    options = [*TINY[1:], "--minutes=0.1"]
+    result = run(*options, f"--out={tmp_path / 'clock'}")
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "samples.png").exists()
+    (steps,) = re.findall(r"training (\d+) steps, about 0.1 minutes", result.stdout.replace(",", "", 1))
+    seconds = np.loadtxt(tmp_path / "clock" / "metrics.csv", delimiter=",", skiprows=1)[-1, 5]
+    assert 2 < seconds < 18, (steps, seconds)  # of 6, for others may be at work here
+    assert run(*options, f"--steps={steps}", f"--out={tmp_path / 'count'}").returncode == 0
+    assert (tmp_path / "clock" / "samples.png").read_bytes() == (tmp_path / "count" / "samples.png").read_bytes()
 
 
 def interrupted(out, number, *arguments):
@@ -127,7 +136,7 @@ def test_ctrl_c_or_sigterm_ends_politely(tmp_path, number):
     assert {p.name for p in tmp_path.iterdir()} >= made
 
 
-RESUMED = [*TINY, "--steps=40", "--save-every=1", "--labels", "--samples=1"]
+RESUMED = [*TINY, "--steps=40", "--save-every=1", "--samples=1"]
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +157,11 @@ def test_it_goes_on_as_if_it_had_not_been_stopped(whole, tmp_path, number):
     code, _, stderr = interrupted(parts, number, *RESUMED)
     assert code == (0 if number == signal.SIGINT else -signal.SIGKILL), stderr
     assert 1 <= sum(1 for _ in open(parts / "metrics.csv")) - 1 < 40
-    for resume in (["--resume", "--workers=1"], ["--resume"]):  # and once it was complete, nothing is trained
-        result = run(*RESUMED, *resume, f"--out={parts}")
+    for workers in (
+        [],
+        ["--workers=1"],
+    ):  # the options are those of before; and of what is complete, nothing is trained
+        result = run("--resume", *workers, f"--out={parts}")
         assert result.returncode == 0 and "trained  40 steps" in result.stdout, result.stderr
     for name, w in load_file(whole / "checkpoint.safetensors").items():
         np.testing.assert_array_equal(load_file(parts / "checkpoint.safetensors")[name], w, err_msg=name)
@@ -163,14 +175,15 @@ def test_another_run_in_the_folder_does_not_lose_the_checkpoint_of_the_one_befor
     for seed in (1, 2):
         assert run(*TINY, "--save-every=4", f"--seed={seed}", f"--out={tmp_path}").returncode == 0
     made = {"checkpoint.safetensors", "checkpoint.previous.safetensors", "metrics.csv", "model.safetensors"}
+    made |= {"options.json"}
     assert {p.name for p in (tmp_path / "earlier-1").iterdir()} == made
     resumed = run(*TINY, "--seed=1", "--resume", f"--out={tmp_path}")
     assert resumed.returncode == 1 and "Traceback" not in resumed.stderr and "is kept" not in resumed.stderr
     assert "checkpoint.safetensors is of another run: seed: 2 there, 1 here" in resumed.stderr
-    resumed = run(*TINY, "--seed=1", "--resume", f"--out={tmp_path / 'earlier-1'}")
+    resumed = run("--resume", f"--out={tmp_path / 'earlier-1'}")
     assert resumed.returncode == 0 and "resumed  at step 5" in resumed.stdout, resumed.stderr
     again = run(*TINY, "--steps=1", f"--out={tmp_path}")
-    assert "the run that was in this folder is in earlier-2 now; --resume would have gone on" in again.stdout
+    assert "the run that was in the folder is in earlier-2 now; --resume would have gone on" in again.stdout
     assert {p.name for p in (tmp_path / "earlier-2").iterdir()} == made
 
 
@@ -219,7 +232,7 @@ def photos(tmp_path):
 
 def test_images_of_ones_own(photos, tmp_path):
     """In colour, flipped, with a class per folder, and what cannot be read is reported."""
-    settings = [*TINY, f"--data={photos}", "--size=16", "--flip", "--labels", "--samples=4"]
+    settings = [*TINY, f"--data={photos}", "--size=16", "--flip", "--samples=4"]
     result = run(*settings, f"--out={tmp_path / 'out'}")
     assert result.returncode == 0, result.stderr
     assert (
@@ -251,9 +264,13 @@ def test_too_little_memory_is_said(photos, tmp_path, workers):
     assert "mnist_ddpm.py: out of memory, of which fewer --workers or a smaller --batch need less: " in result.stderr
 
 
-def test_labels_need_classes(photos, tmp_path):
-    result = run(*TINY, f"--data={photos / 'cats'}", "--labels", f"--out={tmp_path / 'out'}")
-    assert result.returncode == 1 and f"--labels: the images in {photos / 'cats'} are not in folders" in result.stderr
+@pytest.mark.parametrize("why", ["there are no classes", "--no-labels"])
+def test_without_labels(photos, tmp_path, why):
+    options = [f"--data={photos / 'dogs'}"] if why == "there are no classes" else ["--no-labels"]
+    result = run(*TINY, *options, f"--out={tmp_path / 'out'}")
+    assert result.returncode == 0, result.stderr
+    unet, _ = load_model(tmp_path / "out" / "model.safetensors")
+    assert unet.config["classes"] is None and (tmp_path / "out" / "samples.png").exists()
 
 
 @pytest.mark.parametrize("data", ["mnist", "fashion"])
@@ -274,7 +291,7 @@ def test_data_sets_arrive(monkeypatch, tmp_path):
         monkeypatch.setattr(data, name, load)
     for kind in ("mnist", "fashion"):
         with monkeypatch.context() as patch:
-            calls = run_here(patch, tmp_path, f"--data={kind}", "--steps=1", "--samples=1", "--labels")
+            calls = run_here(patch, tmp_path, f"--data={kind}", "--steps=1", "--samples=1")
         assert calls["train"][0][0]["images"] is images and calls["UNet"][0][1].config["classes"] == 6
     assert asked == [("load_mnist", {"full": True}), ("load_fashion_mnist", {})]
 
@@ -336,14 +353,15 @@ def run_here(monkeypatch, tmp_path, *arguments):
 
 def test_every_option_arrives_where_it_belongs(monkeypatch, tmp_path):
     options = ["--batch=6", "--lr=0.003", "--blocks=2", "--seed=7", "--steps=4", "--timesteps=30", "--objective=v"]
-    options += ["--sample-every=2", "--samples=6", "--flip"]
+    options += ["--sample-every=2", "--samples=6", "--flip", "--patch=1", "--sampling-steps=10", "--guidance=3"]
     calls = run_here(monkeypatch, tmp_path, *options)
     unet, diffusion = calls["UNet"][0], calls["Diffusion"][0][1]
-    expected = {"channels": [8, 16], "blocks": 2, "rng": 7, "attention": [False, True]}
+    expected = {"channels": [8, 16], "blocks": 2, "rng": 7, "attention": [False, True], "patch": 1, "classes": 10}
     assert {name: unet[0][name] for name in expected} == expected
     assert (
         diffusion.objective == "v" and diffusion.T == 30 and diffusion.schedule.alpha_bar[-1] < 1e-4
     )  # as noisy at the end as with 1000 steps
+    assert all(call["steps"] == 10 and call["guidance"] == 3 for call, _ in calls["sample"])
     training = calls["train"][0][0]
     expected = {
         "steps": 4,
@@ -361,32 +379,52 @@ def test_every_option_arrives_where_it_belongs(monkeypatch, tmp_path):
     averages = [arguments["model"] for arguments, _ in calls["sample"]] + [calls["save_model"][0][0]["unet"]]
     assert len(averages) == 3 and all(model is averages[0] is not unet[1] for model in averages)
     assert [(arguments["shape"], arguments["rng"], arguments["workers"]) for arguments, _ in calls["sample"]] == [
-        ((16, 28, 28, 1), 7, 2),  # after step 2; step 4 is the last, whose grid is the final one
+        ((20, 28, 28, 1), 7, 2),  # after step 2; step 4 is the last, whose grid is the final one
         ((6, 28, 28, 1), 7, 2),
     ]
     with Image.open(tmp_path / "denoising.gif") as gif:
         gif.seek(gif.n_frames - 1)  # its last frame is the result
         difference = np.asarray(gif.convert("L")).astype(int) - np.asarray(Image.open(tmp_path / "samples.png"))
-    assert gif.n_frames == 30 and np.abs(difference).max() <= 24  # it has 16 greys
+    assert gif.n_frames == 10 and np.abs(difference).max() <= 24  # it has 16 greys
 
 
 @pytest.mark.parametrize(
     ("given", "steps"),
-    [([], 2400), (["--minutes=0.01"], sys.maxsize), (["--steps=7"], 7), (["--steps=3", "--minutes=9"], 3)],
+    [
+        ([], 1175),
+        (["--minutes=1"], 233),
+        (["--minutes=0.001"], 1),
+        (["--steps=7"], 7),
+        (["--steps=3", "--minutes=9"], 3),
+    ],
 )
 def test_steps_and_minutes(monkeypatch, tmp_path, given, steps):
+    """By a clock on which a step takes 0.25 seconds, but the first a whole one: 6 s of 300, or 1.2 of 60, go by in the
+    rehearsal, or as much as three steps take; what is left is for steps."""
+
     class Enough(Exception):
         pass
 
-    def stop_here(*args, **kwargs):
-        raise Enough(args[3])
+    clock = [0.0]
 
-    monkeypatch.setattr(tinyddpm, "train", stop_here)
+    def pretend(*args, stop, resume="rehearsal", **kwargs):
+        if resume != "rehearsal":
+            raise Enough(args[3])
+        for step in range(args[3]):
+            clock[0] += 0.25 if step else 1.0
+            last = stop()
+            yield type("State", (), {"seconds": clock[0], "look": lambda: None})
+            if last:
+                return
+
+    monkeypatch.setattr(tinyddpm, "train", pretend)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), f"--out={tmp_path}", *given])
     with pytest.raises(Enough) as error:
         runpy.run_path(str(EXAMPLE), run_name="__main__")
     assert error.value.args == (steps,)
+    assert json.loads((tmp_path / "options.json").read_text())["steps"] == steps
 
 
 @pytest.mark.slow
@@ -429,10 +467,10 @@ def test_two_minutes_of_training_learn_something(tmp_path):
 
 
 def test_digits_that_are_asked_for(monkeypatch, tmp_path):
-    """Trained with labels, it draws what it is told, in the grids and later; the model is not trained again."""
-    calls = run_here(monkeypatch, tmp_path, "--labels", "--seed=3", "--steps=3", "--samples=6")
+    """It draws what it is told, in the grids and later; the model is not trained again."""
+    calls = run_here(monkeypatch, tmp_path, "--seed=3", "--steps=3", "--samples=6")
     unet, labels = calls["UNet"][0][1], load_digits()[1]
-    assert unet.config["classes"] == 10 and unet.config["label_dropout"] == 0.2
+    assert unet.config["classes"] == 10 and unet.config["label_dropout"] == 0.1
     np.testing.assert_array_equal(calls["train"][0][0]["labels"], labels)
     ((arguments, _),) = calls["sample"]
     assert arguments["labels"].tolist() == [0, 1, 2, 3, 4, 5]
@@ -442,18 +480,13 @@ def test_digits_that_are_asked_for(monkeypatch, tmp_path):
 
     monkeypatch.undo()
     before = (tmp_path / "model.safetensors").read_bytes()
-    calls = run_here(monkeypatch, tmp_path, "--digits=2026", "--guidance=1.5", "--seed=4")
+    calls = run_here(monkeypatch, tmp_path, "--digits=2026", "--guidance=2.5", "--seed=4")
     assert set(calls) == {"sample"} and (tmp_path / "model.safetensors").read_bytes() == before
     ((arguments, digits),) = calls["sample"]
-    wanted = {"shape": (4, 28, 28, 1), "labels": [2, 0, 2, 6], "guidance": 1.5, "rng": 4, "workers": 2}
+    wanted = {"shape": (4, 28, 28, 1), "labels": [2, 0, 2, 6], "guidance": 2.5, "rng": 4, "workers": 2, "steps": 25}
     assert {name: arguments[name] for name in wanted} == wanted
     with Image.open(tmp_path / "digits.png") as picture:
         np.testing.assert_array_equal(np.asarray(picture), np.asarray(grid(digits, 4, scale=4)))
-
-    monkeypatch.undo()
-    calls = run_here(monkeypatch, tmp_path, "--labels", "--digits=7", "--steps=1", "--samples=1")
-    assert len(calls["train"]) == 1 and calls["sample"][-1][0]["labels"] == [7]
-    assert calls["sample"][-1][0]["guidance"] == 2.0
 
 
 def test_digits_cannot_be_asked_for_without_labels(tmp_path):
@@ -462,16 +495,18 @@ def test_digits_cannot_be_asked_for_without_labels(tmp_path):
     save_model(tmp_path / "model.safetensors", UNet(), Diffusion(make_schedule("linear", 1000)))
     result = run("--digits=1", f"--out={tmp_path}")
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert "was trained without --labels, so it does not know digits" in result.stderr
+    assert "was trained without labels, so it does not know digits" in result.stderr
 
 
 def test_help_documents_every_option():
     result = run("--help")
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
-    for option in ("steps", "minutes", "batch", "lr", "channels", "blocks", "timesteps", "labels", "digits", "guidance",
-                   "objective", "samples", "sample-every", "save-every", "resume", "device", "workers", "mpi", "seed",
-                   "data", "size", "grey", "flip", "out"):  # fmt: skip
+    options = (
+        "steps minutes batch lr channels blocks timesteps no-labels digits guidance patch sampling-steps objective"
+    )
+    options += " samples sample-every save-every resume device workers mpi seed data size grey flip out"
+    for option in options.split():
         # its meaning, and its default in brackets
         assert re.search(rf"--{option}( \{{\S+\}}| [A-Z_ \[\].]+)? [^-]+\[[^\]]+\]", text), option
 
@@ -488,13 +523,16 @@ def test_help_documents_every_option():
         (["--data=nowhere"], "--data must be digits, mnist, fashion or a folder, got nowhere"),
         (["--timesteps=20"], "--timesteps must be greater than 20 to get from an image to noise, got 20"),
         (["--channels", "12"], "channels: expected multiples of groups = 8, got [12]"),
-        (["--channels", "8", "8", "8", "8"], "a height and a width that are multiples of 8"),
+        (["--channels", "8", "8", "8", "8"], "a height and a width that are multiples of 16"),
+        (["--patch=0"], "--patch must be greater than 0, got 0"),
+        (["--minutes=inf"], "--minutes must be greater than 0, got inf"),
+        (["--sampling-steps=0"], "--sampling-steps must be greater than 0, got 0"),
         (["--device=gpu"], "device: 'gpu' is unknown; use 'cpu', 'cuda' or 'cuda:N'"),
         (["--seed=-1"], "--seed must be 0 or greater, got -1"),
         (["--objective=y"], "invalid choice: 'y'"),
         (["--digits=1.5"], "--digits must be digits such as 2026, got '1.5'"),
-        (["--labels", "--digits=1", "--guidance=nan"], "--guidance must be a number, got nan"),
-        (["--labels", "--digits="], "--digits must be digits such as 2026, got ''"),
+        (["--guidance=nan"], "--guidance must be a number, got nan"),
+        (["--digits="], "--digits must be digits such as 2026, got ''"),
         (["--colour=red"], "unrecognized arguments: --colour=red"),
     ],
 )
