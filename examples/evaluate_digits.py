@@ -22,6 +22,7 @@ import json
 import math
 import pathlib
 import sys
+import zipfile
 
 import numpy as np
 from safetensors import SafetensorError
@@ -258,12 +259,15 @@ def read_images(path):
     if path.is_dir():
         folder = ImageFolder(path, 28, channels=1)
         return folder[np.arange(len(folder))]
-    with np.load(path, allow_pickle=False) as arrays:
-        names = arrays.files
-        name = "images" if "images" in names else names[0] if len(names) == 1 else None
-        if name is None:
-            raise ValueError(f"{path}: expected an array 'images', or only one, got {', '.join(names) or 'none'}")
-        images = arrays[name]
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            names = arrays.files
+            name = "images" if "images" in names else names[0] if len(names) == 1 else None
+            if name is None:
+                raise ValueError(f"expected an array 'images', or only one, got {', '.join(names) or 'none'}")
+            images = arrays[name]
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: {error}") from error
     if images.dtype == np.uint8:
         images = images / np.float32(127.5) - 1
     if images.ndim == 3 or images.ndim == 4 and images.shape[1] == 1 != images.shape[3]:
