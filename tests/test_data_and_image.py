@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from tinyddpm import Diffusion, load_digits, make_schedule
-from tinyddpm.data import DIGITS
+from tinyddpm.data import DIGITS, load_mnist
 from tinyddpm.image import grid, noising_strip, rows, save_gif, save_loss_curve, to_uint8
 
 MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
@@ -48,6 +48,19 @@ class TestDigits:
             labels = np.frombuffer(file.read(), np.uint8, offset=8)
         for k in range(10):
             np.testing.assert_array_equal(to_uint8(self.images[self.labels == k]), images[labels == k][:1000])
+
+    @pytest.mark.skipif(not MNIST.exists(), reason="the full MNIST is not at hand")
+    def test_the_held_out_ones_are_the_first_two_hundred_of_each_class_of_its_test_digits(self):
+        images, labels = load_mnist(full=True, train=False, cache=MNIST.parent)
+        held_out, its_labels = load_digits(train=False)
+        assert np.bincount(its_labels).tolist() == [200] * 10 and (np.diff(its_labels) >= 0).all()
+        for k in range(10):
+            np.testing.assert_array_equal(held_out[its_labels == k], images[labels == k][:200])
+
+    def test_none_of_the_held_out_is_among_those_for_training(self):
+        held_out, labels = load_digits(train=False)
+        assert held_out.shape == (2000, 28, 28, 1) and held_out.dtype == np.float32
+        assert not {x.tobytes() for x in held_out} & {x.tobytes() for x in self.images}
 
     def test_their_licence_stands_beside_them(self):
         text = (DIGITS.parent / "LICENSE.txt").read_text()

@@ -294,12 +294,25 @@ class TestExample:
         assert (tmp_path / "checkpoint.safetensors").exists() and (tmp_path / "samples.png").exists()
 
     def test_it_goes_on_at_another_number_of_ranks(self, mpiexec, tmp_path):
-        result = mpiexec(2, EXAMPLE, *TINY, "--mpi", "--minutes=0.0001", f"--out={tmp_path}")
-        assert result.returncode == 0 and re.search("trained  1 steps", result.stdout), result.stderr
-        alone = [sys.executable, EXAMPLE, *TINY, "--resume", f"--out={tmp_path}"]
+        arguments = [*TINY, "--steps=60", "--sample-every=1000", "--samples=1", "--mpi", f"--out={tmp_path}"]
+        with mpiexec.start(2, EXAMPLE, *arguments) as process:
+            while not (tmp_path / "metrics.csv").exists() and process.poll() is None:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGINT)
+            stdout, stderr = process.communicate(timeout=60)
+        (trained,) = re.findall(r"trained  (\d+) steps", stdout)
+        assert process.returncode == 0 and 1 <= int(trained) < 60, stderr
+        alone = [sys.executable, EXAMPLE, "--resume", f"--out={tmp_path}"]
         result = subprocess.run(alone, capture_output=True, text=True)
-        assert result.returncode == 0 and "trained  5 steps" in result.stdout, result.stderr
-        assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 6
+        assert result.returncode == 0 and "trained  60 steps" in result.stdout, result.stderr
+        assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 61
+
+    def test_the_ranks_agree_on_the_steps_that_take_so_long(self, mpiexec, tmp_path):
+        """Or they would wait for each other for ever."""
+        result = mpiexec(2, EXAMPLE, *TINY[1:], "--minutes=0.05", "--mpi", f"--out={tmp_path}")
+        assert result.returncode == 0, result.stderr
+        (steps,) = re.findall(r"training ([\d,]+) steps, about 0.05 minutes", result.stdout)
+        assert f"trained  {steps} steps" in result.stdout
 
     def test_without_the_option_it_is_refused(self, mpiexec, tmp_path):
         result = mpiexec(2, EXAMPLE, *TINY, f"--out={tmp_path}")
