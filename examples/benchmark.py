@@ -65,7 +65,8 @@ class Work(NamedTuple):
 
 
 MNIST = {"channels": (32, 64, 128), "blocks": 2, "attention": (False, False, True)}
-EXAMPLE = {"channels": (16, 32, 64), "blocks": 1, "attention": (False, False, True)}  # mnist_ddpm.py's defaults
+# mnist_ddpm.py's network, within: its 28x28 pixels are 14x14 patches of 4 (diffusers' U-Nets have no patches)
+EXAMPLE = {"channels": (32, 64), "blocks": 1, "attention": (False, False), "in_channels": 4, "out_channels": 4}
 CIFAR = {"channels": (128, 256, 256, 256), "blocks": 2, "attention": (False, True, False, False)}  # ddpm-cifar10-32
 CIFAR |= {"in_channels": 3, "out_channels": 3, "groups": 32}
 WORKS = [
@@ -73,7 +74,7 @@ WORKS = [
     Work("32-64-128, 28x28, training step, batch 128", MNIST, 28, 128, training=True),
     Work("32-64-128, 28x28, forward, batch 64", MNIST, 28, 64),
     Work("32-64-128, 28x28, forward, one image", MNIST, 28, 1),
-    Work("16-32-64, 28x28, training step, batch 32 (mnist_ddpm.py)", EXAMPLE, 28, 32, training=True),
+    Work("32-64, 14x14x4, training step, batch 32 (mnist_ddpm.py)", EXAMPLE, 14, 32, training=True),
     Work("128-256-256-256, 32x32x3, forward, batch 8 (ddpm-cifar10-32)", CIFAR, 32, 8),
 ]
 QUICK = [WORKS[i] for i in (0, 2, 3, 4)]
@@ -719,7 +720,8 @@ def main():
         return
     batches = [Work(f"batch {n}", MNIST, 28, n) for n in (8, 16, 32, 64, 128)]
     growth("Forward, 32-64-128, 28x28", batches, threads, repeats)
-    sizes = [Work(f"{n}x{n}", EXAMPLE, n, 64) for n in (16, 32, 64, 128)]
+    small = {"channels": (16, 32, 64), "blocks": 1, "attention": (False, False, True)}
+    sizes = [Work(f"{n}x{n}", small, n, 64) for n in (16, 32, 64, 128)]
     growth("Forward, 16-32-64, batch 64", sizes, threads, repeats)
     plain = {"blocks": 1, "attention": (False, False)}
     channels = [Work(f"{n}-{n}", {"channels": (n, n), **plain}, 16, 64) for n in (32, 64, 128, 256)]

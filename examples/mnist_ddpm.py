@@ -9,6 +9,7 @@ Images of your own: --data FOLDER, with a folder in it for each class if there a
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import functools
@@ -36,11 +37,10 @@ from tinyddpm.run import stop_signals
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__)
-    add, data = (
-        parser.add_argument,
-        "digits (10,000 that come along), mnist or fashion (fetched), or a folder of images",
+    add = parser.add_argument
+    add(
+        "--data", default="digits", help="digits, which come along; mnist, fashion (fetched); or a folder [%(default)s]"
     )
-    add("--data", default="digits", help=f"{data} [%(default)s]")
     add("--size", type=int, default=32, help="pixels that images of a folder are made high and wide [%(default)s]")
     add("--grey", action="store_true", help="make images of a folder grey [RGB]")
     add("--flip", action="store_true", help="mirror half of the images, which is not for digits [off]")
@@ -116,16 +116,16 @@ def load_data(args, ranks):
 
 def make_model(args, images, labels):
     """Return the diffusion process, and a network that has learned nothing yet."""
-    # The forward process: T steps, each adding a little noise, until nothing else is left. What the network predicts of
-    # a noisy image is here the image itself. That is one of three ways to say the same, of which Ho et al. chose
-    # another, the noise; but in a few minutes it makes the better digits.
-    diffusion = Diffusion(make_schedule("cosine", args.timesteps), args.objective)
-    # The U-Net, with attention at the lowest resolution. It is told what is in an image, but for one in ten: so it
-    # learns both p(x | digit) and p(x), and sampling can be guided away from the latter.
-    attention, (_, H, W, C) = [False] * (len(args.channels) - 1) + [True], images.shape
+    # The forward process: T steps, each adding a little noise, until nothing else is left. Images count half, so that
+    # noise hides them sooner and more of the steps are those in which a digit takes shape. What the network predicts is
+    # the image behind the noise; Ho et al. let it predict the noise, which says the same, but takes longer to learn.
+    diffusion = Diffusion(make_schedule("cosine", args.timesteps, input_scale=0.5), args.objective)
+    # The U-Net, with attention in the middle only. It is told what is in an image, but for one in ten: it learns both
+    # p(x | digit) and p(x), and sampling can be guided away from the latter.
+    (_, H, W, C), attention = images.shape, [False] * len(args.channels)
     told = {} if labels is None else {"classes": int(labels.max()) + 1, "label_dropout": 0.1}
-    size = {"image_size": (H, W), "patch": args.patch}
-    return diffusion, UNet(C, C, args.channels, args.blocks, attention, rng=args.seed, **size, **told)
+    settings = {"image_size": (H, W), "patch": args.patch, "rng": args.seed}
+    return diffusion, UNet(C, C, args.channels, args.blocks, attention, **settings, **told)
 
 
 def steps_within(minutes, training):
@@ -172,9 +172,7 @@ def train_and_sample(args, ranks):
         here = ("out", "resume", "digits", "device", "workers", "mpi")  # all other options decide about the outcome
         options = {name: value for name, value in vars(args).items() if name not in here} | {"steps": steps}
         if earlier := begin_folder(args.out, options, args.resume):
-            print(
-                f"earlier  the run that was in the folder is in {earlier.name} now; --resume would have gone on from it"
-            )
+            print(f"earlier  the run that was there is in {earlier.name} now; --resume would have gone on from it")
         some = images[np.linspace(0, len(images) - 1, 4).astype(int)]
         noising_strip(diffusion, some, np.random.default_rng(args.seed)).save(args.out / "noising.png")
 
@@ -188,7 +186,7 @@ def train_and_sample(args, ranks):
         if first:
             some = lambda state: draw_grid(state, 20, f"step_{state.step:05d}.png")
             states = recorded(states, args.out, steps, args.save_every, args.sample_every, some)
-        *_, state = states
+        (state,) = collections.deque(states, maxlen=1)  # the last
     if not first:
         return
     save_model(args.out / "model.safetensors", state.ema.model, diffusion)
@@ -246,6 +244,7 @@ def main():
     args = parse_arguments()
     warnings.formatwarning = lambda message, *_: f"\nmnist_ddpm.py: {message}\n"
     ranks = Ranks(args.mpi)
+    args = ranks.gathered(args)[0]  # which may have found the options of before
     if args.digits is not None:
         return draw_digits(args) if ranks.rank == 0 else None
     with ranks.abort_on_error(), errors_in_a_line():

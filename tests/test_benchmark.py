@@ -108,7 +108,8 @@ def test_the_networks_are_the_example_s_and_google_s(benchmark):
     sizes = {work.name: benchmark.network(work.net).size for work in benchmark.WORKS}
     assert next(size for name, size in sizes.items() if "cifar" in name) == 35_746_307
     example = (SCRIPT.parent / "mnist_ddpm.py").read_text()
-    assert f"default={list(benchmark.EXAMPLE['channels'])}" in example
+    assert f"default={list(benchmark.EXAMPLE['channels'])}" in example and '"--patch", type=int, default=2' in example
+    assert benchmark.EXAMPLE["in_channels"] == benchmark.EXAMPLE["out_channels"] == 2 * 2
 
 
 def test_no_weight_is_zero(benchmark):

@@ -183,7 +183,7 @@ def test_another_run_in_the_folder_does_not_lose_the_checkpoint_of_the_one_befor
     resumed = run("--resume", f"--out={tmp_path / 'earlier-1'}")
     assert resumed.returncode == 0 and "resumed  at step 5" in resumed.stdout, resumed.stderr
     again = run(*TINY, "--steps=1", f"--out={tmp_path}")
-    assert "the run that was in the folder is in earlier-2 now; --resume would have gone on" in again.stdout
+    assert "the run that was there is in earlier-2 now; --resume would have gone on" in again.stdout
     assert {p.name for p in (tmp_path / "earlier-2").iterdir()} == made
 
 
@@ -356,7 +356,7 @@ def test_every_option_arrives_where_it_belongs(monkeypatch, tmp_path):
     options += ["--sample-every=2", "--samples=6", "--flip", "--patch=1", "--sampling-steps=10", "--guidance=3"]
     calls = run_here(monkeypatch, tmp_path, *options)
     unet, diffusion = calls["UNet"][0], calls["Diffusion"][0][1]
-    expected = {"channels": [8, 16], "blocks": 2, "rng": 7, "attention": [False, True], "patch": 1, "classes": 10}
+    expected = {"channels": [8, 16], "blocks": 2, "rng": 7, "attention": [False, False], "patch": 1, "classes": 10}
     assert {name: unet[0][name] for name in expected} == expected
     assert (
         diffusion.objective == "v" and diffusion.T == 30 and diffusion.schedule.alpha_bar[-1] < 1e-4
