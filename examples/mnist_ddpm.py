@@ -56,7 +56,7 @@ def parse_arguments():
     add("--no-labels", action="store_true", help="do not tell the network what is in an image [it is told]")
     add("--digits", help="draw these, such as 2026, by the model in the folder; nothing is trained [none]")
     add("--guidance", type=float, default=1.5, help="how clearly images show what they are to be [%(default)s]")
-    add("--sampling-steps", type=int, default=50, help="of T, on the way back from noise [%(default)s]")
+    add("--sampling-steps", type=int, default=25, help="of T, on the way back from noise [%(default)s]")
     add("--samples", type=int, default=64, help="images in the final grid [%(default)s]")
     add("--sample-every", type=int, default=500, help="training steps between sample grids [%(default)s]")
     add("--save-every", type=int, default=250, help="training steps between checkpoints [%(default)s]")

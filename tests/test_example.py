@@ -459,7 +459,7 @@ def test_two_minutes_of_training_learn_digits(tmp_path):
     assert result.returncode == 0, result.stderr
     unet, diffusion = load_model(tmp_path / "model.safetensors")
     labels = np.arange(60) % 10
-    images = sample(diffusion, unet, (60, 28, 28, 1), steps=50, rng=0, labels=labels, guidance=2)
+    images = sample(diffusion, unet, (60, 28, 28, 1), steps=25, rng=0, labels=labels, guidance=1.5)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples.png")), np.asarray(grid(images, 10)))
     evaluate = runpy.run_path(str(EXAMPLE.with_name("evaluate_digits.py")))
     _, p = evaluate["load_classifier"](evaluate["CLASSIFIER"]).look(images)
