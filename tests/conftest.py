@@ -8,6 +8,10 @@ gpu --cuda emulated` on any. With `--cuda null` the imitated GPU computes nothin
 """
 
 import functools
+import runpy
+import signal
+import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -104,3 +108,26 @@ def through_cupy(raw):
         return to_numpy(y), pull_through
 
     return on_cuda
+
+
+@pytest.fixture
+def refusal(monkeypatch, capsys):
+    """refusal(script, *arguments) runs an example, which has to refuse the arguments, and returns what it says.
+
+    In this process, for a new one takes a second. An error that nobody catches would leave it as such, not as an exit.
+    """
+
+    def run(script, *arguments):
+        handler, before = signal.getsignal(signal.SIGINT), warnings.formatwarning
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        try:
+            with pytest.raises(SystemExit) as refused:
+                runpy.run_path(str(script), run_name="__main__")
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            warnings.formatwarning = before
+        code = refused.value.code
+        assert code not in (None, 0)
+        return capsys.readouterr().err + (code if isinstance(code, str) else "")
+
+    return run

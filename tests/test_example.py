@@ -352,7 +352,7 @@ def run_here(monkeypatch, tmp_path, *arguments):
 
 def test_every_option_arrives_where_it_belongs(monkeypatch, tmp_path):
     options = ["--batch=6", "--lr=0.003", "--blocks=2", "--seed=7", "--steps=4", "--timesteps=30", "--objective=v"]
-    options += ["--sample-every=2", "--samples=6", "--flip", "--patch=1", "--sampling-steps=10", "--guidance=3"]
+    options += ["--sample-every=2", "--samples=10", "--flip", "--patch=1", "--sampling-steps=10", "--guidance=3"]
     calls = run_here(monkeypatch, tmp_path, *options)
     unet, diffusion = calls["UNet"][0], calls["Diffusion"][0][1]
     expected = {"channels": [8, 16], "blocks": 2, "rng": 7, "attention": [False, False], "patch": 1, "classes": 10}
@@ -379,12 +379,12 @@ def test_every_option_arrives_where_it_belongs(monkeypatch, tmp_path):
     assert len(averages) == 3 and all(model is averages[0] is not unet[1] for model in averages)
     assert [(arguments["shape"], arguments["rng"], arguments["workers"]) for arguments, _ in calls["sample"]] == [
         ((20, 28, 28, 1), 7, 2),  # after step 2; step 4 is the last, whose grid is the final one
-        ((6, 28, 28, 1), 7, 2),
+        ((10, 28, 28, 1), 7, 2),
     ]
     with Image.open(tmp_path / "denoising.gif") as gif:
         gif.seek(gif.n_frames - 1)  # its last frame is the result
         difference = np.asarray(gif.convert("L")).astype(int) - np.asarray(Image.open(tmp_path / "samples.png"))
-    assert gif.n_frames == 10 and np.abs(difference).max() <= 24  # it has 16 greys
+    assert gif.n_frames == 10 and np.abs(difference).mean() < 5  # it has 16 greys
 
 
 @pytest.mark.parametrize(
@@ -536,10 +536,8 @@ def test_help_documents_every_option():
         (["--colour=red"], "unrecognized arguments: --colour=red"),
     ],
 )
-def test_bad_input_is_refused_in_a_line(tmp_path, arguments, message):
-    result = run(f"--out={tmp_path}", "--steps=1", *arguments)
-    assert result.returncode != 0
-    assert message in result.stderr and "Traceback" not in result.stderr
+def test_bad_input_is_refused_in_a_line(refusal, tmp_path, arguments, message):
+    assert message in refusal(EXAMPLE, f"--out={tmp_path}", "--steps=1", *arguments)
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
@@ -631,12 +629,12 @@ class TestSamplePretrained:
             (["--device=gpu"], "device: 'gpu' is unknown"),
         ],
     )
-    def test_bad_input_is_refused_in_a_line(self, tmp_path, arguments, message):
+    def test_bad_input_is_refused_in_a_line(self, refusal, tmp_path, arguments, message):
         unet = UNet(channels=(8, 8), blocks=1, attention=(False, True), image_size=8)
         save_diffusers(tmp_path / "model", unet, Diffusion(make_schedule("linear", 60, beta_end=0.3)))
-        result = self.run(tmp_path / "model", f"--out={tmp_path / 'p.png'}", *arguments)
-        assert result.returncode != 0 and not (tmp_path / "p.png").exists()
-        assert message in result.stderr and "Traceback" not in result.stderr
+        example = EXAMPLE.with_name("sample_pretrained.py")
+        assert message in refusal(example, tmp_path / "model", f"--out={tmp_path / 'p.png'}", *arguments)
+        assert not (tmp_path / "p.png").exists()
 
     def test_a_folder_that_is_no_model(self, tmp_path):
         result = self.run(tmp_path)

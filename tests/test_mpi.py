@@ -309,7 +309,7 @@ class TestExample:
 
     def test_the_ranks_agree_on_the_steps_that_take_so_long(self, mpiexec, tmp_path):
         """Or they would wait for each other for ever."""
-        result = mpiexec(2, EXAMPLE, *TINY[1:], "--minutes=0.05", "--mpi", f"--out={tmp_path}")
+        result = mpiexec(2, EXAMPLE, *TINY[1:], "--sample-every=100000", "--minutes=0.05", "--mpi", f"--out={tmp_path}")
         assert result.returncode == 0, result.stderr
         (steps,) = re.findall(r"training ([\d,]+) steps, about 0.05 minutes", result.stdout)
         assert f"trained  {steps} steps" in result.stdout
