@@ -197,7 +197,7 @@ def train_and_sample(args, ranks):
 
     def watch(t, x, x0):
         if next(visited) % math.ceil(args.sampling_steps / 50) == 0 or t == 0:
-            frames.append(grid(to_numpy(x), columns=unet.config["classes"]))
+            frames.append(grid(to_numpy(x / diffusion.schedule.input_scale), columns=unet.config["classes"]))
 
     draw_grid(state, args.samples, "samples.png", callback=watch, progress=True)
     save_gif(args.out / "denoising.gif", frames)

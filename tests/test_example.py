@@ -384,7 +384,7 @@ def test_every_option_arrives_where_it_belongs(monkeypatch, tmp_path):
     with Image.open(tmp_path / "denoising.gif") as gif:
         gif.seek(gif.n_frames - 1)  # its last frame is the result
         difference = np.asarray(gif.convert("L")).astype(int) - np.asarray(Image.open(tmp_path / "samples.png"))
-    assert gif.n_frames == 10 and np.abs(difference).mean() < 5  # it has 16 greys
+    assert gif.n_frames == 10 and np.abs(difference).max() <= 24  # it has 16 greys
 
 
 @pytest.mark.parametrize(
