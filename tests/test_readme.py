@@ -26,7 +26,8 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/mnist").mkdir(parents=True)  # as the example leaves it, but small
     diffusion = Diffusion(make_schedule("linear", 25, beta_end=0.5))
-    save_model("runs/mnist/model.safetensors", UNet(channels=(8, 8), blocks=1, attention=(False, True)), diffusion)
+    unet = UNet(channels=(8, 8), blocks=1, attention=(False, True), classes=10, label_dropout=0.1)
+    save_model("runs/mnist/model.safetensors", unet, diffusion)
     pretrained = UNet(3, 3, channels=(8, 8), blocks=1, attention=(False, True), image_size=32)
     save_diffusers(
         "ddpm-cifar10-32", pretrained, Diffusion(make_schedule("linear", 1000))
@@ -51,7 +52,7 @@ def test_python_snippets_run(snippet, tmp_path, monkeypatch):
             assert picture.height == 6 * 64 and picture.width > 2 * 8 * 30
     elif "grid" in names:
         with Image.open("digits.png") as picture:
-            assert picture.size == (2 * (4 * 30 + 2), 2 * (4 * 30 + 2))
+            assert picture.size == (2 * (2 * 30 + 2), 2 * (2 * 30 + 2))
     elif "bits" in names:
         bits = names["bits"]
         assert 0 < bits.total == bits.prior + bits.terms.sum() and names["images"].shape == (4, 28, 28, 1)

@@ -1,0 +1,71 @@
+"""examples/draw_emoji.py: without a font it says so; what it cuts out is in the middle; with a font, pictures."""
+
+import pathlib
+import runpy
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw, ImageFont
+
+from tinyddpm import ImageFolder
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "draw_emoji.py"
+
+
+@pytest.fixture
+def example():
+    return types.SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+
+
+def test_without_a_font_it_says_what_to_do(example, monkeypatch):
+    monkeypatch.setitem(example.find_font.__globals__, "FONTS", ("/nowhere/**/*.ttf", "~/nowhere.ttc"))
+    with pytest.raises(
+        OSError, match="there is no font with emoji here; install one, such as Noto Color Emoji, or say"
+    ):
+        example.find_font()
+
+
+def test_what_is_no_font_is_named(example, refusal, tmp_path):
+    (tmp_path / "a.ttf").write_bytes(b"no font")
+    assert f"draw_emoji.py: {tmp_path / 'a.ttf'}: " in refusal(SCRIPT, f"--font={tmp_path / 'a.ttf'}")
+    assert "--size must be at least 8, got 7" in refusal(SCRIPT, "--size=7")
+
+
+def test_letters_and_empty_boxes_are_not_in_colour(example):
+    font = ImageFont.load_default(40)
+    assert all(example.draw(character, font, 32) is None for character in "A \U0001f600")
+
+
+def test_a_picture_is_cut_out_in_the_middle_of_a_white_square(example, monkeypatch):
+    def ellipse(pen, at, character, font, embedded_color):
+        assert embedded_color
+        pen.ellipse((at[0] + 5, at[1] + 20, at[0] + 65, at[1] + 50), fill=(240, 160, 20))
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", ellipse)
+    picture = example.draw("x", types.SimpleNamespace(size=109), 32)
+    pixels = np.asarray(picture).astype(int)
+    assert picture.size == (32, 32) and picture.mode == "RGB"
+    np.testing.assert_allclose(pixels[16, 16], (240, 160, 20), atol=2)
+    away = pixels.min(axis=2) < 200
+    for axis in (0, 1):  # as far from one side as from the other
+        found = np.flatnonzero(away.any(axis=axis))
+        assert abs(found[0] - (31 - found[-1])) <= 1
+    assert 28 <= np.ptp(np.flatnonzero(away.any(axis=0))) + 1 <= 32  # it fills the width
+    assert (pixels[[0, -1]] > 250).all()
+
+
+def test_it_draws_the_font_of_this_computer(example, tmp_path, monkeypatch):
+    try:
+        example.find_font()
+    except OSError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), f"--out={tmp_path}"])
+    example.main()
+    images = ImageFolder(tmp_path, 32)
+    assert images.classes == tuple(sorted(example.KINDS)) and len(images) > 100
+    assert np.bincount(images.labels).min() >= 5
+    with Image.open(tmp_path / "hearts" / "blue heart.png") as picture:
+        r, g, b = np.asarray(picture)[16, 16].astype(int)
+    assert b > r + 50
