@@ -25,12 +25,10 @@ import sys
 import zipfile
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from tqdm import tqdm
 
 from tinyddpm import ImageFolder, load_digits, load_model, sample, train
-from tinyddpm.checkpoint import replacing, write_tensors
+from tinyddpm.checkpoint import replacing, stored_tensors, write_tensors
 from tinyddpm.data import load_mnist
 from tinyddpm.functional import softmax_rows
 from tinyddpm.nn import Conv2d, GroupNorm, Linear, Module
@@ -103,12 +101,12 @@ def train_classifier(images, labels, steps, seed, workers):
 
 
 def load_classifier(path):
+    classifier = Classifier(0)
     try:
-        state = load_file(path)
-        classifier = Classifier(0)
-        classifier.load_state_dict({name: w.astype(np.float32) for name, w in state.items()})
+        with stored_tensors(path) as (stored, _):
+            classifier.load_state_dict({name: tensor.read(np.float32) for name, tensor in stored.items()})
         return classifier
-    except (SafetensorError, ValueError, OSError) as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"--classifier: {path} is none that --train wrote: {error}") from error
 
 
@@ -318,10 +316,9 @@ def main():
     args = parse_arguments()
     if args.train:
         return train_and_test(args)
-    classifier = load_classifier(args.classifier)
-    training, held_out, others = load_digits()[0], load_digits(train=False)[0], load_digits()[0]
-    if args.data == "mnist":
-        training, held_out = load_mnist(full=True)[0], load_mnist(full=True, train=False)[0]
+    classifier, full = load_classifier(args.classifier), args.data == "mnist"
+    held_out, others = load_mnist(full, train=False)[0], load_digits()[0]
+    training = load_mnist(full)[0] if full else others
     if not args.source.exists():
         raise FileNotFoundError(f"there is no {args.source}")
     if not 10 <= args.samples <= len(others):
@@ -335,7 +332,8 @@ def main():
     result = evaluate(images, held_out, others, training, classifier, args.seed, labels, args.workers)
     print(table(result))
     if args.json:
-        args.json.write_text(json.dumps({"source": str(args.source)} | result, indent=2) + "\n")
+        with replacing(args.json) as (unfinished,):
+            unfinished.write_text(json.dumps({"source": str(args.source)} | result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -234,6 +234,28 @@ def test_a_model_is_sampled_with_its_labels(example, tmp_path):
     assert found == again
 
 
+@pytest.fixture(scope="module")
+def damaged(digits):
+    """The folder, with what is not to be accepted beside."""
+    images = np.zeros((12, 28, 28))
+    np.savez(digits / "two.npz", a=images, b=images)
+    np.savez(digits / "few.npz", images[:3])
+    np.savez(digits / "large.npz", np.zeros((12, 32, 32)))
+    np.savez(digits / "bright.npz", images + np.arange(12)[:, None, None] * 255 / 11)
+    np.savez(digits / "nan.npz", images * np.nan)
+    np.savez(digits / "text.npz", np.array(["abc"] * 12))
+    np.savez(digits / "pickled.npz", np.array([{}, []], object))
+    for suffix in ("npz", "safetensors"):
+        (digits / f"broken.{suffix}").write_bytes(b"PK nothing of the kind")
+    save_model(
+        digits / "colour.safetensors", UNet(3, 3, (8, 8), 1, (False, True)), Diffusion(make_schedule("linear", 1000))
+    )
+    content = bytearray(SCRIPT.with_name("digit_classifier.safetensors").read_bytes())
+    content[-1] ^= 1
+    (digits / "flipped.safetensors").write_bytes(content)
+    return digits
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -244,6 +266,7 @@ def test_a_model_is_sampled_with_its_labels(example, tmp_path):
         (["{digits}/uint8.npz", "--seed=-1"], "--seed must be 0 or greater, got -1"),
         (["{digits}/uint8.npz", "--json=nowhere/r.json"], "--json: cannot write nowhere/r.json"),
         (["{digits}/uint8.npz", "--classifier={digits}/uint8.npz"], "--classifier: "),
+        (["{digits}/uint8.npz", "--classifier={digits}/flipped.safetensors"], "flipped.safetensors has been damaged"),
         (["{digits}/two.npz"], "expected an array 'images', or only one, got a, b"),
         (["{digits}/few.npz"], "expected at least 10 images, got 3"),
         (
@@ -259,18 +282,5 @@ def test_a_model_is_sampled_with_its_labels(example, tmp_path):
         (["{digits}/colour.safetensors"], "expected a model of grey digits, got one of 3 channels, None classes"),
     ],
 )
-def test_bad_input_is_refused_in_a_line(refusal, digits, arguments, message):
-    images = np.zeros((12, 28, 28))
-    np.savez(digits / "two.npz", a=images, b=images)
-    np.savez(digits / "few.npz", images[:3])
-    np.savez(digits / "large.npz", np.zeros((12, 32, 32)))
-    np.savez(digits / "bright.npz", images + np.arange(12)[:, None, None] * 255 / 11)
-    np.savez(digits / "nan.npz", images * np.nan)
-    np.savez(digits / "text.npz", np.array(["abc"] * 12))
-    np.savez(digits / "pickled.npz", np.array([{}, []], object))
-    for suffix in ("npz", "safetensors"):
-        (digits / f"broken.{suffix}").write_bytes(b"PK nothing of the kind")
-    save_model(
-        digits / "colour.safetensors", UNet(3, 3, (8, 8), 1, (False, True)), Diffusion(make_schedule("linear", 1000))
-    )
-    assert message in refusal(SCRIPT, *(argument.format(digits=digits) for argument in arguments))
+def test_bad_input_is_refused_in_a_line(refusal, damaged, arguments, message):
+    assert message in refusal(SCRIPT, *(argument.format(digits=damaged) for argument in arguments))
