@@ -51,11 +51,14 @@ def find_font(given=None):
 
 
 def draw(character, font, size):
-    """Return the picture of a character on white, cut out and made size x size, or None if the font has none."""
+    """Return the picture of a character on white, cut out and made size x size, or None if the font has none.
+
+    What is not in colour, as letters and the box for what is missing, Pillow draws in white, so that nothing is seen.
+    """
     page = Image.new("RGB", (2 * int(font.size), 2 * int(font.size)), "white")
     ImageDraw.Draw(page).text((font.size // 2, font.size // 2), character, font=font, embedded_color=True)
     away = np.asarray(page).min(axis=2) < 250
-    if not away.any() or np.ptp(np.asarray(page)[away], axis=1).max() < 30:  # nothing, or an empty box
+    if not away.any():
         return None
     rows, columns = (np.flatnonzero(away.any(axis=axis)) for axis in (1, 0))
     center, half = (columns[[0, -1]].mean(), rows[[0, -1]].mean()), 0.53 * max(np.ptp(rows), np.ptp(columns))
