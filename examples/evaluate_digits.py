@@ -6,15 +6,18 @@ is. A small classifier looks at them and at real digits, and beside each number 
     Frechet distance   ||m - m'||^2 + tr(S + S' - 2 (S S')^(1/2)) between the means and covariances of the classifier's
                        features of these digits and of held-out ones (Heusel et al. 2017, with a network of their own)
     confident          share that it calls some digit with a probability above 0.9
+    as asked           share that it calls what the model was asked for
     classes            share of each digit: about a tenth
     precision          share that lies among real digits, as far apart as these lie from their third neighbours
     recall             share of real digits that lies, likewise, among these (Kynkaanniemi et al. 2019, section 2)
-    nearest            distance of the pixels from those of the nearest digit that the model has learned from: if it
-                       is much smaller than that of held-out digits, the model repeats by heart
+    nearest            distance of the pixels from those of the nearest digit that the model has learned from. A smooth
+                       digit is nearer to others than a real one is, so what tells of learning by heart is
+    repeated           share that is nearer to one of these than all but 1 % of held-out digits are
 
-The classifier learned from the 50,000 of MNIST's training digits that do not come with the package, made by
-`python examples/evaluate_digits.py --train examples/digit_classifier.safetensors --data mnist`. Held-out are 2,000
-digits of MNIST's test set that come with the package, or with --data mnist all 10,000, which take part in no training.
+Real digits are drawn five times, and if the model was asked for classes, as many of each. The classifier learned from
+the 50,000 of MNIST's training digits that do not come with the package, made by `python examples/evaluate_digits.py
+--train examples/digit_classifier.safetensors`. Held-out are 2,000 digits of MNIST's test set that come with the
+package, or with --data mnist all 10,000, which take part in no training.
 """
 
 import argparse
@@ -153,24 +156,33 @@ def nearest(images, training, what):
     return np.concatenate(found)
 
 
-def evaluate(images, held_out, others, training, classifier, seed=0, labels=None, workers=None):
+def draws(of_others, n, labels, rng):
+    """Which of other real digits, of classes `of_others`, stand in for n images: five draws (5, n), of which no two
+    share a digit, and with as many of each class as `labels` has, if there are labels."""
+    order = rng.permutation(len(of_others))
+    if labels is None:
+        return order[: 5 * n].reshape(5, n)
+    asked = [(order[of_others[order] == digit], np.count_nonzero(labels == digit)) for digit in range(10)]
+    return np.concatenate([those[: 5 * count].reshape(5, count) for those, count in asked], axis=1)
+
+
+def evaluate(images, held_out, others, of_others, training, classifier, seed=0, labels=None, workers=None):
     """What the table shows, as {"generated": numbers, "real": the same of real digits, ...}, of JSON's types.
 
-    Args: images: (N, 28, 28, 1) in [-1, 1], to be judged. held_out: real digits to compare with. others: more real
-    digits, at least N, of which five times N stand in for the generated ones. training: those the model learned from.
-    labels: (N,), what the images were to be.
+    Args: images: (N, 28, 28, 1) in [-1, 1], to be judged. held_out: at least N real digits to compare with. others: at
+    least 5 N more, and of_others: their classes. training: those the model learned from. labels: (N,), what the images
+    were to be.
     """
     n, rng = len(images), np.random.default_rng(seed)
-    others = others[rng.permutation(len(others))[: 5 * n]]
+    chosen = draws(of_others, n, labels, rng)
     (f, p), (f_held, _), (f_other, p_other) = (
         classifier.look(x, workers, what)
-        for x, what in ((images, "generated"), (held_out, "held-out"), (others, "other real"))
+        for x, what in ((images, "generated"), (held_out, "held-out"), (others[chosen.ravel()], "other real"))
     )
-    equal = min(n, len(held_out))  # precision and recall take as many of both
-    real = f_held[rng.permutation(len(held_out))[:equal]]
+    real = f_held[rng.permutation(len(held_out))[:n]]  # precision and recall take as many of both
 
     def numbers(f, p):
-        precision, recall = precision_and_recall(real, f[:equal])
+        precision, recall = precision_and_recall(real, f)
         classes = np.bincount(p.argmax(axis=1), minlength=10) / len(p)
         return {
             "frechet": frechet_distance(f, f_held),
@@ -180,16 +192,16 @@ def evaluate(images, held_out, others, training, classifier, seed=0, labels=None
             "classes": [round(float(share), 6) for share in classes],
         }
 
-    chosen = [rng.permutation(len(others))[:n] for _ in range(5)]
-    by_chance = [numbers(f_other[which], p_other[which]) for which in chosen]
+    by_chance = [numbers(f_other[start : start + n], p_other[start : start + n]) for start in range(0, 5 * n, n)]
     floor = {name: np.mean([one[name] for one in by_chance], axis=0).tolist() for name in by_chance[0]}
-    floor["frechet_deviation"] = float(np.std([one["frechet"] for one in by_chance]))
+    floor["frechet_deviation"] = float(np.std([one["frechet"] for one in by_chance], ddof=1))
     generated = numbers(f, p)
     if labels is not None:
         generated["as_asked"] = float((p.argmax(axis=1) == labels).mean())
-    for row, x, what in ((generated, images, "neighbours"), (floor, held_out, "of held-out")):
-        distance = nearest(x, training, what)
-        row["nearest"], row["nearest_percentile_1"] = float(distance.mean()), float(np.percentile(distance, 1))
+    of_real = nearest(held_out, training, "of held-out")
+    for row, distance in ((generated, nearest(images, training, "neighbours")), (floor, of_real)):
+        row["nearest"] = float(distance.mean())
+        row["repeated"] = float((distance < np.percentile(of_real, 1)).mean())
     return {"samples": n, "held_out": len(held_out), "training": len(training), "generated": generated, "real": floor}
 
 
@@ -204,11 +216,11 @@ def table(result):
     add("Frechet distance", "frechet", deviation=f" +- {real['frechet_deviation']:.3f}")
     add("confident (> 0.9)", "confident")
     if "as_asked" in generated:
-        lines.append(f"{'what was asked for':22}{generated['as_asked']:10.3f}")
+        lines.append(f"{'as asked':22}{generated['as_asked']:10.3f}")
     add("precision", "precision")
     add("recall", "recall")
     add("nearest, mean", "nearest", 1)
-    add("nearest, 1st percent", "nearest_percentile_1", 1)
+    add("repeated", "repeated")
     for name, row in (("classes, generated", generated), ("classes, real", real)):
         lines.append(f"{name:22}" + " ".join(f"{digit}:{share:.0%}" for digit, share in enumerate(row["classes"])))
     return "\n".join(lines)
@@ -237,10 +249,14 @@ def parse_arguments():
     args = parser.parse_args()
     if (args.source is None) == (args.train is None):
         parser.error("expected what to evaluate, or --train FILE")
-    for name in ("samples", "steps", "workers", "train_steps"):
+    for name in ("steps", "workers", "train_steps"):
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')} must be 1 or greater, got {value}")
+    if args.source and not args.source.exists():
+        parser.error(f"there is no {args.source}")
+    if not 10 <= args.samples <= 2000:  # of real digits, five times as many are needed
+        parser.error(f"--samples must be from 10 to 2000, got {args.samples}")
     if args.seed < 0:
         parser.error(f"--seed must be 0 or greater, got {args.seed}")
     if not math.isfinite(args.guidance):
@@ -252,11 +268,14 @@ def parse_arguments():
     return args
 
 
-def read_images(path):
-    """Return images (N, 28, 28, 1) in [-1, 1] from a folder of pictures or an .npz."""
+def read_images(path, most, seed):
+    """Return images (N, 28, 28, 1) in [-1, 1] from a folder of pictures or an .npz; `most` of them, drawn by lot, if
+    there are more, since they may be sorted."""
     if path.is_dir():
         folder = ImageFolder(path, 28, channels=1)
-        return folder[np.arange(len(folder))]
+        return folder[by_lot(len(folder), most, seed)]
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path}: expected arrays in a file as np.savez writes it")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             names = arrays.files
@@ -274,17 +293,25 @@ def read_images(path):
         raise ValueError(
             f"{path}: expected images (N, 28, 28), uint8 or floats in [-1, 1], got {images.dtype} {images.shape}"
         )
-    if not np.abs(images).max() <= 1.01:
+    if not (np.abs(images).max() <= 1.01 and images.min() < -0.1):
         raise ValueError(f"{path}: expected floats in [-1, 1], got {images.min():.4g} ... {images.max():.4g}")
-    return images.astype(np.float32)
+    return images[by_lot(len(images), most, seed)].astype(np.float32)
+
+
+def by_lot(count, most, seed):
+    """Up to `most` of 0 ... count - 1, ascending."""
+    return np.sort(np.random.default_rng(seed).permutation(count)[:most])
 
 
 def draw(path, args):
     """Return digits that the model in a file draws, and which they were to be or None."""
     unet, diffusion = load_model(path)
-    channels, classes = unet.config["in_channels"], unet.config["classes"]
-    if channels != 1 or classes not in (None, 10):
-        raise ValueError(f"{path}: expected a model of grey digits, got one of {channels} channels, {classes} classes")
+    channels, classes, size = (unet.config[name] for name in ("in_channels", "classes", "image_size"))
+    if channels != 1 or classes not in (None, 10) or size not in (None, (28, 28)):
+        raise ValueError(
+            f"{path}: expected a model of grey digits of 28 x 28 pixels, got one of {channels} channels, {classes} "
+            f"classes, for images of {size}"
+        )
     labels = np.arange(args.samples) % 10 if classes else None
     guided = {"labels": labels, "guidance": args.guidance if unet.config["label_dropout"] else None} if classes else {}
     images = sample(
@@ -294,20 +321,24 @@ def draw(path, args):
     return images, labels
 
 
-def train_and_test(args):
-    """Write a classifier to args.train, and say how often it is right."""
-    images, labels = load_mnist(full=args.data == "mnist")
-    place = np.empty(len(labels), int)  # among the digits of its class
+def not_bundled(labels):
+    """Which of MNIST's training digits do not come with the package: all but the first 1,000 of each class."""
+    chosen = np.ones(len(labels), bool)
     for digit in range(10):
-        place[labels == digit] = np.arange(np.count_nonzero(labels == digit))
-    if args.data == "mnist":  # the first 1,000 of each class are those that come along
-        chosen, (unseen, truth) = place >= 1000, load_mnist(full=True, train=False)
-    else:  # there are no others
-        chosen, unseen, truth = place < 900, images[place >= 900], labels[place >= 900]
+        chosen[np.flatnonzero(labels == digit)[:1000]] = False
+    return chosen
+
+
+def train_and_test(args):
+    """Write a classifier to args.train, and say how often it is right. Neither the digits with which generated ones are
+    compared nor those that stand in for them take part."""
+    images, labels = load_mnist(full=True)
+    unseen, truth = load_mnist(full=True, train=False)
+    chosen = not_bundled(labels)
     classifier = train_classifier(images[chosen], labels[chosen], args.train_steps, args.seed, args.workers)
     with replacing(args.train) as (unfinished,):
         state = {name: w.astype(np.float16) for name, w in classifier.state_dict().items()}
-        write_tensors(unfinished, state, {"digits": f"{len(images[chosen])} of {args.data}"})
+        write_tensors(unfinished, state, {"digits": f"{chosen.sum()} of mnist"})
     right = (load_classifier(args.train).look(unseen, args.workers, "testing")[1].argmax(axis=1) == truth).mean()
     print(f"right about {right:.2%} of {len(truth):,} digits it has not learned from: {args.train}")
 
@@ -317,19 +348,15 @@ def main():
     if args.train:
         return train_and_test(args)
     classifier, full = load_classifier(args.classifier), args.data == "mnist"
-    held_out, others = load_mnist(full, train=False)[0], load_digits()[0]
+    held_out, (others, of_others) = load_mnist(full, train=False)[0], load_digits()
     training = load_mnist(full)[0] if full else others
-    if not args.source.exists():
-        raise FileNotFoundError(f"there is no {args.source}")
-    if not 10 <= args.samples <= len(others):
-        raise ValueError(f"--samples must be from 10 to {len(others)}, got {args.samples}")
     if args.source.is_dir() or args.source.suffix == ".npz":
-        images, labels = read_images(args.source)[: args.samples], None
+        images, labels = read_images(args.source, args.samples, args.seed), None
         if len(images) < 10:
             raise ValueError(f"{args.source}: expected at least 10 images, got {len(images)}")
     else:
         images, labels = draw(args.source, args)
-    result = evaluate(images, held_out, others, training, classifier, args.seed, labels, args.workers)
+    result = evaluate(images, held_out, others, of_others, training, classifier, args.seed, labels, args.workers)
     print(table(result))
     if args.json:
         with replacing(args.json) as (unfinished,):
@@ -342,4 +369,5 @@ if __name__ == "__main__":
     except (ValueError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
         sys.exit(f"evaluate_digits.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nevaluate_digits.py: interrupted")
+        print("\nevaluate_digits.py: interrupted", file=sys.stderr)
+        sys.exit(130)

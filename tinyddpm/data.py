@@ -56,8 +56,8 @@ _SIZE, _COLUMNS = 28, 100
 def load_digits(train: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Return bundled digits: images (N, 28, 28, 1), float32 in [-1, 1], and their labels (N,), in the order 0 to 9.
 
-    They are 10,000 of MNIST's digits for training or, with train=False, 2,000 of those for testing: of each class, the
-    first.
+    They are 10,000 of MNIST's digits for training, the first of each class, or, with train=False, 2,000 of those for
+    testing, evenly spread over all of the class, since the second half of these is easier to read than the first.
     """
     from PIL import Image
 
