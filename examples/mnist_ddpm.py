@@ -1,7 +1,8 @@
 """Train a DDPM on handwritten digits and watch them appear: `python examples/mnist_ddpm.py`.
 
-Read from top to bottom, this is the tutorial. What is not in here is in the package, one idea to a file. The network is
-told which digit each image is, so that it can be asked for digits afterwards, as often as you like: --digits 2026.
+Read from top to bottom, this is the tutorial (the first function is about options; skip it at first). What is not in
+here is in the package, one idea to a file. The network is told which digit each image is, so that it can be asked for
+digits afterwards, as often as you like: --digits 2026.
 
 A run that ended, by Ctrl-C or by a power cut, goes on as if it had not with --resume (and --out, if it was given).
 Images of your own: --data FOLDER, with a folder in it for each class if there are any. On many machines:
@@ -70,17 +71,21 @@ def parse_arguments():
     args = parser.parse_args()
     options = args.out / OPTIONS
     if args.resume and options.exists():  # as given before, unless given again
-        parser.set_defaults(**json.loads(options.read_text()))
+        try:
+            parser.set_defaults(**(before := json.loads(options.read_text())))
+        except (ValueError, TypeError) as error:
+            parser.error(f"--resume: {options} is damaged: {error}")
         args = parser.parse_args()
+        if args.minutes != before.get("minutes", args.minutes):
+            parser.error(f"--minutes: the run that is to go on has {args.steps} steps, and keeps them")
+    if os.path.isdir(args.data):
+        args.data = os.path.abspath(args.data)
     above_zero = ("minutes", "steps", "batch", "lr", "patch", "blocks", "timesteps", "sampling_steps", "samples",
                   "sample_every", "save_every", "workers", "size")  # fmt: skip
     for name in above_zero:
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
-    if args.timesteps <= 20:
-        parser.error(f"--timesteps must be greater than 20 to get from an image to noise, got {args.timesteps}")
-    args.sampling_steps = min(args.sampling_steps, args.timesteps)
     if args.seed < 0:
         parser.error(f"--seed must be 0 or greater, got {args.seed}")
     if args.digits is not None and not (args.digits.isascii() and args.digits.isdecimal()):
@@ -117,8 +122,9 @@ def load_data(args, ranks):
 def make_model(args, images, labels):
     """Return the diffusion process, and a network that has learned nothing yet."""
     # The forward process: T steps, each adding a little noise, until nothing else is left. Images count half, so that
-    # noise hides them sooner and more of the steps are those in which a digit takes shape. What the network predicts is
-    # the image behind the noise; Ho et al. let it predict the noise, which says the same, but takes longer to learn.
+    # noise hides them sooner and more of the steps are those in which a digit takes shape. The network predicts the
+    # image behind the noise. Ho et al.'s predicts the noise, from which the image follows; but then errors count less
+    # where there is much noise, which is where a digit takes shape, and it learns that later.
     diffusion = Diffusion(make_schedule("cosine", args.timesteps, input_scale=0.5), args.objective)
     # The U-Net, with attention in the middle only. It is told what is in an image, but for one in ten: it learns both
     # p(x | digit) and p(x), and sampling can be guided away from the latter.
@@ -129,14 +135,13 @@ def make_model(args, images, labels):
 
 
 def steps_within(minutes, training):
-    """How many steps take so long here: from the pace of a rehearsal, without its first steps, which are slower."""
-    began, seconds, budget = time.monotonic(), [], 60 * minutes
+    """How many steps take so long here, from the pace of a rehearsal of a few seconds."""
+    began, ends, budget = time.monotonic(), [], 60 * minutes
     gone = lambda: time.monotonic() - began
-    for state in training(steps=10**6, stop=lambda: len(seconds) > 2 and gone() > budget / 50):
+    for state in training(steps=10**6, stop=lambda: len(ends) > 5 and gone() > min(budget / 50, 10)):
         state.look()  # a GPU runs behind
-        seconds.append(state.seconds)
-    pace = (seconds[-1] - seconds[1]) / (len(seconds) - 2)
-    return max(1, round((budget - gone()) / pace))
+        ends.append(gone())
+    return max(1, round((budget - gone()) / np.median(np.diff(ends))))
 
 
 def train_and_sample(args, ranks):
@@ -162,6 +167,7 @@ def train_and_sample(args, ranks):
 
     steps, about = args.steps, ""
     if steps is None:
+        say(f"pace     a rehearsal tells how many steps take {args.minutes:g} minutes", flush=True)
         steps = ranks.gathered(steps_within(args.minutes, functools.partial(training, copy.deepcopy(unet))))[0]
         about = f", about {args.minutes:g} minutes"
     say(f"training {steps:,} steps{about}, {args.batch} images a step; Ctrl-C ends it earlier")
@@ -169,7 +175,7 @@ def train_and_sample(args, ranks):
     if first:
         if args.resume and not (args.out / CHECKPOINT).exists():
             print("resumed  from the beginning, for there is no checkpoint")
-        here = ("out", "resume", "digits", "device", "workers", "mpi")  # all other options decide about the outcome
+        here = ("out", "resume", "digits", "device", "workers", "mpi")  # may be others when it goes on
         options = {name: value for name, value in vars(args).items() if name not in here} | {"steps": steps}
         if earlier := begin_folder(args.out, options, args.resume):
             print(f"earlier  the run that was there is in {earlier.name} now; --resume would have gone on from it")
@@ -178,7 +184,7 @@ def train_and_sample(args, ranks):
 
     def draw_grid(state, n, name, **settings):  # from the averaged weights, always starting from the same noise
         drawn = draw(args, diffusion, state.ema.model, n, workers, **settings)
-        grid(to_numpy(drawn), columns=unet.config["classes"]).save(args.out / name)
+        page(drawn, unet).save(args.out / name)
 
     notice = "what was trained is saved and sampled in a moment; again to quit at once"
     with stop_signals(notice if first else "") as asked:
@@ -197,11 +203,17 @@ def train_and_sample(args, ranks):
 
     def watch(t, x, x0):
         if next(visited) % math.ceil(args.sampling_steps / 50) == 0 or t == 0:
-            frames.append(grid(to_numpy(x / diffusion.schedule.input_scale), columns=unet.config["classes"]))
+            frames.append(page(x / diffusion.schedule.input_scale, unet))
 
     draw_grid(state, args.samples, "samples.png", callback=watch, progress=True)
     save_gif(args.out / "denoising.gif", frames)
     print(f"done in {(time.monotonic() - began) / 60:.1f} minutes: look at samples.png and denoising.gif in {args.out}")
+
+
+def page(images, unet):
+    """A grid with a column for each class, unless that would be too few or too many."""
+    classes = unet.config["classes"] or 0
+    return grid(to_numpy(images), columns=classes if 5 <= classes <= len(images) else None)
 
 
 def draw(args, diffusion, unet, n, workers, labels=None, **settings):
@@ -219,8 +231,10 @@ def draw_digits(args):
     unet, diffusion = load_model(args.out / "model.safetensors")
     if not unet.config["classes"]:
         raise ValueError(f"--digits: the model in {args.out} was trained without labels, so it does not know digits")
-    unet.to(args.device, precision=args.precision)
     labels = [int(digit) for digit in args.digits]
+    if max(labels) >= unet.config["classes"]:
+        raise ValueError(f"--digits: this model knows 0 to {unet.config['classes'] - 1}, got {args.digits}")
+    unet.to(args.device, precision=args.precision)
     digits = draw(args, diffusion, unet, len(labels), args.workers, labels, progress=True)
     grid(to_numpy(digits), columns=len(labels), scale=4).save(args.out / "digits.png")
     print(f"look at {args.out / 'digits.png'}")

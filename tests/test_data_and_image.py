@@ -122,14 +122,15 @@ def test_a_row_of_images_stands_beside_its_name(channels):
             rows(bad)
 
 
-def test_noising_strip_goes_from_the_image_to_noise():
-    d = Diffusion(make_schedule("linear", 100, beta_end=0.2))
+@pytest.mark.parametrize("b", [1, 0.5])
+def test_noising_strip_goes_from_the_image_to_noise(b):
+    d = Diffusion(make_schedule("linear", 100, beta_end=0.2, input_scale=b))
     x0 = np.random.default_rng(0).uniform(-1, 1, (2, 8, 8, 1)).astype(np.float32)
     strip = np.asarray(noising_strip(d, x0, np.random.default_rng(1), columns=5))
     assert strip.shape == (2 * (2 * 10 + 2), 2 * (5 * 10 + 2))
     eps = np.random.default_rng(1).standard_normal(x0.shape).astype(np.float32)
     for column, t in enumerate([None, 25, 50, 74, 99]):
-        x = x0 if t is None else d.q_sample(x0, np.array([t, t]), eps)
+        x = x0 if t is None else d.q_sample(x0, np.array([t, t]), eps) / b  # as bright as x0
         for row in range(2):
             top, left = 2 * (2 + 10 * row), 2 * (2 + 10 * column)
             np.testing.assert_array_equal(strip[top : top + 16 : 2, left : left + 16 : 2], to_uint8(x[row])[:, :, 0])

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -84,7 +85,7 @@ def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path):
     log = np.loadtxt(out / "metrics.csv", delimiter=",", skiprows=1)
     assert log.shape == (5, 6) and log[:, 0].tolist() == [1, 2, 3, 4, 5] and np.isfinite(log).all()
     again = sample(diffusion, unet, (6, 28, 28, 1), rng=0, labels=np.arange(6), guidance=1.5)
-    again = grid(again, columns=10)  # the file is the model that drew the samples
+    again = grid(again)  # the file is the model that drew the samples
     np.testing.assert_array_equal(np.asarray(again), np.asarray(Image.open(out / "samples.png")))
 
 
@@ -179,8 +180,9 @@ def test_another_run_in_the_folder_does_not_lose_the_checkpoint_of_the_one_befor
     resumed = run(*TINY, "--seed=1", "--resume", f"--out={tmp_path}")
     assert resumed.returncode == 1 and "Traceback" not in resumed.stderr and "is kept" not in resumed.stderr
     assert "checkpoint.safetensors is of another run: seed: 2 there, 1 here" in resumed.stderr
-    resumed = run("--resume", f"--out={tmp_path / 'earlier-1'}")
-    assert resumed.returncode == 0 and "resumed  at step 5" in resumed.stdout, resumed.stderr
+    for folder in (tmp_path, tmp_path / "earlier-1"):  # what was refused has changed nothing
+        resumed = run("--resume", f"--out={folder}")
+        assert resumed.returncode == 0 and "resumed  at step 5" in resumed.stdout, resumed.stderr
     again = run(*TINY, "--steps=1", f"--out={tmp_path}")
     assert "the run that was there is in earlier-2 now; --resume would have gone on" in again.stdout
     assert {p.name for p in (tmp_path / "earlier-2").iterdir()} == made
@@ -243,8 +245,35 @@ def test_images_of_ones_own(photos, tmp_path):
     assert {name: unet.config[name] for name in expected} == expected
     with Image.open(tmp_path / "out" / "samples.png") as picture:
         assert picture.mode == "RGB" and picture.size == (2 * (2 * 18 + 2), 2 * (2 * 18 + 2))
-    result = run(*settings, "--grey", f"--out={tmp_path / 'out'}", "--resume")
+    result = run("--grey", f"--out={tmp_path / 'out'}", "--resume")
     assert result.returncode == 1 and "unet.in_channels: 3 there, 1 here" in result.stderr
+    assert json.loads((tmp_path / "out" / "options.json").read_text())["data"] == str(photos)
+    result = run("--digits=12", f"--out={tmp_path / 'out'}")
+    assert result.returncode == 1 and "--digits: this model knows 0 to 1, got 12" in result.stderr
+
+
+def test_the_options_of_before(refusal, photos, tmp_path, monkeypatch):
+    """A folder of pictures is found from elsewhere; the number of steps cannot be changed; damage is named."""
+    (photos / "cats" / "broken.png").unlink()
+    monkeypatch.chdir(photos.parent)
+    out, few = tmp_path / "out", [*TINY, "--steps=1", "--data=photos", "--size=8"]
+    with monkeypatch.context() as patch:
+        run_here(patch, out, *few)
+    assert json.loads((out / "options.json").read_text())["data"] == str(photos)
+    message = "--minutes: the run that is to go on has 1 steps, and keeps them"
+    assert message in refusal(EXAMPLE, f"--out={out}", "--resume", "--minutes=9")
+    for damage in ("{", "[1]", "3"):
+        (out / "options.json").write_text(damage)
+        assert f"--resume: {out / 'options.json'} is damaged: " in refusal(EXAMPLE, f"--out={out}", "--resume")
+
+
+def test_a_grid_has_a_column_for_each_class_unless_these_are_few_or_many():
+    """Few would make it a tower, many a strip."""
+    page = runpy.run_path(str(EXAMPLE))["page"]
+    images = np.zeros((64, 8, 8, 1), np.float32)
+    for classes, columns in ((None, 8), (1, 8), (2, 8), (5, 5), (10, 10), (64, 64), (65, 8)):
+        unet = types.SimpleNamespace(config={"classes": classes})
+        assert page(images, unet).size[0] == 2 * (10 * columns + 2)
 
 
 @on_posix
@@ -391,15 +420,16 @@ def test_every_option_arrives_where_it_belongs(monkeypatch, tmp_path):
     ("given", "steps"),
     [
         ([], 1175),
-        (["--minutes=1"], 233),
+        (["--minutes=30"], 7159),
+        (["--minutes=1"], 230),
         (["--minutes=0.001"], 1),
         (["--steps=7"], 7),
         (["--steps=3", "--minutes=9"], 3),
     ],
 )
 def test_steps_and_minutes(monkeypatch, tmp_path, given, steps):
-    """By a clock on which a step takes 0.25 seconds, but the first a whole one: 6 s of 300, or 1.2 of 60, go by in the
-    rehearsal, or as much as three steps take; what is left is for steps."""
+    """By a clock on which a step takes 0.25 seconds, but the first a whole one: 6 s of 300, 10 of 1800 go by in the
+    rehearsal, or as much as seven steps take; what is left is for steps."""
 
     class Enough(Exception):
         pass
@@ -468,15 +498,15 @@ def test_two_minutes_of_training_learn_digits(tmp_path):
 
 def test_digits_that_are_asked_for(monkeypatch, tmp_path):
     """It draws what it is told, in the grids and later; the model is not trained again."""
-    calls = run_here(monkeypatch, tmp_path, "--seed=3", "--steps=3", "--samples=6")
+    calls = run_here(monkeypatch, tmp_path, "--seed=3", "--steps=3", "--samples=12")
     unet, labels = calls["UNet"][0][1], load_digits()[1]
     assert unet.config["classes"] == 10 and unet.config["label_dropout"] == 0.1
     np.testing.assert_array_equal(calls["train"][0][0]["labels"], labels)
     ((arguments, _),) = calls["sample"]
-    assert arguments["labels"].tolist() == [0, 1, 2, 3, 4, 5]
+    assert arguments["labels"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert not (tmp_path / "digits.png").exists()
     with Image.open(tmp_path / "samples.png") as picture:
-        assert picture.size == (2 * (10 * 30 + 2), 2 * 32)  # a column for each digit
+        assert picture.size == (2 * (10 * 30 + 2), 2 * (2 * 30 + 2))  # a column for each digit
 
     monkeypatch.undo()
     before = (tmp_path / "model.safetensors").read_bytes()
@@ -502,11 +532,9 @@ def test_help_documents_every_option():
     result = run("--help")
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
-    options = (
-        "steps minutes batch lr channels blocks timesteps no-labels digits guidance patch sampling-steps objective"
-    )
-    options += " samples sample-every save-every resume device workers mpi seed data size grey flip out"
-    for option in options.split():
+    options = set(re.findall(r" --([a-z-]+)", text.partition("options:")[2])) - {"help"}
+    assert len(options) == 27
+    for option in options:
         # its meaning, and its default in brackets
         assert re.search(rf"--{option}( \{{\S+\}}| [A-Z_ \[\].]+)? [^-]+\[[^\]]+\]", text), option
 
@@ -521,7 +549,7 @@ def test_help_documents_every_option():
         (["--save-every=0"], "--save-every must be greater than 0"),
         (["--workers=0"], "--workers must be greater than 0"),
         (["--data=nowhere"], "--data must be digits, mnist, fashion or a folder, got nowhere"),
-        (["--timesteps=20"], "--timesteps must be greater than 20 to get from an image to noise, got 20"),
+        (["--timesteps=0"], "--timesteps must be greater than 0, got 0"),
         (["--channels", "12"], "channels: expected multiples of groups = 8, got [12]"),
         (["--channels", "8", "8", "8", "8"], "a height and a width that are multiples of 16"),
         (["--patch=0"], "--patch must be greater than 0, got 0"),
@@ -550,7 +578,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
 
 
 def test_it_can_be_read_as_a_tutorial():
-    assert len(EXAMPLE.read_text().splitlines()) < 270
+    assert len(EXAMPLE.read_text().splitlines()) < 275
 
 
 class TestSamplePretrained:

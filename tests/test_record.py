@@ -88,8 +88,11 @@ def test_begin_folder(tmp_path):
     assert begin_folder(tmp_path, options | {"lr": 0.2}) is None and not (tmp_path / "earlier-1").exists()
     for _ in recorded(training(), tmp_path, 7):
         pass
-    assert begin_folder(tmp_path, options, resume=True) is None and "checkpoint.safetensors" in names(tmp_path)
     before = names(tmp_path)
+    assert begin_folder(tmp_path, options, resume=True) is None and names(tmp_path) == before
+    assert json.loads((tmp_path / "options.json").read_text())["lr"] == 0.2  # for it may be refused yet
+    (tmp_path / "options.json").unlink()
+    assert begin_folder(tmp_path, options, resume=True) is None and names(tmp_path) == before
     assert begin_folder(tmp_path, options | {"lr": 0.3}) == tmp_path / "earlier-1"
     assert names(tmp_path / "earlier-1") == before and names(tmp_path) == {"options.json", "earlier-1"}
     assert json.loads((tmp_path / "earlier-1" / "options.json").read_text()) == options

@@ -78,10 +78,12 @@ def rows(named: Mapping[str, np.ndarray], scale: int = 2, gap: int = 2) -> Image
 
 
 def noising_strip(diffusion, x0: np.ndarray, rng: np.random.Generator, columns: int = 10) -> Image.Image:
-    """A row for each image of x0 (N, H, W, C): x_0, then x_t at evenly spaced t up to T-1, all with the same noise."""
+    """A row for each image of x0 (N, H, W, C): x_0, then x_t / b at evenly spaced t up to T-1, all with the same noise
+    (b, the input scale, would darken them all at the first step)."""
     eps = rng.standard_normal(x0.shape).astype(x0.dtype)
     ts = np.linspace(0, diffusion.T - 1, columns).round().astype(int)[1:]
-    steps = [x0] + [diffusion.q_sample(x0, np.full(len(x0), t), eps) for t in ts]
+    b = diffusion.schedule.input_scale
+    steps = [x0] + [diffusion.q_sample(x0, np.full(len(x0), t), eps) / b for t in ts]
     return grid(np.stack(steps, axis=1).reshape(-1, *x0.shape[1:]), columns=len(steps))
 
 

@@ -19,12 +19,16 @@ CHECKPOINT, LOG, OPTIONS = "checkpoint.safetensors", "metrics.csv", "options.jso
 
 
 def begin_folder(folder: Path, options: dict[str, Any], resume: bool = False) -> pathlib.Path | None:
-    """Write the options of a run, of JSON's types, to options.json in its folder. If another run's checkpoint is there
-    that is not to be resumed, its files are moved to a folder in this one, earlier-1 or earlier-2 or ..., which is
-    returned. Raises OSError if that cannot be done."""
+    """Write the options of a run, of JSON's types, to options.json in its folder; a run that goes on keeps its own. If
+    there is a checkpoint that is not to be resumed, it is moved with its log, options and model to a folder in this
+    one, earlier-1 or earlier-2 or ..., which is returned. Raises OSError if that cannot be done."""
     folder, earlier = pathlib.Path(folder), None
-    if (folder / CHECKPOINT).exists() and not resume:
-        earlier = set_aside(folder, (CHECKPOINT, previous(folder / CHECKPOINT).name, LOG, OPTIONS, "model.safetensors"))
+    if (folder / CHECKPOINT).exists():
+        if resume and (folder / OPTIONS).exists():
+            return None
+        if not resume:
+            files = CHECKPOINT, previous(folder / CHECKPOINT).name, LOG, OPTIONS, "model.safetensors"
+            earlier = set_aside(folder, files)
     with replacing(folder / OPTIONS) as (unfinished,):
         unfinished.write_text(json.dumps(options, indent=1) + "\n")
     return earlier
@@ -72,7 +76,7 @@ def recorded(
                 if not state.last and state.step % draw_every == 0:
                     attempt("grid", draw, state)
                 if bar.n == 0 and state.step > 1:
-                    bar.n = bar.initial = state.step - 1
+                    bar.n = bar.initial = saved = state.step - 1
                     bar.write(f"resumed  at step {state.step:,}")
                 recent.append(state)
                 if state.seen:  # a GPU runs behind, and who looked at each of its losses would have to wait for it
