@@ -1,0 +1,110 @@
+"""examples/figures.py: what it draws is read off the model and the schedules themselves."""
+
+import pathlib
+import runpy
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinyddpm import UNet, load_digits, load_model, make_schedule, no_grad
+from tinyddpm.nn import Conv2d
+from tinyddpm.tensor import as_array
+from tinyddpm.unet import AttentionBlock, ResBlock
+
+SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "figures.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    return types.SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+
+
+def test_the_layers_of_a_u_net_and_where_its_skips_lead(example):
+    unet = UNet(2, 2, channels=(8, 16), blocks=1, attention=(False, True))
+    layers, links = example.layers_of(unet, (12, 8))
+    R, A, C = ResBlock, AttentionBlock, Conv2d
+    full, half = (12, 8), (6, 4)
+    assert layers == [
+        (C, (*full, 8)), (R, (*full, 8)), (C, (*half, 8)),
+        (R, (*half, 16)), (A, (*half, 16)),
+        (R, (*half, 16)), (A, (*half, 16)), (R, (*half, 16)),
+        (R, (*half, 16)), (A, (*half, 16)), (R, (*half, 16)), (A, (*half, 16)), (C, (*full, 16)),
+        (R, (*full, 8)), (R, (*full, 8)), (C, (*full, 2)),
+    ]  # fmt: skip
+    assert links == [(4, 8), (2, 10), (1, 13), (0, 14)]  # each block on the way up joins what its mirror left
+    assert Conv2d.__call__.__qualname__ == "Conv2d.__call__"  # nobody watches any more
+
+
+def test_attention_is_what_the_block_does(example):
+    """The weights that it notes down, applied to the values, are what the block adds."""
+    unet, _ = load_model()
+    block = unet.up[0].attention[-1]
+    watched, x = example.Watched(block), np.random.default_rng(0).standard_normal((2, 7, 7, 64), np.float32)
+    with no_grad():
+        y = as_array(watched(x))
+        h = as_array(block.norm(x)).reshape(2, 49, 64)
+        np.testing.assert_allclose(watched.p.sum(axis=-1), 1, atol=1e-5)
+        attended = block.attention.out(watched.p[:, 0] @ as_array(block.attention.v(h)))
+    np.testing.assert_allclose(y, x + as_array(attended).reshape(x.shape), atol=1e-4)
+
+
+class TestDrawn:
+    @pytest.fixture(autouse=True)
+    def matplotlib(self):
+        pytest.importorskip("matplotlib")
+
+    def test_schedules(self, example):
+        figure = example.schedules()
+        for column, b in enumerate((1, 0.5)):
+            share, log_snr = figure.axes[column].lines, figure.axes[2 + column].lines
+            assert [line.get_label() for line in share] == list(example.SCHEDULES)
+            for name, one, other in zip(example.SCHEDULES, share, log_snr):
+                s = make_schedule(name, 1000)
+                left = b**2 * s.alpha_bar / (b**2 * s.alpha_bar + 1 - s.alpha_bar)
+                np.testing.assert_allclose(one.get_ydata(), left, atol=1e-9)
+                np.testing.assert_allclose(other.get_ydata(), s.log_snr + 2 * np.log(b), atol=1e-9)
+
+    def test_noising(self, example):
+        figure = example.noising()
+        assert len(figure.axes) == 7 * 11
+        three = load_digits()[0][3000, :, :, 0]
+        for row in range(7):
+            np.testing.assert_array_equal(figure.axes[11 * row].images[0].get_array(), three)
+        last = figure.axes[10].images[0].get_array()  # under the linear schedule, nothing but noise
+        assert abs(np.corrcoef(last.ravel(), three.ravel())[0, 1]) < 0.15 and 0.9 < last.std() < 1.1
+
+    def test_encoding(self, example):
+        P = example.encoding().axes[0].images[0].get_array()
+        k, i = np.arange(200)[:, None], np.arange(32)
+        np.testing.assert_allclose(P[:, ::2], np.sin(k / 10000 ** (i / 32)), atol=1e-9)
+        np.testing.assert_allclose(P[:, 1::2], np.cos(k / 10000 ** (i / 32)), atol=1e-9)
+
+    def test_unet(self, example):
+        axes = example.unet().axes[0]
+        texts = [text.get_text() for text in axes.texts]
+        assert {"28 x 28", "14 x 14", "7 x 7"} <= set(texts)
+        channels = [int(text) for text in texts if text.isdecimal()]
+        assert channels == [shape[2] for _, shape in example.layers_of(UNet(), (28, 28))[0]]
+
+    def test_attention(self, example):
+        figure = example.attention()
+        assert len(figure.axes) == 18
+        for axes in figure.axes:
+            np.testing.assert_allclose(axes.images[1].get_array().sum(), 1, atol=1e-4)
+
+    @pytest.mark.slow
+    def test_all_of_them_by_one_command(self, example, tmp_path, monkeypatch):
+        monkeypatch.setattr("sys.argv", [str(SCRIPT), f"--out={tmp_path}"])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        assert {path.stem for path in tmp_path.iterdir()} == set(example.FIGURES)
+        for path in tmp_path.iterdir():
+            with Image.open(path) as picture:
+                pixels = np.asarray(picture.convert("RGB"))
+            assert (pixels[0, 0] == 255).all() and 800 < picture.width < 1300, path  # on white, as wide as a page
+            assert (pixels.reshape(-1, 3) != 255).any(axis=1).mean() > 0.02, path
+
+
+def test_a_figure_that_is_not_known_is_named(refusal):
+    assert "invalid choice: 'x'" in refusal(SCRIPT, "--only", "x")
