@@ -17,6 +17,7 @@ import tinyddpm.unet
 from tinyddpm import Diffusion, UNet, load_digits, load_model, make_schedule, no_grad, sample
 from tinyddpm.functional import softmax_rows
 from tinyddpm.nn import Conv2d
+from tinyddpm.parallel import worker_threads
 from tinyddpm.tensor import as_array
 from tinyddpm.unet import AttentionBlock, ResBlock, timestep_encoding
 
@@ -230,19 +231,19 @@ def attention():
 def losses():
     """How wrong the trained network is at each timestep: about the noise, and about the image that this implies."""
     net, diffusion = load_model()
-    images, labels = load_digits(train=False)
-    images, labels = images[::20], labels[::20]  # held out: 10 of each
-    ts = np.unique(np.geomspace(1, 1000, 40).round().astype(int)) - 1
-    errors = np.zeros((2, len(ts)))
-    for i, t in enumerate(ts):
-        t, eps = np.full(len(images), t), normal(images.shape, i)
+    images, labels = (part[::20] for part in load_digits(train=False))  # held out: 10 of each
+    ts = np.unique(np.geomspace(1, 1000, 30).round().astype(int)) - 1
+
+    def errors_at(step):
+        t, eps = np.full(len(images), step), normal(images.shape, step)
         x_t = diffusion.q_sample(images, t, eps)
         with no_grad():
             prediction = as_array(net(x_t, t, labels=labels))
-        errors[:, i] = (
-            ((prediction - eps) ** 2).mean(),
-            ((diffusion.predict_x0(x_t, t, prediction).clip(-1, 1) - images) ** 2).mean(),
-        )
+        x0 = diffusion.predict_x0(x_t, t, prediction).clip(-1, 1)
+        return ((prediction - eps) ** 2).mean(), ((x0 - images) ** 2).mean()
+
+    with worker_threads(None) as run:
+        errors = np.array(list(run(errors_at, ts.tolist()))).T
     figure = new_figure(9, 3.5)
     for axes, error, what in zip(figure.subplots(1, 2), errors, ("$\\epsilon$ (the simple loss)", "$x_0$")):
         axes.plot(ts + 1, error, color=COLORS[2])

@@ -35,7 +35,11 @@ def test_bad_input_is_refused_in_a_line(refusal, tmp_path):
 @pytest.mark.slow
 def test_the_whole_of_it(tmp_path):
     result = subprocess.run(
-        [sys.executable, LESSON, f"--out={tmp_path}"], capture_output=True, text=True, timeout=600, check=True
+        [sys.executable, LESSON, "--steps=120", f"--out={tmp_path}"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=True,
     )
     text = result.stdout
     assert [int(n) for n in re.findall(r"^(\d)\. ", text, re.MULTILINE)] == [1, 2, 3, 4, 5, 6]

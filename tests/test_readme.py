@@ -1,67 +1,163 @@
-"""What README.md says must work: its Python runs as printed, its links lead somewhere."""
+"""What README.md says must work: its Python runs as printed or stands in the source, its commands run, its links lead
+somewhere, and files are as long as it says."""
 
+import ast
+import functools
+import importlib
+import inspect
 import pathlib
 import re
+import runpy
+import shlex
 import sys
+import textwrap
 import types
 
+import numpy as np
 import pytest
 from PIL import Image
+from test_structure import FILES, PACKAGE, lines_of_code
 
 import tinyddpm
 from tinyddpm import Diffusion, UNet, load_digits, load_model, make_schedule, save_diffusers, save_model
 
-README = pathlib.Path(__file__).parents[1] / "README.md"
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXCERPTS = [text for text in PYTHON if text.startswith("# tinyddpm/")]
+SNIPPETS = [text for text in PYTHON if text not in EXCERPTS]
+LINES = "\n".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)).splitlines()
+LINES += re.findall(r"^\| `(python .+?)`", README, re.MULTILINE)
+COMMANDS = [part for line in LINES if line for part in line.partition(" #")[0].strip().split(" && ")]
+EXAMPLES = [command for command in COMMANDS if command.startswith("python examples/")]
 
 
-def test_there_are_snippets():
-    assert len(SNIPPETS) == 7
+def test_it_is_short():
+    assert len(README.splitlines()) < 400
+    assert len(SNIPPETS) == 3 and len(EXCERPTS) == 8 and len(EXAMPLES) > 15
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS)
-def test_python_snippets_run(snippet, tmp_path, monkeypatch):
-    if '"cuda"' in snippet:
-        pytest.skip("test_cuda.py runs it")
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs/mnist").mkdir(parents=True)  # as the example leaves it, but small
-    diffusion = Diffusion(make_schedule("linear", 25, beta_end=0.5))
-    unet = UNet(channels=(8, 8), blocks=1, attention=(False, True), classes=10, label_dropout=0.1)
-    save_model("runs/mnist/model.safetensors", unet, diffusion)
-    pretrained = UNet(3, 3, channels=(8, 8), blocks=1, attention=(False, True), image_size=32)
-    save_diffusers(
-        "ddpm-cifar10-32", pretrained, Diffusion(make_schedule("linear", 1000))
-    )  # as it is fetched, but small
-    tracked = []
-    run = types.SimpleNamespace(log=lambda metrics, step: tracked.append((step, metrics)))
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda project: run))
-    if "wandb" in snippet:  # but not for as long, nor from the network
-        snippet = snippet.replace("steps=10_000", "steps=2").replace("UNet()", "UNet(channels=(8, 8, 8))")
-        monkeypatch.setattr(tinyddpm, "load_mnist", lambda full: [part[:64] for part in load_digits()])
-    names = {}
-    exec(compile(snippet, "README.md", "exec"), names)
-    if "tracker" in names:
-        assert [(step, metrics["step"]) for step, metrics in tracked] == [(1, 1), (2, 2)]
-        assert tracked[0][1].keys() == {"step", "loss", "grad_norm", "lr", "images_per_second", "seconds"}
-        assert load_model("digits.safetensors")[0].config["channels"] == (8, 8, 8)
-    elif "load_diffusers" in names:
-        with Image.open("pretrained.png") as picture:
-            assert picture.size == (2 * (4 * 34 + 2), 2 * (4 * 34 + 2)) and picture.mode == "RGB"
-    elif "rows" in names:
-        with Image.open("uses.png") as picture:
-            assert picture.height == 6 * 64 and picture.width > 2 * 8 * 30
-    elif "grid" in names:
-        with Image.open("digits.png") as picture:
-            assert picture.size == (2 * (2 * 30 + 2), 2 * (2 * 30 + 2))
-    elif "bits" in names:
-        bits = names["bits"]
-        assert 0 < bits.total == bits.prior + bits.terms.sum() and names["images"].shape == (4, 28, 28, 1)
-    else:
-        assert set(names["gradients"]) == set(names["unet"].parameters())
+def test_files_are_as_long_as_it_says():
+    """Lines of code, within a tenth."""
+    told = {}
+    for row in re.findall(r"^\| \[\w+\.py\].*", README, re.MULTILINE):
+        _, files, lines, _, _ = row.split(" | ") if row.count(" | ") == 4 else ["", *row.strip("|").split("|"), ""]
+        told |= dict(zip(re.findall(r"\[(\w+)\.py\]", files), map(int, re.findall(r"\d+", lines)), strict=True))
+    assert set(told) == set(FILES)
+    for name, lines in told.items():
+        assert abs(lines_of_code(PACKAGE / f"{name}.py") - lines) <= max(3, 0.1 * lines), name
 
 
 def test_links_and_pictures_are_there():
-    headings = re.findall("^#+ (.+)$", README.read_text(), re.MULTILINE)
-    anchors = {"#" + heading.lower().replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\((?!http)(.+?)\)", README.read_text()):
-        assert target in anchors or (README.parent / target).exists(), target
+    anchors = {"#" + heading.lower().replace(" ", "-") for heading in re.findall("^#+ (.+)$", README, re.MULTILINE)}
+    for target in re.findall(r"\]\((?!http)(.+?)\)", README) + re.findall(r'src="(.+?)"', README):
+        assert target in anchors or (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("excerpt", EXCERPTS, ids=lambda text: text.splitlines()[0])
+def test_excerpts_stand_in_the_source(excerpt):
+    """The first line names the functions; between what is of one and of the next stands '...'."""
+    title, *lines = excerpt.splitlines()
+    module, names = re.fullmatch(r"# tinyddpm/(\w+)\.py: (.+)", title).groups()
+    parts = "\n".join(lines).split("\n...\n")
+    for name, part in zip(names.split(", "), parts, strict=True):
+        function = functools.reduce(getattr, name.split("."), importlib.import_module(f"tinyddpm.{module}"))
+        source = [line.strip() for line in inspect.getsource(function).splitlines()]
+        part = [line.strip() for line in part.splitlines()]
+        assert any(source[i : i + len(part)] == part for i in range(len(source))), f"{name} is not as README has it"
+    ast.parse("def f():\n" + textwrap.indent("\n".join(parts), "    "))  # and it is indented as it was
+
+
+@pytest.fixture
+def newcomer(tmp_path, monkeypatch):
+    """A folder that has what commands and snippets find in a newcomer's, but small."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/mnist").mkdir(parents=True)
+    diffusion = Diffusion(make_schedule("linear", 25, beta_end=0.5))
+    unet = UNet(channels=(8, 8), blocks=1, attention=(False, True), classes=10, label_dropout=0.1, image_size=28)
+    save_model("runs/mnist/model.safetensors", unet, diffusion)
+    pretrained = UNet(3, 3, channels=(8, 8), blocks=1, attention=(False, True), image_size=32)
+    save_diffusers("ddpm-cifar10-32", pretrained, Diffusion(make_schedule("linear", 1000)))
+    (tmp_path / "pictures").mkdir()
+    for i in range(4):
+        Image.fromarray(np.full((40, 50, 3), 60 * i, np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    few = lambda full=False, train=True: [part[::100] for part in load_digits(train)]
+    for module in (tinyddpm, sys.modules["tinyddpm.data"]):  # not from the network
+        monkeypatch.setattr(module, "load_mnist", few)
+    return tmp_path
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_python_snippets_run(snippet, newcomer, monkeypatch):
+    tracked = []
+    run = types.SimpleNamespace(log=lambda metrics, step: tracked.append((step, metrics)))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda project: run))
+    snippet = snippet.replace("steps=10_000", "steps=2")
+    names = {}
+    exec(compile(snippet, "README.md", "exec"), names)
+    if "tracker" in names:
+        assert set(names["gradients"]) == set(names["unet"].parameters())
+        assert [(step, metrics["step"]) for step, metrics in tracked] == [(1, 1), (2, 2)]
+        assert tracked[0][1].keys() == {"step", "loss", "grad_norm", "lr", "images_per_second", "seconds"}
+        assert load_model("digits.safetensors")[0].config["channels"] == (16, 32, 64)
+    elif "load_diffusers" in names:
+        with Image.open("pretrained.png") as picture:
+            assert picture.size == (2 * (4 * 34 + 2), 2 * (4 * 34 + 2)) and picture.mode == "RGB"
+    else:
+        with Image.open("uses.png") as picture:
+            assert picture.height == 6 * 64 and picture.width > 2 * 8 * 30
+
+
+# what a command is given besides, to be small
+SMALL = {
+    "sample_digits": "--steps=2",
+    "samplers": "--steps 2 --most=2",
+    "denoise": "--steps=2 --samples=1",
+    "inpaint": "--steps=2 --tries=1 --resamplings=1",
+    "interpolate": "--steps=2 --count=2",
+    "toy_2d": "--steps=2 --points=9",
+    "figures": "--only encoding",
+    "mnist_ddpm": "--steps=1 --channels 8 16 --samples=2 --sampling-steps=2 --workers=1",
+    "evaluate_digits": "--samples=10 --steps=2",
+    "draw_emoji": "",
+    "sample_pretrained": "--steps=2 --samples=1",
+}
+# what is not run here, and why
+ELSEWHERE = {
+    "pip install": ".ci/run installs each of the extras",
+    "pytest": ".ci/run runs the tests",
+    "huggingface-cli download": "it needs the network",
+    "mpiexec": "test_mpi.py runs the example on several ranks",
+    "python examples/mnist_ddpm.py --device cuda": "test_cuda.py runs the example on a GPU",
+    "python examples/benchmark.py": "test_benchmark.py runs it",
+    "python examples/lesson.py": "test_lesson.py runs it",
+}
+
+
+def test_every_command_is_run():
+    for command in COMMANDS:
+        known = any(command.startswith(start) for start in ELSEWHERE)
+        assert known or command in EXAMPLES and shlex.split(command)[1][9:-3] in SMALL, command
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [c for c in EXAMPLES if not any(c.startswith(start) for start in ELSEWHERE)])
+def test_commands_run(command, newcomer, monkeypatch, capsys):
+    _, script, *arguments = shlex.split(command)
+    name = pathlib.Path(script).stem
+    if name == "figures":
+        pytest.importorskip("matplotlib")
+    if "runs/emoji/pictures" in arguments:  # as drawn by the command before
+        (newcomer / "runs/emoji").mkdir()
+        (newcomer / "pictures").rename(newcomer / "runs/emoji/pictures")
+    before = set(newcomer.rglob("*"))
+    arguments = [argument.replace("~", str(newcomer)) for argument in arguments] + shlex.split(SMALL[name])
+    monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        if name == "draw_emoji" and "there is no font with emoji here" in str(end):
+            pytest.skip(str(end))
+        raise
+    assert set(newcomer.rglob("*")) > before or "generated" in capsys.readouterr().out  # a picture, or a table

@@ -185,7 +185,7 @@ def sample(
     shape: tuple[int, int, int, int],
     method: str | Callable = "ddpm",
     steps: int | Sequence[int] | None = None,
-    rng: int | np.random.Generator = 0,
+    rng: int | np.random.Generator | None = 0,
     clip: Clip | None = None,
     spacing: str | None = None,
     callback: Callable[[int, Array, Array], None] | None = None,
