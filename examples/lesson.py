@@ -37,7 +37,8 @@ A thousand steps need not be taken, though. With alpha_bar_t = (1 - beta_1) (1 -
 
     x_t = sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps                                   (equation 4)
 
-Here are 200 copies of one digit, noised either way. At its brightest pixel, over the copies:
+Here are 200 copies of one digit, noised either way; the program counts t from 0, so that its 999 is the paper's 1000.
+At the brightest pixel, over the copies:
 
           by the formula      step by step       in one jump
     t     mean   variance    mean   variance    mean   variance""")
@@ -96,8 +97,8 @@ def ideal(data, schedule):
     def guess(x_t, t):
         x, bar = x_t.reshape(len(x_t), -1), schedule.alpha_bar[t][:, None].astype(x_t.dtype)
         away = (x * x).sum(1)[:, None] - 2 * np.sqrt(bar) * x @ y.T + bar * (y * y).sum(1)
-        w = -away / (2 * (1 - bar))
-        w = np.exp(w - w.max(axis=1, keepdims=True))
+        logits = -away / (2 * (1 - bar))
+        w = np.exp(logits - logits.max(axis=1, keepdims=True))
         return (w / w.sum(axis=1, keepdims=True) @ y).reshape(x_t.shape).astype(x_t.dtype)
 
     return guess
@@ -120,16 +121,18 @@ digits aims at this guess and cannot do better on them, but does without looking
 
 def learn(diffusion, threes, steps, workers, seed):
     """4. A network learns to guess."""
+    # patch=2: it takes squares of 2 x 2 pixels as one, which is less work
     unet = UNet(channels=(32, 64), blocks=1, attention=(False, False), patch=2, rng=seed)
     say(f"""
 4. A network learns to guess
 
-A U-Net of {unet.size:,} numbers is shown noisy threes, {steps:,} times 32 of them, each at a t and with noise drawn
-anew, and is told t. Each time its numbers are changed a little to make
+A U-Net of {unet.size:,} parameters is shown noisy threes, {steps:,} times 32 of them, each at a t and with noise drawn
+anew, and is told t. Each time its parameters are changed a little to make
 
     loss = mean of (x_0 - guess(x_t, t))^2                     (equation 14, but for x_0 rather than the noise)
 
-smaller; the gradient, which says in which direction, comes from tensor.py.""")
+smaller; the gradient, which says in which direction, comes from tensor.py. Ho et al. let the network guess eps instead;
+by equation 4 either tells the other, but x_0 is what one can look at.""")
     loop = train(unet, diffusion, threes, steps, 32, lr=4e-3, decay_steps=steps // 2, workers=workers, seed=seed)
     bar = tqdm(loop, "training", steps, unit="step", dynamic_ncols=True)
     for state in bar:
@@ -147,15 +150,16 @@ The error of both, mean of (x_0 - guess)^2, for threes that they know and for ot
       t   known: ideal  network    others: ideal  network""")
     for t in SHOWN:
         errors = []
-        for images in (threes[::10], unseen[:100]):
+        for images in (threes[::20], unseen[::4]):
             ts = np.full(len(images), t)
             x = diffusion.q_sample(images, ts, rng.standard_normal(images.shape, np.float32))
             errors += [np.mean((guess(x, ts) - images) ** 2) for guess in guesses]
-        known, others = (f"{ideal:.3f}    {network:.3f}" for ideal, network in (errors[:2], errors[2:]))
+        known, others = (f"{best:.3f}    {learned:.3f}" for best, learned in (errors[:2], errors[2:]))
         say(f"    {t:3}         {known}            {others}   {'#' * round(50 * errors[3])}")
     say("""
-Of what it knows, the ideal guesser is better, as it must be. Of digits that it has not seen it is not: it can only ever
-guess what it has. The network has had to find out what makes a three, which holds for others as well.""")
+Of what it knows, the ideal guesser is better, as it must be. Of digits that it has not seen it is not, but where noise
+hides nearly everything: it can only ever guess what it has. The network has had to find out what makes a three, which
+holds for others as well.""")
 
 
 def generate(diffusion, unet, guess, threes, out, seed, workers):
@@ -188,8 +192,8 @@ again. Fifty steps that are twenty times as long do about as well as all thousan
     say(f"""
 6_way_back.png is one digit on its way, 6_digits.png the outcome: ten by the network, ten by the ideal guesser, and
 under each the known digit that is nearest. From there the network's are {far:.2f} away (root mean square), the ideal
-guesser's {near:.2f}: the one makes threes that nobody has written, the other, which is perfect, can but repeat what it
-was given.
+guesser's {near:.2f}: the one makes threes that nobody has written; the other, whose loss on the known digits is the
+least there can be, only repeats these.
 """)
 
 

@@ -1,8 +1,8 @@
 """Train a DDPM on handwritten digits and watch them appear: `python examples/mnist_ddpm.py`.
 
-Read from top to bottom, this is the tutorial (the first function is about options; skip it at first). What is not in
-here is in the package, one idea to a file. The network is told which digit each image is, so that it can be asked for
-digits afterwards, as often as you like: --digits 2026.
+This is the tutorial: read load_data, make_model, train_and_sample and draw; the rest is about options and errors. What
+is not in here is in the package, one idea to a file. The network is told which digit each image is, so that it can be
+asked for digits afterwards, as often as you like: --digits 2026.
 
 A run that ended, by Ctrl-C or by a power cut, goes on as if it had not with --resume (and --out, if it was given).
 Images of your own: --data FOLDER, with a folder in it for each class if there are any. On many machines:
@@ -121,13 +121,13 @@ def load_data(args, ranks):
 
 def make_model(args, images, labels):
     """Return the diffusion process, and a network that has learned nothing yet."""
-    # The forward process: T steps, each adding a little noise, until nothing else is left. Images count half, so that
-    # noise hides them sooner and more of the steps are those in which a digit takes shape. The network predicts the
-    # image behind the noise. Ho et al.'s predicts the noise, from which the image follows; but then errors count less
-    # where there is much noise, which is where a digit takes shape, and it learns that later.
+    # The forward process: T steps, each adding a little noise, until nothing else is left. Images are halved (Chen
+    # 2023), so that noise hides them sooner and more of the steps are those in which a digit takes shape. The network
+    # predicts the image behind the noise. Ho et al.'s predicts the noise, from which the image follows; but then errors
+    # count less where there is much noise, which is where a digit takes shape, and it learns that later.
     diffusion = Diffusion(make_schedule("cosine", args.timesteps, input_scale=0.5), args.objective)
-    # The U-Net, with attention in the middle only. It is told what is in an image, but for one in ten: it learns both
-    # p(x | digit) and p(x), and sampling can be guided away from the latter.
+    # The U-Net, with attention in the middle only. It is told the class of nine images in ten: so it learns p(x |
+    # digit) and p(x), and sampling can be guided away from the latter (Ho & Salimans 2022).
     (_, H, W, C), attention = images.shape, [False] * len(args.channels)
     told = {} if labels is None else {"classes": int(labels.max()) + 1, "label_dropout": 0.1}
     settings = {"image_size": (H, W), "patch": args.patch, "rng": args.seed}

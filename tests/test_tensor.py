@@ -360,7 +360,7 @@ class TestBadInput:
             silu(np.ones(2), colour="red")
 
     def test_the_mean_of_nothing(self):
-        with pytest.raises(ValueError, match=r"x: nothing has no mean, got shape \(0,\)"):
+        with pytest.raises(ValueError, match=r"x: an empty array has no mean, got shape \(0,\)"):
             Parameter(np.ones(0)).mean()
 
     def test_tensors_hold_float_arrays(self):

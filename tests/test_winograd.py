@@ -75,9 +75,9 @@ def test_bands_cover_all_rows_and_no_more(size):
         rows = np.arange(size)[band.outputs]
         wanted = sorted({r + k for r in rows for k in (-1, 0, 1)} & set(range(size)))
         assert np.arange(size)[band.inputs].tolist() == wanted
-        assert band.D.shape == (6 * -(-len(rows) // 4), len(wanted)) and band.A.shape == (len(rows), len(band.D))
+        assert band.D.shape == (6 * -(-len(rows) // 4), len(wanted)) and band.S.shape == (len(rows), len(band.D))
         assert len(rows) <= 4 * BAND
-        for matrix, transpose in ((band.D, band.D_T), (band.A, band.A_T)):
+        for matrix, transpose in ((band.D, band.D_T), (band.S, band.S_T)):
             np.testing.assert_array_equal(matrix.T, transpose)
             assert matrix.flags.c_contiguous and transpose.flags.c_contiguous  # half as fast otherwise
 

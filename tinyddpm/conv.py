@@ -1,12 +1,13 @@
 """Convolution of images in NHWC layout, and nearest-neighbour upsampling.
 
-A convolution is one matrix product. `columns` lays the kh x kw x C pixels that each output sees side by side in a row
-(im2col; Chellapilla et al. 2006), the filters are the columns of the other matrix. Its two gradients are convolutions
-too: the one with respect to the filters is `columns` transposed times the gradient, the one with respect to the image
-is, with stride 1, a convolution of the gradient with the filters turned by 180 degrees (Dumoulin & Visin 2016).
+A convolution is one matrix product. `im2col` lays the kh x kw x C pixels that each output sees side by side in a row
+(Chellapilla et al. 2006), the filters are the columns of the other matrix. Its gradients are made of the same parts:
+for the filters, im2col(x)^T times the gradient; for the image, with stride 1, a convolution of the gradient with the
+filters turned by 180 degrees, input and output channels exchanged (Dumoulin & Visin 2016).
 
-That is the plain way, for any filter. Most of a U-Net's are 3x3 with stride 1 and padding 1; in float32 on a CPU
-winograd.py takes those, if there are 8 channels or more and enough pixels. On a GPU, cuda.py goes the plain way.
+That is the plain way, for any filter: `correlate` and its two gradients. Most of a U-Net's are 3x3 with stride 1 and
+padding 1; in float32 on a CPU winograd.py takes those, if there are 8 channels or more and enough pixels. On a GPU,
+cuda.py goes the plain way. Next: fused.py (winograd.py can wait).
 """
 
 from __future__ import annotations
@@ -71,13 +72,16 @@ def convolve(x: Array, w: Array, b: Array | None, stride: int, pad: Padding, pre
 def correlate(x: Array, w: Array, stride: int, pad: Padding) -> Array:
     """The convolution of `conv2d`, without bias, on arrays."""
     kh, kw, C, O = w.shape
-    cols, (N, OH, OW) = columns(x, kh, kw, stride, pad)
+    cols, (N, OH, OW) = im2col(x, kh, kw, stride, pad)
     return (cols @ w.reshape(kh * kw * C, O)).reshape(N, OH, OW, O)
 
 
 def correlate_grad_w(x: Array, g: Array, shape: tuple[int, ...], stride: int, pad: Padding) -> Array:
-    """Gradient of `correlate` for w, from dL/dy = g: dw[u,v,c,o] = sum_{n,i,j} x[n, i*s+u, j*s+v, c] g[n,i,j,o]."""
-    cols, _ = columns(x, shape[0], shape[1], stride, pad)
+    """Gradient of `correlate` for w, from dL/dy = g:
+
+    dw[u, v, c, o] = sum_{n, i, j} x[n, i*stride + u - top, j*stride + v - left, c] g[n, i, j, o]
+    """
+    cols, _ = im2col(x, shape[0], shape[1], stride, pad)  # made again: kept, it would be kh kw times as large as x
     return (cols.T @ g.reshape(-1, shape[3])).reshape(shape)
 
 
@@ -86,26 +90,27 @@ def correlate_grad_x(g: Array, w: Array, stride: int, pad: Padding, shape: tuple
     what each output owes to the pixels under its filter, g w^T, added up where they lie."""
     kh, kw, C, O = w.shape
     (N, H, W, _), ((top, bottom), (left, right)) = shape, pad
-    if stride == 1 and max(top, bottom) < kh and max(left, right) < kw:
+    if stride == 1 and max(top, bottom) < kh and max(left, right) < kw:  # else the padding below would be negative
         around = ((kh - 1 - top, kh - 1 - bottom), (kw - 1 - left, kw - 1 - right))
         return correlate(g, w[::-1, ::-1].swapaxes(2, 3), 1, around)
     _, OH, OW, _ = g.shape
-    owed = (g.reshape(-1, O) @ w.reshape(-1, O).T).reshape(N, OH, OW, kh, kw, C)
+    dcols = (g.reshape(-1, O) @ w.reshape(-1, O).T).reshape(N, OH, OW, kh, kw, C)
     padded = np.zeros((N, H + top + bottom, W + left + right, C), g.dtype)
-    for u in range(kh):
+    for u in range(kh):  # col2im: each pixel sums what the columns that copied it send back
         for v in range(kw):
-            padded[:, u : u + stride * OH : stride, v : v + stride * OW : stride] += owed[:, :, :, u, v]
+            padded[:, u : u + stride * OH : stride, v : v + stride * OW : stride] += dcols[:, :, :, u, v]
     return padded[:, top : top + H, left : left + W]
 
 
 def _takes_winograd(x: Array, w: Array, stride: int, pad: Padding) -> bool:
     """Whether winograd.py can convolve x with w, and is faster: not with few channels, or few pixels for them."""
     same = w.shape[:2] == (3, 3) and stride == 1 and pad == ((1, 1), (1, 1))
-    return same and x.dtype == np.float32 and min(w.shape[2:]) >= 8 and x.size >= x.shape[3] * max(128, *w.shape[2:])
+    pixels = x.size // x.shape[3]
+    return same and x.dtype == np.float32 and min(w.shape[2:]) >= 8 and pixels >= max(128, *w.shape[2:])
 
 
-def columns(x: Array, kh: int, kw: int, stride: int, pad: Padding) -> tuple[Array, tuple[int, int, int]]:
-    """im2col: (N, H, W, C) -> the matrix (N*OH*OW, kh*kw*C) with a row for each output pixel, and (N, OH, OW)."""
+def im2col(x: Array, kh: int, kw: int, stride: int, pad: Padding) -> tuple[Array, tuple[int, int, int]]:
+    """(N, H, W, C) -> the matrix (N*OH*OW, kh*kw*C) with a row for each output pixel, and (N, OH, OW)."""
     N, H, W, C = x.shape
     (top, bottom), (left, right) = pad
     if any((top, bottom, left, right)):

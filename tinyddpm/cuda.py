@@ -264,9 +264,9 @@ _joined = cupy.ElementwiseKernel(
     "ptrdiff_t row = i / (A + B), c = i % (A + B); y = c < A ? a[row * A + c] : b[row * B + c - A]",
     "joined",
 )
-_swish = cupy.ElementwiseKernel("T x", "T y", "y = x / (1 + exp(-x))", "swish")
-_swish_grad = cupy.ElementwiseKernel(
-    "T x, T g", "T dx", "T s = 1 / (1 + exp(-x)); dx = g * s * (1 + x * (1 - s))", "swish_grad"
+_silu = cupy.ElementwiseKernel("T x", "T y", "y = x / (1 + exp(-x))", "silu")
+_silu_grad = cupy.ElementwiseKernel(
+    "T x, T g", "T dx", "T s = 1 / (1 + exp(-x)); dx = g * s * (1 + x * (1 - s))", "silu_grad"
 )
 _shortening = cupy.ElementwiseKernel(
     "T square, T max_norm",
@@ -298,9 +298,9 @@ def joined(*xs: Array, axis: int) -> Array:
     return _joined(a, b, A, B, cupy.empty((*a.shape[:-1], A + B), a.dtype))
 
 
-def swish(x: Array) -> tuple[Array, Callable]:
+def silu(x: Array) -> tuple[Array, Callable]:
     """One kernel, and one back."""
-    return _swish(x), lambda g: _swish_grad(x, g)
+    return _silu(x), lambda g: _silu_grad(x, g)
 
 
 def squared_norm(vector: Array) -> Array:

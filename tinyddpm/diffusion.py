@@ -6,7 +6,8 @@
 Images are (N, H, W, C) floats in [-1, 1]; t is (N,), one timestep per image. The network is any callable model(x_t, t).
 
 Timesteps are array indices: t = 0 ... T-1 here is t = 1 ... T in the paper, so the noisy image of index t = 0 is the
-paper's x_1, and x_{t-1} at t = 0 is the image before the first step. "x_0" always is that clean image.
+paper's x_1, and x_{t-1} at t = 0 is the image before the first step. "x_0" always is that clean image. Before this
+file: schedule.py; next: sample.py.
 
     in the papers               here, with s = diffusion.schedule
     beta_t, alpha_t             s.beta[t], s.alpha[t]
@@ -73,7 +74,8 @@ class Diffusion:
     Args:
         schedule: from `make_schedule`.
         objective: what the model returns: "eps", the noise in x_t (Ho et al.), "x0", the image, or "v", a blend of both
-            that gives the noisiest steps, where a picture takes shape, more weight (Salimans & Ho 2022, section 4).
+            (Salimans & Ho 2022, section 4). An error in x_0 then counts SNR, 1 or 1 + SNR times (if b is 1): with eps,
+            the noisiest steps, where a picture takes shape, hardly count.
         variance: sigma_t^2 of the reverse step: "small", beta_tilde_t, or "large", beta_t (Ho et al., section 3.2), or
             "learned_range", between the two: the model then returns twice the channels, the second half, the
             "spread", saying where (Nichol & Dhariwal 2021, section 3.1). Its U-Net has out_channels = 2 in_channels.
@@ -154,8 +156,8 @@ class Diffusion:
 
             x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps
 
-        Its mean is sqrt(1 - beta_t) x_{t-1}, its variance beta_t: what x_{t-1} has of variance shrinks by 1 - beta_t
-        and beta_t is added, so that 1 stays 1. Args: x_prev, eps: (N, H, W, C). t: (N,). Returns (N, H, W, C).
+        The variance of x_{t-1} is multiplied by 1 - beta_t, and beta_t is added, so that 1 stays 1. Args: x_prev, eps:
+        (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
         _check_shape("eps", eps, x_prev)
         beta = self.schedule.beta
@@ -405,9 +407,9 @@ class Diffusion:
             t > 0    L_t = KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t))
             t = 0    L_0 = -ln p_theta(x_0 | x_t), of the grey levels      (see `discretised_gaussian`)
 
-        both over ln 2. Args: x0, x_t: (N, H, W, C), x0 of 8-bit levels k as k / 127.5 - 1. t: (N,). prediction,
-        spread: what the model returned for x_t, split in two if the variance is learned. clip: see `limit`, which
-        takes arrays only.
+        both over ln 2. (Our t is the paper's t - 1, and so our L_t is its L_{t-1}.) Args: x0, x_t: (N, H, W, C), x0 of
+        8-bit levels k as k / 127.5 - 1. t: (N,). prediction, spread: what the model returned for x_t, split in two if
+        the variance is learned. clip: see `limit`, which takes arrays only.
         """
         b = self.schedule.input_scale
         mean = self.posterior_mean(limit(self.predict_x0(x_t, t, prediction), clip), x_t, t)

@@ -70,7 +70,7 @@ def denoise(
         sigma: the standard deviation of the noise, in the same scale; the nearest t is taken, and t = 0 for less noise
             than the schedule knows.
         method: see `sample`.
-        steps: how many, evenly spaced from t to 0, or all t + 1 if it is more than those; None for all.
+        steps: how many, evenly spaced up to t, or all t + 1 if it is more than those; None for all.
 
     Returns (N, H, W, C). Raises ValueError if sigma is not > 0, or more than the schedule has at the end, or the values
     of `noisy` are out of the range that it leads to, and as `sample` does.
@@ -120,8 +120,8 @@ def sdedit(
 
 
 def _until(t: int, steps: int | None, diffusion: Diffusion) -> np.ndarray:
-    """So many timesteps from 0 to t, t among them, or all if there are fewer. Raises ValueError as `timesteps` does, or
-    for a list."""
+    """So many timesteps within 0 ... t, the last of them t, or all if there are fewer. Raises ValueError as `timesteps`
+    does, or for a list."""
     if np.ndim(steps) > 0:
         raise ValueError(f"steps: expected how many, since which they are depends on where to begin, got {steps}")
     steps = diffusion.T if steps is None else len(timesteps(diffusion.T, steps))
@@ -278,12 +278,14 @@ def repaint(
     xp, s = array_module(x), diffusion.schedule
     tops = [*range(diffusion.T, 1, -jump), 1]
     for top, bottom in zip(tops, [*tops[1:], 0]):
-        for last in [False] * (resamplings - 1) * (bottom > 0) + [True]:
+        rounds = resamplings if bottom > 0 else 1
+        for n in range(rounds):
+            last = n == rounds - 1
             for t in reversed(range(bottom, top)):
-                x, log_variance, x0 = diffusion.p_mean_variance(model, x, np.full(len(x), t), clip)
-                known = s.input_scale * images
+                mean, log_variance, x0 = diffusion.p_mean_variance(model, x, np.full(len(x), t), clip)
+                x, known = mean, s.input_scale * images
                 if t > 0:
-                    x = x + np.exp(0.5 * log_variance) * noise()
+                    x = mean + np.exp(0.5 * log_variance) * noise()
                     known = diffusion.q_sample(images, np.full(len(x), t - 1), noise())
                 x = xp.where(mask, known, x)
                 if last:

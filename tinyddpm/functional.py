@@ -1,12 +1,13 @@
-"""Functions that own no parameters: activations, softmax, linear maps, dropout, the squared error, the normal curve.
+"""Functions that own no parameters: SiLU, softmax, linear maps, joining, the squared error, dropout, the normal curve.
 
-Each is one op on the last axis or on all elements; see tensor.py for how an op is written.
+What stands under `@op` can be differentiated (see tensor.py); the rest computes on plain arrays for that. What stands
+under `@paired` has a twin for the GPU in cuda.py. `at_least` and `normal_cdf` are for likelihood.py alone, `precision`
+for a GPU alone. Next: conv.py.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 
@@ -40,9 +41,9 @@ def column_sums(x: Array) -> Array:
 def product(a: Array, b: Array, precision: str = "float32", scale: float = 1.0) -> Array:
     """scale times the matrix product a @ b of float32 or float64 arrays, (..., n, k) and (..., k, m) -> (..., n, m).
 
-    `precision` is what a GPU rounds the numbers of float32 arrays to, since it multiplies those faster: "tf32" (10 bits
-    of mantissa), "bf16" (7) or "fp16" (10, and a small range: 6e-8 is the smallest number, 65504 the largest). Their
-    sums are float32 always. A CPU rounds nothing. Raises ValueError for another.
+    `precision` is what a GPU rounds the factors to, if they are float32, before it multiplies them, for speed: "tf32"
+    (10 bits of mantissa), "bf16" (7) or "fp16" (10, and a small range: 6e-8 is the smallest number, 65504 the largest).
+    Sums stay float32, and a CPU rounds nothing. Raises ValueError for an unknown one.
     """
     check_precision(precision)
     y = a @ b
@@ -54,6 +55,7 @@ def product(a: Array, b: Array, precision: str = "float32", scale: float = 1.0) 
 @paired
 def softmax_rows(x: Array, out: Array | None = None) -> Array:
     """e^x_i / sum_j e^x_j along the last axis, written to `out` if given, which may be x."""
+    # the same for x - c, whatever c; with the largest x for c nothing overflows
     y = np.subtract(x, x.max(axis=-1, keepdims=True), out=out)
     np.exp(y, out=y)
     y /= y.sum(axis=-1, keepdims=True)
@@ -62,7 +64,8 @@ def softmax_rows(x: Array, out: Array | None = None) -> Array:
 
 @paired
 def softmax_rows_grad(y: Array, g: Array, out: Array | None = None) -> Array:
-    """Gradient of `softmax_rows` for x, from its result y and dL/dy = g: y (g - sum_j g_j y_j); `out` may be g."""
+    """Gradient of `softmax_rows` for x, from its result y and dL/dy = g: y (g - sum_j g_j y_j), since dy_i/dx_j =
+    y_i ([i = j] - y_j); `out` may be g."""
     dx = np.multiply(g, y, out=out)
     dx -= y * dx.sum(axis=-1, keepdims=True)
     return dx
@@ -76,17 +79,12 @@ def sigmoid(x):
 
 
 @op
+@paired
 def silu(x):
     """SiLU (swish): x sigma(x). Hendrycks & Gimpel 2016; Ramachandran et al. 2017."""
-    return swish(x)
-
-
-@paired
-def swish(x: Array) -> tuple[Array, Callable]:
-    """`silu`: y, and its `pull`."""
     s = logistic(x)
     y = x * s
-    return y, lambda g: g * (s + y * (1 - s))
+    return y, lambda g: g * (s + y * (1 - s))  # s' = s (1 - s)
 
 
 @op
@@ -143,7 +141,7 @@ def embedding(w, *, index: np.ndarray):
     """Rows of a table: w (K, C) and integers index (N,), of which each must be in 0 ... K-1, -> w[index] (N, C)."""
 
     def pull(g):  # the gradient of a row is the sum over its uses
-        uses = np.asarray(index) == np.arange(len(w))[:, None]  # (K, N)
+        uses = np.asarray(index) == np.arange(len(w))[:, None]  # (K, N): one row for each of the table, for one product
         return product(to_device(uses, device_of(g)).astype(g.dtype), g)
 
     return w[to_device(index, device_of(w))], pull
@@ -151,7 +149,7 @@ def embedding(w, *, index: np.ndarray):
 
 @op
 def at_least(x, *, least: float):
-    """max(x, least); the gradient passes where x is greater."""
+    """max(x, least), x clamped from below; the gradient passes where x is greater."""
     return np.maximum(x, least), lambda g: g * (x > least)
 
 

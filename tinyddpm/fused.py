@@ -1,7 +1,8 @@
 """Group normalisation (with SiLU) and attention, each one op with its backward by hand.
 
-As compositions of small ops they would read and write the whole activation a dozen times; as one op, a few. The plain
-compositions stand in tests/reference.py, and the tests hold the two equal.
+Fused: what could be composed of a dozen small ops, each reading and writing the whole activation, is one. The plain
+definitions stand in tests/reference.py, and gradients are checked against finite differences. Next: nn.py (cuda.py, the
+same for a GPU, can wait).
 """
 
 from __future__ import annotations
@@ -46,8 +47,14 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
 
 @paired
 def normalise(x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu: bool) -> tuple[Array, Callable]:
-    """`group_norm` of arguments that fit: y, and its `pull`."""
+    """`group_norm` of arguments that fit: y, and its `pull`. Back, with rstd = 1 / sqrt(var + eps), dz = dL/dz and
+    means over the group:
+
+        dbeta = sum dz,   dgamma = sum dz xhat
+        dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)),   dxhat = gamma dz
+    """
     N, C = x.shape[0], x.shape[-1]
+    # L positions in an image, of which W stand side by side in a row of `rows`: for speed only, 1 would do
     shape, L, W = x.shape, x.size // (N * C), x.shape[-2] if x.ndim > 3 else 1
 
     def rows(x: Array) -> Array:
@@ -74,19 +81,19 @@ def normalise(x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu
         y += each(b)
         return y
 
-    d = rows(x) - each(group_mean(sums(x)))
+    d = rows(x) - each(group_mean(sums(x)))  # xhat = rstd d
     rstd = 1 / np.sqrt(group_mean(dots(d, d)) + eps)
     half = 0.5 if silu else 1  # z sigma(z) = h + h tanh(h) where h = z / 2: one function to compute, and no division
     a, b = rstd * (half * gamma), half * beta
-    y = affine(a, b)
+    y = affine(a, b)  # z, or h
     if silu:
         t = np.tanh(y)
         t += 1
-        y *= t
+        y *= t  # h (1 + tanh h)
     kept = y if silu else None
 
     def pull(g):
-        if silu:  # dL/dh = g (1 + t + y (1 - t)), in place; t is computed again rather than kept: memory is dearer
+        if silu:  # dL/dh = g (1 + t + y (1 - t)), t = tanh h, computed again: cheaper than memory
             t = affine(a, b)
             np.tanh(t, out=t)
             dx = 1 - t
@@ -96,8 +103,8 @@ def normalise(x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu
             dx *= rows(g)
         else:
             dx = rows(g).copy()
-        dbeta, dgamma = sums(dx), rstd * dots(dx, d)  # (N, C), still for each image, and of h
-        # mean and variance depend on x too: the gradient loses its mean, and its projection on d, over each group
+        dbeta, dgamma = sums(dx), rstd * dots(dx, d)  # (N, C), of each image; with SiLU those for beta / 2, gamma / 2
+        # dx as above: mean and variance depend on x too, so it loses its mean, and its projection on d, over each group
         dx *= each(a)
         dx -= affine(rstd * group_mean(dgamma * a), group_mean(dbeta * a))
         return dx.reshape(shape), half * dgamma.sum(axis=0), half * dbeta.sum(axis=0)
@@ -113,6 +120,10 @@ def attention(q, k, v, *, heads: int = 1, precision: str = "float32"):
         q: (N, L, C) queries. k, v: (N, S, C) keys and values.
         heads: how many; each takes its own C / heads channels.
         precision: of the products on a GPU; see `functional.product`.
+
+    Back, with y = p v, p = softmax(s), s = q k^T / sqrt(d) and g = dL/dy:
+
+        dv = p^T g,   dp = g v^T,   ds = p (dp - sum p dp),   dq = ds k / sqrt(d),   dk = ds^T q / sqrt(d)
 
     Returns (N, L, C). Raises ValueError where the shapes do not fit each other.
     """
@@ -137,8 +148,8 @@ def attention(q, k, v, *, heads: int = 1, precision: str = "float32"):
 
     def pull(g):
         g = split(g)
-        ds = product(g, v.swapaxes(2, 3), precision)
-        softmax_rows_grad(p, ds, out=ds)
+        dp = product(g, v.swapaxes(2, 3), precision)
+        ds = softmax_rows_grad(p, dp, out=dp)
         return (
             merge(product(ds, k, precision, scale)),
             merge(product(ds.swapaxes(2, 3), q, precision, scale)),

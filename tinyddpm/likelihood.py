@@ -1,7 +1,7 @@
 """The two parts of the variational bound (Ho et al. 2020, sections 2 and 3.3): the KL divergence of two Gaussians, and
 the log-likelihood of 8-bit grey levels.
 
-Both are elementwise and in nats, and made of ops, so that a learned variance can be trained on them.
+Both are elementwise and in nats, and made of ops, so that gradients reach a learned variance. diffusion.py calls them.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def discretised_gaussian(x0: Array, mean: Array, log_variance: Array) -> Tensor:
     1.
     """
     # Above the mean both values of the distribution function are close to 1, and their difference loses its digits. The
-    # curve is symmetric, so such an x0 is mirrored to below the mean, where both are small.
-    side = 1 - 2 * (x0 > as_array(mean)).astype(x0.dtype)
-    bottom, top = (side * x0 < -0.999).astype(x0.dtype), (side * x0 > 0.999).astype(x0.dtype)
-    centred, inverse_std = side * (x0 - mean), exp(-0.5 * log_variance)
+    # curve is symmetric, so such an x0 is mirrored to below the mean, where both are small; white is the bottom then.
+    sign = 1 - 2 * (x0 > as_array(mean)).astype(x0.dtype)
+    bottom, top = (sign * x0 < -0.999).astype(x0.dtype), (sign * x0 > 0.999).astype(x0.dtype)
+    centred, inverse_std = sign * (x0 - mean), exp(-0.5 * log_variance)
     below_upper_edge = top + (1 - top) * normal_cdf(inverse_std * (centred + 1 / 255))
     below_lower_edge = (1 - bottom) * normal_cdf(inverse_std * (centred - 1 / 255))
     return log(at_least(below_upper_edge - below_lower_edge, least=1e-12))

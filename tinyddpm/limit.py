@@ -1,4 +1,7 @@
-"""How a predicted x_0 is kept where images are, [-1, 1]: a network's guess from much noise can lie anywhere."""
+"""How a predicted x_0 is kept where images are, [-1, 1]: a network's guess from much noise can lie anywhere.
+
+Ho et al.'s code calls this clip_denoised, diffusers clip_sample and thresholding. diffusion.py calls it.
+"""
 
 from __future__ import annotations
 

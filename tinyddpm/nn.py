@@ -2,7 +2,8 @@
 
 A layer is a plain class with `__call__`. `Module` finds the parameters among the attributes, so that a model can be
 counted, saved, loaded and moved. Initial weights are those of Ho et al. 2020: uniform with variance
-scale * 2 / (fan_in + fan_out) (Glorot & Bengio 2010), biases 0; scale 0 makes a layer that starts as zero.
+scale * 2 / (fan_in + fan_out) (Glorot & Bengio 2010), biases 0; with scale 0 a layer starts as zero, and so a residual
+block that ends with one starts as the identity, or its shortcut. Next: unet.py.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ def _walk(value: object, kind: type, name: str = "") -> Iterator[tuple[str, Para
 
 
 def _uniform(rng: np.random.Generator, shape: tuple[int, ...], fan_in: int, fan_out: int, scale: float) -> Parameter:
-    limit = math.sqrt(3 * scale * 2 / (fan_in + fan_out))
+    """Glorot's: fan_in is how many inputs an output sums, fan_out how many outputs an input reaches."""
+    limit = math.sqrt(3 * scale * 2 / (fan_in + fan_out))  # so that the variance, limit^2 / 3, is as above
     return Parameter(rng.uniform(-limit, limit, shape).astype(np.float32, copy=False))
 
 
@@ -134,7 +136,7 @@ class Embedding(Module):
     """A learned vector (channels,) for each of `count` classes: labels (N,) -> (N, channels)."""
 
     def __init__(self, count: int, channels: int, rng: np.random.Generator):
-        self.w = _uniform(rng, (count, channels), 1, 1, scale=1.0)  # so of variance 1, as in PyTorch
+        self.w = _uniform(rng, (count, channels), 1, 1, scale=1.0)  # of variance 1, like PyTorch's
 
     def __call__(self, labels: np.ndarray) -> Tensor:
         return embedding(self.w, index=labels)
@@ -175,7 +177,7 @@ class GroupNorm(Module):
 
 
 class Attention(Module):
-    """Self-attention: every position of (N, L, channels) looks at all others of its image; `out` starts as zero."""
+    """Self-attention: every position of (N, L, channels) attends to all of its image; `out` starts as zero."""
 
     def __init__(self, channels: int, heads: int, rng: np.random.Generator):
         self.q, self.k, self.v = (Linear(channels, channels, rng) for _ in range(3))

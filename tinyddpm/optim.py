@@ -65,7 +65,7 @@ def squared_norm(vector: Array) -> Array:
 def shortening(square: Array, max_norm: float) -> Array:
     """What a vector is multiplied with to have norm `max_norm` at most, from its squared norm; nan if not finite."""
     norm = np.sqrt(square)
-    return np.minimum(1, max_norm / (norm + 1e-12)) + 0 * norm
+    return np.minimum(1, max_norm / (norm + 1e-12)) + 0 * norm  # 0 inf and 0 nan are nan
 
 
 def learning_rate(lr: float, step: int, steps: int, warmup_steps: int, decay_steps: int) -> float:
@@ -103,8 +103,8 @@ class Adam:
     def step(self, gradient: Array, lr: float | None = None) -> None:
         """Take one step against `gradient` (P,), with learning rate `lr` if given.
 
-        Nothing changes if the first number of the gradient is nan: `clip_norm` makes that of a gradient that is not
-        finite, and a GPU, which runs behind, is not asked before each step whether it is finite.
+        theta, m and v stay as they are if the first number of the gradient is nan: `clip_norm` makes that of a gradient
+        that is not finite, and a GPU, which runs behind, is not asked before each step whether it is finite.
         """
         if gradient.shape != self.theta.shape or gradient.dtype != self.theta.dtype:
             expected, got = (f"{a.dtype} of shape {a.shape}" for a in (self.theta, gradient))

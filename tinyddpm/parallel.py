@@ -1,13 +1,13 @@
-"""Workers: threads, processes, and the ranks of an MPI job. The only file that knows of any of them.
+"""Workers: threads, processes, and the ranks of an MPI job. Nothing about diffusion: skip it at first.
 
 Several workers each run forward and backward on a micro-batch of their own. That keeps every op plain single-threaded
 NumPy, runs elementwise work in parallel too, and stays in cache; BLAS is held to one thread meanwhile. What a
 micro-batch computes does not depend on who computes it, so neither does the result.
 
-NumPy releases Python's lock inside its kernels, so threads do where the kernels are long, as in sampling. Training has
-thousands of short ones, and two threads lose a fifth to a third of their time waiting for the lock; there the workers
-are processes, each with a lock of its own, which find the parameters in shared memory. Across machines they are ranks,
-which share nothing and add their gradients up.
+NumPy releases Python's global interpreter lock inside its kernels, so threads do where these are long, as in sampling.
+Training has thousands of short ones, and two threads lose a fifth to a third of their time waiting for the lock; there
+the workers are processes, each with a lock of its own, which find the parameters in shared memory. Across machines they
+are ranks, which share nothing and add their gradients up.
 """
 
 from __future__ import annotations
@@ -113,9 +113,8 @@ def worker_processes(function: Callable, count: int | None = None, most: int | N
 
     What goes to a process and what it returns is pickled; all else that the function changes stays with the process,
     except for arrays from `shared_array`. Results come in the order of the items; an exception in a worker is raised
-    where its result is taken. A single worker is this thread. Those of a process that may not have any of its own
-    (multiprocessing's daemons) or is a rank of MPI, and all on Windows and macOS, where copying a process is impossible
-    or unsafe, are threads.
+    where its result is taken. A single worker is this thread. Where processes cannot be copied, or not safely (Windows,
+    macOS, a daemon of multiprocessing, a rank of MPI), the workers are threads.
     Raises ValueError unless `count` is an integer >= 1; `run` raises RuntimeError if a worker is killed.
     """
     count = _worker_count(count, most)

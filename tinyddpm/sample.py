@@ -1,4 +1,5 @@
-"""Samplers: from noise to images. Each is one flat generator to read beside its paper; `sample` runs them.
+"""Samplers: from noise to images. Each is one flat generator to read beside its paper (Ho et al. 2020; Song et al.
+2021; Lu et al. 2022); `sample` runs them. The last of three files on diffusion, after diffusion.py.
 
 A sampler works on plain arrays and on the whole batch. `sample` hands it a model that cuts the batch into shards and
 runs them on worker threads, and noise in which every image has a random stream of its own: the same seed gives the same
@@ -38,9 +39,8 @@ def ddpm(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip:
     sqrt(alpha_t).
     """
     for t in reversed(range(diffusion.T)):
-        x, log_variance, x0 = diffusion.p_mean_variance(model, x, np.full(len(x), t), clip)
-        if t > 0:
-            x = x + np.exp(0.5 * log_variance) * noise()
+        mean, log_variance, x0 = diffusion.p_mean_variance(model, x, np.full(len(x), t), clip)
+        x = mean + np.exp(0.5 * log_variance) * noise() if t > 0 else mean
         yield t, x, x0
 
 
@@ -55,7 +55,7 @@ def ddim(
             alpha_bar_{t-1})
 
     where epshat is what x0hat, once clipped, leaves of x_t. With eta = 0 nothing is random but the start; eta = 1 is
-    `ddpm` with the small variance.
+    `ddpm` with the small variance. (The paper writes alpha for alpha_bar, and sigma for s.)
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta: expected a number from 0 to 1, got {eta}")

@@ -2,9 +2,10 @@
 
 A schedule is the array beta (T,); everything else follows from it (Ho et al. 2020, section 2). There are two ways to
 write one down: beta itself as a function of the step ("linear", "quadratic"), or alpha_bar, what is left of the image's
-variance, as a function gamma(u) of the time u from 0 to 1 ("cosine", "sigmoid", ...; Chen 2023). `make_schedule` takes
-either by name. Steps are counted t = 0 ... T-1, and alpha_bar before the first step is 1. All tables are float64,
-read-only and of length T; whoever uses them casts what is gathered.
+variance, as a function of time, alpha_bar_t = gamma(u) at u = (t + 1) / T ("cosine", "sigmoid", ...; Chen 2023).
+`make_schedule` takes either by name. Steps are counted t = 0 ... T-1, and alpha_bar before the first step is 1. All
+tables are float64, read-only and of length T; whoever uses them casts what is gathered. The first of three files on
+diffusion; next: diffusion.py.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Schedule:
     """The tables that follow from beta; `name` and `parameters` say how `make_schedule` made it.
 
     `input_scale` is b of Chen 2023: the image is multiplied by it before noise is added, x_t = sqrt(alpha_bar_t) b x_0
-    + sqrt(1 - alpha_bar_t) eps, which makes every step noisier (b < 1) or less noisy (b > 1) by the same factor.
+    + sqrt(1 - alpha_bar_t) eps, which multiplies the signal-to-noise ratio of every step by b^2.
 
     Raises ValueError unless beta is a vector of one or more numbers in (0, 1), of which the last may also be 1 (then
     nothing is left of the image: zero terminal SNR), alpha_bar falls at every step, and b > 0.

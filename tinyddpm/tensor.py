@@ -1,15 +1,19 @@
-"""Automatic differentiation: reverse mode, first order, in one small file.
+"""Automatic differentiation in reverse mode (survey: Baydin et al. 2018): the chain rule, from the loss L backwards.
 
 A `Tensor` is an array that remembers how it was made. An op is a function on plain arrays that returns its value
-together with `pull`, a function that turns dL/d(value) into dL/d(each input):
+together with `pull` (its vector-Jacobian product), which takes g = dL/d(value), an array of the shape of the value, and
+returns dL/d(each input), of the shape of each input:
 
     @op
     def mul(a, b):
         return a * b, lambda g: (g * b, g * a)
 
+    w = Parameter(np.array(3.0))
+    backward(w * w + 2 * w)[w]  # 8.0, for d/dw (w^2 + 2 w) = 2 w + 2
+
 What backward needs is whatever `pull` closes over; nothing else is kept. `backward(loss)` walks the graph from
 the loss to the parameters, calls every `pull` once and returns {parameter: gradient}. Nothing is written to the
-parameters, so several threads can differentiate through the same ones at once.
+parameters, so several threads can differentiate through the same ones at once. Next: functional.py, which has more ops.
 """
 
 from __future__ import annotations
@@ -140,7 +144,8 @@ class Tensor:
 
 
 class Parameter(Tensor):
-    """A leaf that is learned: the only kind of tensor for which `backward` returns a gradient."""
+    """A leaf that is learned: the only kind of tensor for which `backward` returns a gradient. In the graph it stands
+    for itself, beside the nodes, and like these it is told from others by identity."""
 
     __slots__ = ()
 
@@ -249,7 +254,8 @@ def backward(loss: Tensor, copy: bool = True) -> dict[Parameter, Array]:
     root = loss if isinstance(loss, Parameter) else loss.node
     if root is None:
         raise ValueError("loss: it depends on no Parameter (was it computed under no_grad?)")
-    order = _parents_first(root)
+    # taken from the end, a node's turn comes when all that used it have sent their share, so that its sum is whole
+    order = _topological_order(root)
     incoming = {root: np.ones_like(loss.data)}  # given a CuPy array, NumPy asks CuPy
     ours = set()  # those whose incoming sum is an array made here; any other is borrowed from a pull
     gradients = {}
@@ -266,7 +272,7 @@ def backward(loss: Tensor, copy: bool = True) -> dict[Parameter, Array]:
                 incoming[parent] = contribution
             elif parent in ours:
                 incoming[parent] += contribution
-            else:
+            else:  # not in place: a pull may hand one array to two parents, as add's (g, g) does
                 incoming[parent] = _no_scalar(incoming[parent] + contribution)
                 ours.add(parent)
     return gradients
@@ -284,11 +290,11 @@ def _pull(node: Node, g: Array) -> list[tuple[Node | Parameter, Array]]:
         if parent is not None:
             gradient = gradient() if callable(gradient) else gradient
             if gradient is not None:
-                contributions.append((parent, _fit(gradient, parent, node.op)))
+                contributions.append((parent, _unbroadcast(gradient, parent, node.op)))
     return contributions
 
 
-def _parents_first(root: Node | Parameter) -> list[Node | Parameter]:
+def _topological_order(root: Node | Parameter) -> list[Node | Parameter]:
     """Return all that `root` depends on, each after its parents (depth first, without recursion)."""
     order, seen, stack = [], {root}, [(root, iter(_parents(root)))]
     while stack:
@@ -315,8 +321,8 @@ def _parents(node: Node | Parameter) -> tuple[Node | Parameter | None, ...]:
     return node.parents
 
 
-def _fit(g: Array, parent: Node | Parameter, name: str) -> Array:
-    """Sum `g` over the axes along which `parent` was broadcast, and check its shape and dtype."""
+def _unbroadcast(g: Array, parent: Node | Parameter, name: str) -> Array:
+    """Undo broadcasting: an input that was used k times by it gets the sum of k gradients. Check shape and dtype."""
     g = _no_scalar(g)
     if not is_array(g):
         raise RuntimeError(f"{name}: a gradient must be an array, got {type(g).__name__}")
@@ -332,6 +338,9 @@ def _fit(g: Array, parent: Node | Parameter, name: str) -> Array:
 
 
 # ------------------------------------------------------------------------------------------- elementwise operations
+
+
+# What costs something is given as a function without arguments, called only if the input wants its gradient.
 
 
 @op
@@ -418,7 +427,7 @@ def reduce_sum(x, *, axis=None, keepdims=False):
 @op
 def reduce_mean(x, *, axis=None, keepdims=False):
     if x.size == 0:
-        raise ValueError(f"x: nothing has no mean, got shape {x.shape}")
+        raise ValueError(f"x: an empty array has no mean, got shape {x.shape}")
     shape, y = x.shape, x.mean(axis=axis, keepdims=keepdims)
     count = x.size // y.size
     return y, lambda g: _unreduce(g, shape, axis, keepdims) / count
@@ -445,10 +454,11 @@ def getitem(x, *, index):
         if not (i is None or i is Ellipsis or isinstance(i, (numbers.Integral, slice))):
             raise TypeError(f"index: expected integers, slices, None or Ellipsis, got {type(i).__name__}")
 
+    shape = x.shape  # so that `pull` does not keep x
+
     def pull(g):
         dx = array_module(g).zeros(shape, g.dtype)
         dx[index] = g
         return dx
 
-    shape = x.shape
     return x[index], pull

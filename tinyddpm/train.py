@@ -1,4 +1,11 @@
-"""The training loop (Ho et al. 2020, algorithm 1), as a generator: it yields its state after every step.
+"""The training loop (Ho et al. 2020, algorithm 1), as a generator: it yields its state after every step. Each is
+
+    loss = diffusion.loss(model, x0, rng)                  which draws t and eps
+    gradient = backward(loss), clipped                     here `differentiate`
+    theta <- Adam(theta, gradient)                         and `update`
+    average <- d average + (1 - d) theta                   from which to sample: the moving average, EMA
+
+All else shares the work out, or goes on with it after an interruption.
 
 Logging, sampling and saving are up to whoever iterates. A batch is cut into micro-batches of fixed size, which workers
 differentiate side by side; gradients are added up in a fixed order and each micro-batch has a random stream of its own,

@@ -1,9 +1,13 @@
 """The U-Net of Ho, Jain & Abbeel 2020 ("Denoising Diffusion Probabilistic Models", appendix B): eps_theta(x_t, t).
 
     x_t -> conv -> [blocks, halve] per level -> middle -> [blocks, double] per level -> norm, SiLU, conv -> eps
-                       |________ skip connections, each block to its mirror ________|
+                       |____________________ skip connections _____________________|
 
+It is a U-Net (Ronneberger et al. 2015) of residual blocks (He et al. 2015) with group norm; attention follows the
+blocks of chosen levels, and stands in the middle. On the way down, what the first convolution, every block and every
+halving returns is laid aside; on the way up, each block takes the latest of these, so that a level has one block more.
 The timestep t reaches every residual block through a sinusoidal encoding (Vaswani et al. 2017) and two dense layers.
+Next: schedule.py, where diffusion begins.
 """
 
 from __future__ import annotations
@@ -31,7 +35,8 @@ def timestep_encoding(t: np.ndarray, channels: int, form: str = "ddpm") -> np.nd
 
         P(k, 2i) = sin(k / n^(2i/d)),  P(k, 2i+1) = cos(k / n^(2i/d))
 
-    A dense layer follows, so the order does not matter, and two others became customary: "ddpm" of Ho et al.'s code,
+    A dense layer follows, so neither their order nor the exact frequencies matter much, and two other forms became
+    customary: "ddpm" of Ho et al.'s code,
 
         P(k, i) = sin(k / n^(i/(d/2 - 1))),  P(k, d/2 + i) = cos(k / n^(i/(d/2 - 1)))
 
@@ -53,7 +58,7 @@ def timestep_encoding(t: np.ndarray, channels: int, form: str = "ddpm") -> np.nd
 
 
 def to_patches(x: Tensor | Array, p: int) -> Tensor | Array:
-    """Squares of p x p pixels as one position: images (N, H, W, C) -> (N, H/p, W/p, p p C)."""
+    """Squares of p x p pixels as one position (space to depth): images (N, H, W, C) -> (N, H/p, W/p, p p C)."""
     if p == 1:
         return x
     N, H, W, C = x.shape
@@ -71,16 +76,23 @@ def from_patches(x: Tensor | Array, p: int) -> Tensor | Array:
 class ResBlock(Module):
     """Residual block: h = conv(SiLU(norm(x))) + dense(temb);  y = x + conv(dropout(SiLU(norm(h)))).
 
-    The timestep's term is the same at every pixel; `temb` (N, time) comes with its SiLU already taken. Where the
-    channels change, x passes a 1x1 convolution. `p` is the probability of dropout.
+    The timestep's term is the same at every pixel; `temb` (N, temb_channels) comes with its SiLU already taken. Where
+    the channels change, x passes a 1x1 convolution. `p` is the probability of dropout.
     """
 
     def __init__(
-        self, inputs: int, outputs: int, time: int, groups: int, p: float, rng: np.random.Generator, eps: float = 1e-6
+        self,
+        inputs: int,
+        outputs: int,
+        temb_channels: int,
+        groups: int,
+        p: float,
+        rng: np.random.Generator,
+        eps: float = 1e-6,
     ):
         self.norm1 = GroupNorm(inputs, groups, eps)
         self.conv1 = Conv2d(inputs, outputs, 3, rng, padding=1)
-        self.time = Linear(time, outputs, rng)
+        self.time = Linear(temb_channels, outputs, rng)
         self.norm2 = GroupNorm(outputs, groups, eps)
         self.conv2 = Conv2d(outputs, outputs, 3, rng, padding=1, scale=0.0)
         self.shortcut = Conv2d(inputs, outputs, 1, rng) if inputs != outputs else None
@@ -126,8 +138,8 @@ class UNet(Module):
     Args:
         in_channels: of the images: 1 for grey, 3 for RGB.
         out_channels: the same, or twice as many if the variance is learned too (see `Diffusion`).
-        channels: of each level, from full resolution down; every level halves height and width.
-        blocks: residual blocks per level (one more on the way up).
+        channels: of each level, from full resolution down; every level but the last halves height and width.
+        blocks: residual blocks per level, on the way down (one more on the way up).
         attention: for each level, whether its blocks are followed by attention.
         heads: attention heads. groups: of the group norms. Both must divide the channels they meet.
         dropout: probability in each residual block; acts only in calls that are handed a generator.
@@ -180,12 +192,12 @@ class UNet(Module):
         )
         self.dropout, self.label_dropout = dropout, label_dropout
         rng = np.random.default_rng(rng)
-        time = 4 * channels[0]
+        temb_channels = 4 * channels[0]
         last = len(channels) - 1
         halving = 1 if downsample_padding else ((0, 1), (0, 1))
 
         def res_block(inputs: int, outputs: int) -> ResBlock:
-            return ResBlock(inputs, outputs, time, groups, dropout, rng, norm_eps)
+            return ResBlock(inputs, outputs, temb_channels, groups, dropout, rng, norm_eps)
 
         def attention_block(c: int) -> AttentionBlock:
             return AttentionBlock(c, c // head_channels if head_channels else heads, groups, rng, norm_eps)
@@ -195,10 +207,10 @@ class UNet(Module):
             attend = [attention_block(channels[i]) for _ in widths if attention[i]]
             return Level(res, attend, resize)
 
-        self.time1 = Linear(channels[0], time, rng)
-        self.time2 = Linear(time, time, rng)
+        self.time1 = Linear(channels[0], temb_channels, rng)
+        self.time2 = Linear(temb_channels, temb_channels, rng)
         if classes:
-            self.class_embedding = Embedding(classes + (label_dropout > 0), time, rng)
+            self.class_embedding = Embedding(classes + (label_dropout > 0), temb_channels, rng)
         self.conv_in = Conv2d(in_channels * patch**2, channels[0], 3, rng, padding=1)
         width, skips = channels[0], [channels[0]]  # of the activation, and of what has been laid aside
 
@@ -214,7 +226,7 @@ class UNet(Module):
 
         self.up = []
         for i, c in reversed(list(enumerate(channels))):
-            widths = [(above + skips.pop(), c) for above in [width] + [c] * blocks]
+            widths = [(before + skips.pop(), c) for before in [width] + [c] * blocks]
             self.up.append(level(widths, i, Conv2d(c, c, 3, rng, padding=1) if i > 0 else None))
             width = c
 
@@ -248,7 +260,7 @@ class UNet(Module):
             labels = labels.astype(int)
             if rng is not None and self.label_dropout:
                 labels[rng.random(len(labels)) < self.label_dropout] = NO_LABEL
-            temb = temb + self.class_embedding(labels % len(self.class_embedding.w.data))  # of "no label", the last
+            temb = temb + self.class_embedding(labels % len(self.class_embedding.w.data))  # -1, "no label", is the last
         temb = silu(temb)  # every block takes SiLU of the embedding: once is enough
         h = self.conv_in(to_patches(2 * x - 1 if self.config["center_input"] else x, self.config["patch"]))
         skips = [h]

@@ -6,19 +6,22 @@ constant matrices they take 6:
 
     u = G w,   v = B^T x,   m = u * v elementwise,   y = A^T m          w: 3 taps, x: 6 inputs, y: 4 outputs
 
-Where they come from (Toom 1963, Cook 1966): a polynomial is known by its values. Let E_n take the n coefficients of
-one to its values at six points, infinity among them (its value there is its last coefficient). Then the product of two
-that have four and three coefficients, a and w, is E_6^-1 ((E_4 a) * (E_3 w)). A correlation is that product transposed,
+(Those by the constants do not count: v is made once for each input channel and serves all output channels, and u and y
+likewise.) Where they come from (Toom 1963, Cook 1966): a polynomial is known by its values. Let E_n take the n
+coefficients of one to its values at six points, infinity among them (its value there is its last coefficient). The
+values of a product are the products of the values, so the product of two that have four and three coefficients, a and
+w, is E_6^-1 ((E_4 a) * (E_3 w)). A correlation is that product transposed,
 so that G = E_3, A = E_4 and B^T is the inverse of E_6, transposed. In two dimensions each is applied down and across,
 Lavin & Gray's F(4x4, 3x3): 36 multiplications in place of 144 for a tile of 4x4 outputs, from 6x6 inputs, neighbours of
 which overlap by two. At each of the 36 pairs of points the sum over channels remains, a matrix product.
 
-A row of tiles is transformed at once, by a matrix D that holds B^T once for each tile, or A^T likewise. It is mostly
-zeros, but it leaves out what lies outside of the image, it adds up the overlaps when it is transposed, and BLAS is fast
-at it. So all is matrix products, down and across the images x and y, and the gradients follow by transposing:
+A row of tiles is transformed at once, by a matrix D that holds B^T once for each tile, and back by S, which holds A^T.
+They are mostly zeros, but leave out what lies outside of the image, add up the overlaps when transposed, and BLAS is
+fast at it. So all is matrix products, D and S down the images and D' and S' across them, and the gradients follow by
+transposing; v u multiplies channels, at each of the 36 points:
 
-    forward     v = D x D'^T,       m = v u,         y = A m A'^T
-    backward    dm = A^T dy A',     dv = dm u^T,     dx = D^T dv D',     du = v^T dm,     dw = G^T du G
+    forward     v = D x D'^T,       m = v u,         y = S m S'^T
+    backward    dm = S^T dy S',     dv = dm u^T,     dx = D^T dv D',     du = v^T dm,     dw = G^T du G
 
 The values at the points are larger than what A^T leaves of them, so float32 results are less exact than direct sums: on
 random images and filters up to 20 times, but within 1e-5 of the largest value. An inf or a nan spreads over all of the
@@ -60,9 +63,9 @@ class Band(NamedTuple):
     outputs: slice
     inputs: slice
     D: Array  # (6 tiles, inputs): row p * tiles + i takes the inputs to the value of tile i at point p
-    A: Array  # (outputs, 6 tiles)
+    S: Array  # (outputs, 6 tiles)
     D_T: Array  # and their transposes
-    A_T: Array
+    S_T: Array
 
 
 @functools.cache
@@ -72,15 +75,15 @@ def bands(size: int) -> list[Band]:
     for start in range(0, size, 4 * BAND):
         stop = min(start + 4 * BAND, size)
         first, last = max(start - 1, 0), min(stop + 1, size)
-        D, A = (np.zeros((6, -(-(stop - start) // 4), n)) for n in (last - first, stop - start))
+        D, S = (np.zeros((6, -(-(stop - start) // 4), n)) for n in (last - first, stop - start))
         for tile, top in enumerate(range(start, stop, 4)):
             for i, row in enumerate(range(top - 1, top + 5)):
                 if first <= row < last:
                     D[:, tile, row - first] = B_T[:, i]
             for i, row in enumerate(range(top, min(top + 4, stop))):
-                A[:, tile, row - start] = A_T[i]
-        D, A = D.reshape(-1, last - first), A.reshape(-1, stop - start).T
-        matrices = (a.astype(np.float32, order="C") for a in (D, A, D.T, A.T))
+                S[:, tile, row - start] = A_T[i]
+        D, S = D.reshape(-1, last - first), S.reshape(-1, stop - start).T
+        matrices = (matrix.astype(np.float32, order="C") for matrix in (D, S, D.T, S.T))
         found.append(Band(slice(start, stop), slice(first, last), *matrices))
     return found
 
@@ -112,15 +115,15 @@ def conv3x3(x: Array, w: Array, b: Array | None) -> tuple[Array, Callable]:
     for down, across in areas:
         m = _to_points(down.D, across.D, x[:, down.inputs, across.inputs]) @ u
         if b is not None:
-            m[7] += b  # what stands at the points (1, 1) enters each output once
-        _from_points(down.A, across.A, m, out=y[:, down.outputs, across.outputs])
+            m[7] += b  # 7 = 6 * 1 + 1: what stands at the points (1, 1), POINTS[1] twice, enters each output once
+        _from_points(down.S, across.S, m, out=y[:, down.outputs, across.outputs])
 
     def pull(dy):
         u_T, du = _constant(transposed_filters, w), None
         dx = (np.empty if len(areas) == 1 else np.zeros)(x.shape, np.float32)
         for down, across in areas:
             inside = slice(None), down.inputs, across.inputs
-            dm = _to_points(down.A_T, across.A_T, dy[:, down.outputs, across.outputs])
+            dm = _to_points(down.S_T, across.S_T, dy[:, down.outputs, across.outputs])
             part = _to_points(down.D, across.D, x[inside]).swapaxes(1, 2) @ dm
             du = part if du is None else np.add(du, part, out=du)
             dv = dm @ u_T
@@ -154,12 +157,14 @@ def _from_points(down: Array, across: Array, m: Array, out: Array) -> Array:
 
 
 class ConstantFilters:
-    """Keeps the transforms of the filters among a model's parameters, for all threads; none may change meanwhile.
+    """Keeps the transforms of the filters among a model's parameters, for all threads, since a sampler calls one model
+    again and again; no filter may change meanwhile.
 
     A model without `parameters()` may compute its filters anew each time, so nothing is kept of it.
     """
 
     def __init__(self, model: Callable):
+        # the arrays are held as well, so that no other gets the id of one
         self._kept = {id(p.data): (p.data, {}) for p in getattr(model, "parameters", list)()}
         self._lock = threading.Lock()
 
