@@ -22,9 +22,15 @@ from tinyddpm.tensor import as_array
 from tinyddpm.unet import AttentionBlock, ResBlock, timestep_encoding
 
 SCHEDULES = ("linear", "quadratic", "cosine", "cosine_logsnr", "sigmoid", "sigmoid_logsnr")
-# the colours of Okabe & Ito 2008, which all eyes tell apart, and dashes for those who print in black and white
-COLORS = ("#000000", "#E69F00", "#0072B2", "#56B4E9", "#D55E00", "#CC79A7")
-DASHES = ("-", "--", "-", "--", "-", "--")
+COLORS = (
+    "#000000",
+    "#E69F00",
+    "#0072B2",
+    "#56B4E9",
+    "#D55E00",
+    "#CC79A7",
+)  # Okabe & Ito 2008: all eyes tell them apart
+DASHES = ("-", (0, (6, 2)), (0, (3, 1)), (0, (1, 1)), (0, (6, 1, 1, 1)), (0, (3, 3)))
 
 # --------------------------------------------------------------------------------------------------- how to draw
 
@@ -77,7 +83,7 @@ def schedules():
             s = make_schedule(name, 1000, input_scale=b)
             share = s.snr / (1 + s.snr)  # alpha_bar if b is 1
             for cell, values in zip(column, (share, s.log_snr)):
-                cell.plot(values, dashes, color=color, label=name, linewidth=1.6)
+                cell.plot(values, linestyle=dashes, color=color, label=name, linewidth=1.6)
                 cell.grid(alpha=0.3)
         column[0].set_title(f"b = {b:g}")
         column[1].set(xlabel="t", ylim=(-16, 16))
@@ -88,13 +94,13 @@ def schedules():
 
 
 def noising():
-    """A digit on its way into noise, x_t, under each schedule, all with the same noise."""
-    ts, rows = np.linspace(0, 999, 11).round().astype(int)[1:], {}
+    """A digit on its way into noise, x_t / b, under each schedule, all with the same noise."""
+    ts, rows = np.arange(99, 1000, 100), {}
     x0 = digit(3).repeat(len(ts), axis=0)
     eps = normal((1, 28, 28, 1)).repeat(len(ts), axis=0)
     for name, b in [(name, 1) for name in SCHEDULES] + [("cosine", 0.5)]:
         diffusion = Diffusion(make_schedule(name, 1000, input_scale=b))
-        rows[name if b == 1 else f"{name}, b = {b}"] = [x0[0], *diffusion.q_sample(x0, ts, eps)]
+        rows[name if b == 1 else f"{name}, b = {b}"] = [x0[0], *diffusion.q_sample(x0, ts, eps) / b]
     return strips(rows, ["$x_0$", *(f"t = {t}" for t in ts)])
 
 
@@ -102,7 +108,7 @@ def noising():
 
 
 def encoding():
-    """What the network is told of timestep k: waves, short ones and long ones, each in a channel i of its own."""
+    """What the network is told of a timestep: waves, short ones and long ones, each in a channel of its own."""
     figure = new_figure(9, 4)
     titles = {
         "interleaved": "sine and cosine in turn\n(Vaswani et al. 2017)",
@@ -111,9 +117,9 @@ def encoding():
     for axes, form in zip(figure.subplots(1, 2, sharey=True), titles):
         P = timestep_encoding(np.arange(200), 64, form)
         picture = axes.imshow(P, cmap="PuOr", vmin=-1, vmax=1, aspect="auto", interpolation="none")
-        axes.set(xlabel="i", title=titles[form])
-    figure.axes[0].set_ylabel("k")
-    figure.colorbar(picture, ax=figure.axes, label="P(k, i)")
+        axes.set(xlabel="channel", title=titles[form])
+    figure.axes[0].set_ylabel("timestep t")
+    figure.colorbar(picture, ax=figure.axes, label="P(t, channel)")
     return figure
 
 
@@ -223,8 +229,9 @@ def attention():
         for cell, (i, j) in zip(axes, squares):
             show(cell, x[0], f"t = {t}" if cell is axes[0] else "")
             p = watched.p[0].mean(axis=0)[7 * i + j].reshape(7, 7)
-            cell.imshow(p, cmap="viridis", alpha=0.65, extent=(-0.5, 27.5, 27.5, -0.5), vmin=0)
+            seen = cell.imshow(p, cmap="cividis", alpha=0.6, extent=(-0.5, 27.5, 27.5, -0.5), vmin=0, vmax=0.5)
             cell.add_patch(Rectangle((4 * j - 0.5, 4 * i - 0.5), 4, 4, fill=False, edgecolor="#D55E00", linewidth=2))
+    figure.colorbar(seen, ax=figure.axes, label="share of the attention of the marked square", extend="max")
     return figure
 
 
@@ -247,7 +254,7 @@ def losses():
     figure = new_figure(9, 3.5)
     for axes, error, what in zip(figure.subplots(1, 2), errors, ("$\\epsilon$ (the simple loss)", "$x_0$")):
         axes.plot(ts + 1, error, color=COLORS[2])
-        axes.set(xscale="log", yscale="log", xlabel="t + 1", title=f"mean squared error of the predicted {what}")
+        axes.set(xscale="log", yscale="log", xlabel="t + 1", ylabel="mean squared error", title=f"predicted {what}")
         axes.grid(alpha=0.3)
     return figure
 
@@ -278,7 +285,7 @@ def samplers():
     net, diffusion = load_model()
     labels, counts = np.array([2, 3, 5, 8]), (3, 5, 10, 20, 50)
     methods = {"ddpm": {}, "ddim": {}, "ddim, eta = 0.5": {"method": "ddim", "eta": 0.5}, "dpm++": {}}
-    figure = new_figure(10.5, 3.4)
+    figure = new_figure(10.5, 2.4)
     for row, (axes, (name, settings)) in enumerate(zip(figure.subplots(len(methods), len(counts)), methods.items())):
         for column, (cell, steps) in enumerate(zip(axes, counts)):
             settings = {"method": name, "labels": labels} | settings

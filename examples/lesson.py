@@ -28,8 +28,8 @@ def noise_step_by_step(diffusion, x0, out, rng):
     say("""
 1. Noise, step by step
 
-A digit x_0 is 784 numbers from -1, black, to 1, white. At each of 1,000 steps it gets a little darker or lighter at
-random, and shrinks a little so as not to grow by that:
+A digit x_0 is 784 numbers from -1, black, to 1, white. At each of 1,000 steps each of them gets a little darker or
+lighter at random, and shrinks a little so as not to grow by that:
 
     x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps,    eps ~ N(0, 1) for each pixel        (equation 2)
 
@@ -145,7 +145,8 @@ def compare(diffusion, guesses, threes, unseen, rng):
     say("""
 5. Who guesses best?
 
-The error of both, mean of (x_0 - guess)^2, for threes that they know and for others, with the network's drawn:
+The error of both, mean of (x_0 - guess)^2, for threes that they know and for others; the bars are the network's, for
+others:
 
       t   known: ideal  network    others: ideal  network""")
     for t in SHOWN:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyddpm import UNet, load_digits, load_model, make_schedule, no_grad
+from tinyddpm import UNet, load_digits, load_model, make_schedule, no_grad, sample
 from tinyddpm.nn import Conv2d
 from tinyddpm.tensor import as_array
 from tinyddpm.unet import AttentionBlock, ResBlock
@@ -69,11 +69,13 @@ class TestDrawn:
     def test_noising(self, example):
         figure = example.noising()
         assert len(figure.axes) == 7 * 11
-        three = load_digits()[0][3000, :, :, 0]
-        for row in range(7):
-            np.testing.assert_array_equal(figure.axes[11 * row].images[0].get_array(), three)
-        last = figure.axes[10].images[0].get_array()  # under the linear schedule, nothing but noise
-        assert abs(np.corrcoef(last.ravel(), three.ravel())[0, 1]) < 0.15 and 0.9 < last.std() < 1.1
+        three, eps = load_digits()[0][3000, :, :, 0], np.random.default_rng(0).standard_normal((28, 28), np.float32)
+        for row, (name, b) in enumerate([(name, 1) for name in example.SCHEDULES] + [("cosine", 0.5)]):
+            bar = make_schedule(name, 1000).alpha_bar
+            shown = [axes.images[0].get_array() for axes in figure.axes[11 * row : 11 * row + 11]]
+            np.testing.assert_array_equal(shown[0], three)
+            for t, x in zip(range(99, 1000, 100), shown[1:]):
+                np.testing.assert_allclose(x, np.sqrt(bar[t]) * three + np.sqrt(1 - bar[t]) / b * eps, atol=1e-5)
 
     def test_encoding(self, example):
         P = example.encoding().axes[0].images[0].get_array()
@@ -90,9 +92,32 @@ class TestDrawn:
 
     def test_attention(self, example):
         figure = example.attention()
-        assert len(figure.axes) == 18
-        for axes in figure.axes:
+        assert len(figure.axes) == 18 + 1  # and what the colours mean
+        for axes in figure.axes[:18]:
             np.testing.assert_allclose(axes.images[1].get_array().sum(), 1, atol=1e-4)
+
+    @pytest.mark.slow
+    def test_losses(self, example):
+        noise, image = (axes.lines[0] for axes in example.losses().axes)
+        unet, diffusion = load_model()
+        images, labels = (part[::20] for part in load_digits(train=False))
+        t = np.full(100, noise.get_xdata()[-5] - 1)
+        eps = example.normal(images.shape, int(t[0]))
+        loss = diffusion.loss_at(lambda x, t: unet(x, t, labels=labels), images, t, eps).item()
+        np.testing.assert_allclose(noise.get_ydata()[-5], loss, rtol=1e-4)
+        bar = diffusion.schedule.alpha_bar[t[0]]
+        assert 0 < image.get_ydata()[-5] <= loss * (1 - bar) / bar  # for it is clipped
+
+    @pytest.mark.slow
+    def test_trajectory(self, example):
+        shown = [axes.images[0].get_array() for axes in example.trajectory().axes]
+        unet, diffusion = load_model()
+        settings = {"steps": 100, "labels": np.array([3, 8]), "guidance": 1.5, "trajectory": True}
+        path = sample(diffusion, unet, (2, 28, 28, 1), **settings)[..., 0]
+        for i in range(2):
+            np.testing.assert_allclose(shown[20 * i], path[0, i], atol=1e-5)  # x_T
+            np.testing.assert_allclose(shown[20 * i + 9], path[-2, i], atol=1e-5)  # what the last step began with
+            np.testing.assert_allclose(shown[20 * i + 19], path[-1, i], atol=1e-5)  # its image is the last x_0
 
     @pytest.mark.slow
     def test_all_of_them_by_one_command(self, example, tmp_path, monkeypatch):
