@@ -66,15 +66,18 @@ def test_what_cannot_be_written_is_told_the_first_time_and_the_last(tmp_path, ca
 
 
 def test_an_error_goes_on_to_the_caller_who_is_told_what_is_kept(tmp_path, capsys):
-    def broken():
-        for state in training():
-            if state.step == 5:
-                raise ArithmeticError("5")
+    def broken(at=5, **settings):
+        for state in training(**settings):
+            if state.step == at:
+                raise ArithmeticError(str(at))
             yield state
 
     with pytest.raises(ArithmeticError, match="5"):
         list(recorded(broken(), tmp_path, 7, save_every=2))
     assert "the checkpoint after 4 steps is kept: --resume goes on from it" in "".join(capsys.readouterr())
+    with pytest.raises(ArithmeticError, match="6"):  # what was kept before the run went on
+        list(recorded(broken(6, resume=tmp_path / "checkpoint.safetensors"), tmp_path, 7, save_every=100))
+    assert "the checkpoint after 4 steps is kept" in "".join(capsys.readouterr())
     (tmp_path / "other").mkdir()
     with pytest.raises(ArithmeticError):
         list(recorded(broken(), tmp_path / "other", 7, save_every=100))
