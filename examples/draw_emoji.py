@@ -1,7 +1,7 @@
 """Pictures to learn from in colour that most computers have: emoji. `python examples/draw_emoji.py`
 
 It draws those of this computer's font, 32x32, into a folder for each kind; then
-`python examples/mnist_ddpm.py --data runs/emoji/pictures --out runs/emoji --minutes 20` learns from them.
+`python examples/mnist_ddpm.py --data runs/emoji/pictures --out runs/emoji --minutes 10` learns from them.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Train a DDPM on handwritten digits and watch them appear: `python examples/mnist_ddpm.py`.
 
-This is the tutorial: read load_data, make_model, train_and_sample and draw; the rest is about options and errors. What
-is not in here is in the package, one idea to a file. The network is told which digit each image is, so that it can be
-asked for digits afterwards, as often as you like: --digits 2026.
+This is the tutorial, to be read from the top; from parse_arguments on it is about options and errors. What is not in
+here is in the package, one idea to a file. The network is told which digit each image is, so that it can be asked for
+digits afterwards, as often as you like: --digits 2026.
 
 A run that ended, by Ctrl-C or by a power cut, goes on as if it had not with --resume (and --out, if it was given).
 Images of your own: --data FOLDER, with a folder in it for each class if there are any. On many machines:
@@ -34,74 +34,6 @@ from tinyddpm.image import grid, noising_strip, save_gif
 from tinyddpm.parallel import Ranks, blas_name, ranks_started
 from tinyddpm.record import CHECKPOINT, OPTIONS, begin_folder, recorded
 from tinyddpm.run import stop_signals
-
-
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__)
-    add = parser.add_argument
-    add(
-        "--data", default="digits", help="digits, which come along; mnist, fashion (fetched); or a folder [%(default)s]"
-    )
-    add("--size", type=int, default=32, help="pixels that images of a folder are made high and wide [%(default)s]")
-    add("--grey", action="store_true", help="make images of a folder grey [RGB]")
-    add("--flip", action="store_true", help="mirror half of the images, which is not for digits [off]")
-    add("--minutes", type=float, default=5, help="train as many steps as take about so long here [%(default)s]")
-    add("--steps", type=int, help="train so many steps, however long they take [as --minutes allows]")
-    add("--batch", type=int, default=32, help="images per step [%(default)s]")
-    add("--lr", type=float, default=4e-3, help="Adam's learning rate, falling in the second half [%(default)s]")
-    add("--patch", type=int, default=2, help="squares of so many pixels are one position for the U-Net [%(default)s]")
-    add("--channels", type=int, nargs="+", default=[32, 64], help="of the U-Net's levels [32 64]")
-    add("--blocks", type=int, default=1, help="residual blocks per level [%(default)s]")
-    add("--timesteps", type=int, default=1000, help="T, the number of diffusion steps [%(default)s]")
-    add("--objective", default="x0", choices=OBJECTIVES, help="what the network predicts [%(default)s]")
-    add("--no-labels", action="store_true", help="do not tell the network what is in an image [it is told]")
-    add("--digits", help="draw these, such as 2026, by the model in the folder; nothing is trained [none]")
-    add("--guidance", type=float, default=1.5, help="how clearly images show what they are to be [%(default)s]")
-    add("--sampling-steps", type=int, default=25, help="of T, on the way back from noise [%(default)s]")
-    add("--samples", type=int, default=64, help="images in the final grid [%(default)s]")
-    add("--sample-every", type=int, default=500, help="training steps between sample grids [%(default)s]")
-    add("--save-every", type=int, default=250, help="training steps between checkpoints [%(default)s]")
-    add("--resume", action="store_true", help="go on from the checkpoint in the folder, if there is one [off]")
-    add("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
-    add("--precision", default="float32", help="of products on a GPU: float32, tf32, bf16 or fp16 [%(default)s]")
-    add("--workers", type=int, help="how many work side by side [one per CPU]")
-    add("--mpi", action="store_true", help="share the work with the other processes that mpiexec started [off]")
-    add("--seed", type=int, default=0, help="the same seed and steps give the same digits [%(default)s]")
-    add("--out", type=pathlib.Path, default=pathlib.Path("runs/mnist"), help="folder for the results [%(default)s]")
-    args = parser.parse_args()
-    options = args.out / OPTIONS
-    if args.resume and options.exists():  # as given before, unless given again
-        try:
-            parser.set_defaults(**(before := json.loads(options.read_text())))
-        except (ValueError, TypeError) as error:
-            parser.error(f"--resume: {options} is damaged: {error}")
-        args = parser.parse_args()
-        if args.minutes != before.get("minutes", args.minutes):
-            parser.error(f"--minutes: the run that is to go on has {args.steps} steps, and keeps them")
-    if os.path.isdir(args.data):
-        args.data = os.path.abspath(args.data)
-    above_zero = ("minutes", "steps", "batch", "lr", "patch", "blocks", "timesteps", "sampling_steps", "samples",
-                  "sample_every", "save_every", "workers", "size")  # fmt: skip
-    for name in above_zero:
-        value = getattr(args, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
-    if args.seed < 0:
-        parser.error(f"--seed must be 0 or greater, got {args.seed}")
-    if args.digits is not None and not (args.digits.isascii() and args.digits.isdecimal()):
-        parser.error(f"--digits must be digits such as 2026, got {args.digits!r}")
-    if not math.isfinite(args.guidance):
-        parser.error(f"--guidance must be a number, got {args.guidance}")
-    if args.digits and not (args.out / "model.safetensors").exists():
-        parser.error(f"--digits: there is no model in {args.out.resolve()} yet; without --digits, one is trained")
-    if not args.mpi and ranks_started() > 1:
-        parser.error(f"--mpi is missing: mpiexec started {ranks_started()} processes, which would all do the same")
-    try:  # better to know now than after the training
-        args.out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=args.out).close()
-    except OSError as error:
-        parser.error(f"--out: cannot write to {args.out}: {error.strerror}")
-    return args
 
 
 def load_data(args, ranks):
@@ -238,6 +170,74 @@ def draw_digits(args):
     digits = draw(args, diffusion, unet, len(labels), args.workers, labels, progress=True)
     grid(to_numpy(digits), columns=len(labels), scale=4).save(args.out / "digits.png")
     print(f"look at {args.out / 'digits.png'}")
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add(
+        "--data", default="digits", help="digits, which come along; mnist, fashion (fetched); or a folder [%(default)s]"
+    )
+    add("--size", type=int, default=32, help="pixels that images of a folder are made high and wide [%(default)s]")
+    add("--grey", action="store_true", help="make images of a folder grey [RGB]")
+    add("--flip", action="store_true", help="mirror half of the images, which is not for digits [off]")
+    add("--minutes", type=float, default=5, help="train as many steps as take about so long here [%(default)s]")
+    add("--steps", type=int, help="train so many steps, however long they take [as --minutes allows]")
+    add("--batch", type=int, default=32, help="images per step [%(default)s]")
+    add("--lr", type=float, default=4e-3, help="Adam's learning rate, falling in the second half [%(default)s]")
+    add("--patch", type=int, default=2, help="squares of so many pixels are one position for the U-Net [%(default)s]")
+    add("--channels", type=int, nargs="+", default=[32, 64], help="of the U-Net's levels [32 64]")
+    add("--blocks", type=int, default=1, help="residual blocks per level [%(default)s]")
+    add("--timesteps", type=int, default=1000, help="T, the number of diffusion steps [%(default)s]")
+    add("--objective", default="x0", choices=OBJECTIVES, help="what the network predicts [%(default)s]")
+    add("--no-labels", action="store_true", help="do not tell the network what is in an image [it is told]")
+    add("--digits", help="draw these, such as 2026, by the model in the folder; nothing is trained [none]")
+    add("--guidance", type=float, default=1.5, help="how clearly images show what they are to be [%(default)s]")
+    add("--sampling-steps", type=int, default=25, help="of T, on the way back from noise [%(default)s]")
+    add("--samples", type=int, default=64, help="images in the final grid [%(default)s]")
+    add("--sample-every", type=int, default=500, help="training steps between sample grids [%(default)s]")
+    add("--save-every", type=int, default=250, help="training steps between checkpoints [%(default)s]")
+    add("--resume", action="store_true", help="go on from the checkpoint in the folder, if there is one [off]")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
+    add("--precision", default="float32", help="of products on a GPU: float32, tf32, bf16 or fp16 [%(default)s]")
+    add("--workers", type=int, help="how many work side by side [one per CPU]")
+    add("--mpi", action="store_true", help="share the work with the other processes that mpiexec started [off]")
+    add("--seed", type=int, default=0, help="the same seed and steps give the same digits [%(default)s]")
+    add("--out", type=pathlib.Path, default=pathlib.Path("runs/mnist"), help="folder for the results [%(default)s]")
+    args = parser.parse_args()
+    options = args.out / OPTIONS
+    if args.resume and options.exists():  # as given before, unless given again
+        try:
+            parser.set_defaults(**(before := json.loads(options.read_text())))
+        except (ValueError, TypeError) as error:
+            parser.error(f"--resume: {options} is damaged: {error}")
+        args = parser.parse_args()
+        if args.minutes != before.get("minutes", args.minutes):
+            parser.error(f"--minutes: the run that is to go on has {args.steps} steps, and keeps them")
+    if os.path.isdir(args.data):
+        args.data = os.path.abspath(args.data)
+    above_zero = ("minutes", "steps", "batch", "lr", "patch", "blocks", "timesteps", "sampling_steps", "samples",
+                  "sample_every", "save_every", "workers", "size")  # fmt: skip
+    for name in above_zero:
+        value = getattr(args, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            parser.error(f"--{name.replace('_', '-')} must be greater than 0, got {value}")
+    if args.seed < 0:
+        parser.error(f"--seed must be 0 or greater, got {args.seed}")
+    if args.digits is not None and not (args.digits.isascii() and args.digits.isdecimal()):
+        parser.error(f"--digits must be digits such as 2026, got {args.digits!r}")
+    if not math.isfinite(args.guidance):
+        parser.error(f"--guidance must be a number, got {args.guidance}")
+    if args.digits and not (args.out / "model.safetensors").exists():
+        parser.error(f"--digits: there is no model in {args.out.resolve()} yet; without --digits, one is trained")
+    if not args.mpi and ranks_started() > 1:
+        parser.error(f"--mpi is missing: mpiexec started {ranks_started()} processes, which would all do the same")
+    try:  # better to know now than after the training
+        args.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
+    except OSError as error:
+        parser.error(f"--out: cannot write to {args.out}: {error.strerror}")
+    return args
 
 
 @contextlib.contextmanager
