@@ -6,7 +6,9 @@
     diffusion = Diffusion(make_schedule("linear", 1000))
     images = sample(diffusion, unet, shape=(16, 28, 28, 1))
 
-README.md says in which order to read it.
+Besides what is here, tinyddpm.editing starts from pictures (denoise, sdedit, invert, interpolate, inpaint),
+tinyddpm.image makes grids, rows and GIFs of them, and tinyddpm.functional, conv, fused and nn have ops and layers for
+networks of your own. README.md says in which order to read it all.
 """
 
 from .checkpoint import load_model, save_model
