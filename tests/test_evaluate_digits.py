@@ -321,6 +321,7 @@ def test_what_is_no_digit_is_found_out(example, classifier):
     assert generated["few"]["nearest"] < 0.1 * floor["nearest"] < generated["noise"]["nearest"]
 
 
+@pytest.mark.slow
 def test_a_model_is_sampled_with_its_labels(example, tmp_path):
     unet = UNet(channels=(8, 8), blocks=1, attention=(False, True), classes=10, label_dropout=0.1, patch=2)
     diffusion = Diffusion(make_schedule("cosine", 30), "x0")
