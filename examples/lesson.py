@@ -1,7 +1,7 @@
 """How diffusion works, shown on the digit 3 in three minutes: `python examples/lesson.py`
 
-Six short steps, each of which prints what it shows and draws a picture into runs/lesson. Read along here: every step is
-a function, and the formulas are those of Ho et al. 2020. Nothing else need be read before.
+Six short steps, each of which prints what it shows; 1, 3 and 6 draw pictures into runs/lesson too. Read along here:
+every step is a function, and the formulas are those of Ho et al. 2020. Nothing else need be read before.
 """
 
 import argparse
@@ -56,7 +56,7 @@ At the brightest pixel, over the copies:
             pictures["step by step"].append(x[0])
             pictures["in one jump"].append(jumped[0])
     rows({name: np.stack(images) for name, images in pictures.items()}).save(out / "1_noise.png")
-    say("\nAt the end nothing is left of the digit. Look at 1_noise.png.")
+    say("\nThey agree, as far as 200 copies can. At the end nothing is left of the digit. Look at 1_noise.png.")
 
 
 def step_back(diffusion, rng):
@@ -82,7 +82,7 @@ Is that so? Take a pixel with x_0 = {x0}, noise it {n:,} times to t = {t}, and l
         mean = s.posterior_mean_coef_x0[t] * x0 + s.posterior_mean_coef_xt[t] * x_t
         near = before[np.abs(after - x_t) < 0.005]
         say(f"    {x_t:4.1f}    {mean:7.3f}   {s.posterior_variance[t]:8.4f}    {near.mean():7.3f}   {near.var():8.4f}")
-    say("\nOnly, x_0 is what we do not know. So something has to guess it: that is all the network does.")
+    say("\nIt is, but for chance. Only, we do not know x_0. Something has to guess it: that is all the network does.")
 
 
 def ideal(data, schedule):
@@ -158,9 +158,8 @@ others:
         known, others = (f"{best:.3f}    {learned:.3f}" for best, learned in (errors[:2], errors[2:]))
         say(f"    {t:3}         {known}            {others}   {'#' * round(50 * errors[3])}")
     say("""
-Of what it knows, the ideal guesser is better, as it must be. Of digits that it has not seen it is not, but where noise
-hides nearly everything: it can only ever guess what it has. The network has had to find out what makes a three, which
-holds for others as well.""")
+Of what it knows, the ideal guesser is better, as it must be. Of others the network is better, until noise hides nearly
+everything: the ideal guesser can only ever guess what it has, the network has had to find out what makes a three.""")
 
 
 def generate(diffusion, unet, guess, threes, out, seed, workers):
@@ -193,8 +192,8 @@ again. Fifty steps that are twenty times as long do about as well as all thousan
     say(f"""
 6_way_back.png is one digit on its way, 6_digits.png the outcome: ten by the network, ten by the ideal guesser, and
 under each the known digit that is nearest. From there the network's are {far:.2f} away (root mean square), the ideal
-guesser's {near:.2f}: the one makes threes that nobody has written; the other, whose loss on the known digits is the
-least there can be, only repeats these.
+guesser's {near:.2f}: the one makes threes that nobody has written, not all of them good after so short a training; the
+other, whose loss on the known digits is the least there can be, only repeats these.
 """)
 
 

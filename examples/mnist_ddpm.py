@@ -46,7 +46,7 @@ def load_data(args, ranks):
         if args.data == "fashion":
             return load_fashion_mnist()
         if not os.path.isdir(args.data):
-            raise ValueError(f"--data must be digits, mnist, fashion or a folder, got {args.data}")
+            raise ValueError(f"--data must be digits, mnist, fashion or a folder, and there is no folder {args.data}")
         images = ImageFolder(args.data, args.size, channels=1 if args.grey else 3)  # read as they are needed
         return images, images.labels
 
@@ -103,6 +103,8 @@ def train_and_sample(args, ranks):
         steps = ranks.gathered(steps_within(args.minutes, functools.partial(training, copy.deepcopy(unet))))[0]
         about = f", about {args.minutes:g} minutes"
     say(f"training {steps:,} steps{about}, {args.batch} images a step; Ctrl-C ends it earlier")
+    if about and steps < 200:
+        say("         so few learn little; has this machine something else to do? --steps 1450 would take its time")
     say(f"results  {args.out.resolve()}", flush=True)
     if first:
         if args.resume and not (args.out / CHECKPOINT).exists():

@@ -3,12 +3,12 @@
 Such as Ho et al.'s own for CIFAR-10, which the tool of the Hugging Face hub fetches (`pip install huggingface_hub`; it
 is not needed for anything else):
 
-    huggingface-cli download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32
+    hf download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32
     python examples/sample_pretrained.py ddpm-cifar10-32
 
-Newer versions of the tool are called by `hf download ...`. Others are google/ddpm-celebahq-256, -cat-256, -church-256
-and -bedroom-256, or what `save_diffusers` wrote. FOLDER may also be a safetensors file with the names of Ho et al.'s
-code.
+Older versions of the tool are called by `huggingface-cli download ...`. Others are google/ddpm-celebahq-256, -cat-256,
+-church-256 and -bedroom-256, or what `save_diffusers` wrote. FOLDER may also be a safetensors file with the names of Ho
+et al.'s code.
 """
 
 import argparse
@@ -48,8 +48,8 @@ def parse_arguments():
         parser.error(f"--seed must be 0 or greater, got {args.seed}")
     if not args.folder.exists():
         parser.error(
-            f"FOLDER: there is no {args.folder}. To fetch Ho et al.'s model for CIFAR-10: huggingface-cli download "
-            "google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32 (with newer versions: hf download ...)"
+            f"FOLDER: there is no {args.folder}. To fetch Ho et al.'s model for CIFAR-10: hf download "
+            "google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32 (with older versions: huggingface-cli download ...)"
         )
     return args
 

@@ -108,6 +108,7 @@ def test_a_rehearsal_tells_how_many_steps_take_so_many_minutes(tmp_path):
     result = run(*options, f"--out={tmp_path / 'clock'}")
     assert result.returncode == 0, result.stderr
     (steps,) = re.findall(r"training ([\d,]+) steps, about 0.1 minutes", result.stdout)
+    assert ("so few learn little" in result.stdout) == (int(steps.replace(",", "")) < 200)
     seconds = np.loadtxt(tmp_path / "clock" / "metrics.csv", delimiter=",", skiprows=1)[-1, 5]
     assert 2 < seconds < 18, (steps, seconds)  # of 6, for others may be at work here
     assert run(*options, f"--steps={steps.replace(',', '')}", f"--out={tmp_path / 'count'}").returncode == 0
@@ -553,7 +554,7 @@ def test_help_documents_every_option():
         (["--sample-every=0"], "--sample-every must be greater than 0"),
         (["--save-every=0"], "--save-every must be greater than 0"),
         (["--workers=0"], "--workers must be greater than 0"),
-        (["--data=nowhere"], "--data must be digits, mnist, fashion or a folder, got nowhere"),
+        (["--data=nowhere"], "--data must be digits, mnist, fashion or a folder, and there is no folder nowhere"),
         (["--timesteps=0"], "--timesteps must be greater than 0, got 0"),
         (["--channels", "12"], "channels: expected multiples of groups = 8, got [12]"),
         (["--channels", "8", "8", "8", "8"], "a height and a width that are multiples of 16"),
@@ -643,7 +644,7 @@ class TestSamplePretrained:
     def test_it_says_how_to_fetch_a_model(self, tmp_path):
         for result in (self.run("--help"), self.run(tmp_path / "nowhere")):
             text = " ".join((result.stdout + result.stderr).split())
-            assert "huggingface-cli download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32" in text
+            assert "hf download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32" in text
         assert result.returncode == 2 and "FOLDER: there is no" in result.stderr
 
     @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_the_whole_of_it(tmp_path):
         variance = noised[:, 2]
         assert (np.abs(noised[:, of_mean] - noised[:, 1]) < 0.011 + 4 * np.sqrt(variance / 200)).all()
         assert (np.abs(noised[:, of_variance] - variance) < 0.011 + 4 * variance * np.sqrt(2 / 200)).all()
-    back = table("those that came by\n", "Only, x_0")
+    back = table("those that came by\n", "It is, but")
     assert back.shape == (3, 5)
     np.testing.assert_allclose(back[:, 3:], back[:, 1:3], atol=2e-3)
     t, ideal_known, of_known, ideal_other, of_others = table("others: ideal  network\n", "Of what it knows")[:, :5].T

@@ -77,7 +77,7 @@ def recorded(
                     attempt("grid", draw, state)
                 if bar.n == 0 and state.step > 1:
                     bar.n = bar.initial = saved = state.step - 1
-                    bar.write(f"resumed  at step {state.step:,}")
+                    bar.write(f"resumed  at step {state.step:,} of {steps:,}")
                 recent.append(state)
                 if state.seen:  # a GPU runs behind, and who looked at each of its losses would have to wait for it
                     loss = np.mean([s.loss for s in recent])
