@@ -297,6 +297,7 @@ def test_what_it_says_of_real_digits(digits, tmp_path):
     assert abs(generated["frechet"] - real["frechet"]) < 5 * real["frechet_deviation"]  # and as good as others
 
 
+@pytest.mark.slow
 def test_what_is_no_digit_is_found_out(example, classifier):
     """Noise, halves of digits, and one digit many times over: each shows in the numbers that are about it."""
     held_out, training, rng = HELD_OUT[::4], load_digits()[0], np.random.default_rng(0)
