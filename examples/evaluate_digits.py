@@ -196,10 +196,9 @@ def evaluate(images, held_out, others, of_others, training, classifier, seed=0, 
     by_chance = [numbers(f_other[start : start + n], p_other[start : start + n]) for start in range(0, 5 * n, n)]
     floor = {name: np.mean([one[name] for one in by_chance], axis=0).tolist() for name in by_chance[0]}
     floor["frechet_deviation"] = float(np.std([one["frechet"] for one in by_chance], ddof=1))
-    generated = numbers(f, p)
+    generated, read, read_held = numbers(f, p), p.argmax(axis=1), p_held.argmax(axis=1)
     if labels is not None:
-        generated["as_asked"] = float((p.argmax(axis=1) == labels).mean())
-    read, read_held = p.argmax(axis=1), p_held.argmax(axis=1)
+        generated["as_asked"] = float((read == labels).mean())
     distance, of_held = nearest(images, training, "neighbours"), nearest(held_out, training, "of held-out")
     near = {digit: np.percentile(of_held[read_held == digit], 1) for digit in set(read_held)}
     for row, found, digits in ((generated, distance, read), (floor, of_held, read_held)):

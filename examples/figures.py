@@ -13,9 +13,8 @@ from unittest import mock
 
 import numpy as np
 
-import tinyddpm.unet
 from tinyddpm import Diffusion, UNet, load_digits, load_model, make_schedule, no_grad, sample
-from tinyddpm.functional import softmax_rows
+from tinyddpm.functional import concat, softmax_rows
 from tinyddpm.nn import Conv2d
 from tinyddpm.parallel import worker_threads
 from tinyddpm.tensor import as_array
@@ -143,14 +142,14 @@ def layers_of(unet, size):
 
         return mock.patch.object(kind, "__call__", watch)
 
-    def concat(h, skip):
+    def watched_concat(h, skip):
         links.append((next(i for i, y in enumerate(outputs) if y is skip), len(layers)))
-        return tinyddpm.functional.concat(h, skip)
+        return concat(h, skip)
 
     with no_grad(), contextlib.ExitStack() as watching:
         for kind in (Conv2d, ResBlock, AttentionBlock):
             watching.enter_context(watched(kind))
-        watching.enter_context(mock.patch("tinyddpm.unet.concat", concat))
+        watching.enter_context(mock.patch("tinyddpm.unet.concat", watched_concat))
         unet(np.zeros((1, *size, unet.config["in_channels"]), unet.dtype), np.array([0]))
     return layers, links
 
@@ -265,14 +264,13 @@ def losses():
 def trajectory():
     """The way back: x_t, and below it the image that the network expects when it sees that."""
     net, diffusion = load_model()
-    labels, path, expected, ts = np.array([3, 8]), [], [], []
+    labels, expected, ts = np.array([3, 8]), [], []
 
     def keep(t, x, x0):
-        ts.append(t), path.append(x), expected.append(x0)
+        ts.append(t), expected.append(x0)
 
     settings = {"labels": labels, "guidance": 1.5, "callback": keep}
-    start = sample(diffusion, net, (2, 28, 28, 1), steps=100, trajectory=True, **settings)[0]
-    seen = [start, *path[:-1]]  # x_t as the network saw it at ts
+    seen = sample(diffusion, net, (2, 28, 28, 1), steps=100, trajectory=True, **settings)  # x_t, for each of ts first
     chosen, rows = np.linspace(0, 99, 10).round().astype(int), {}
     for i, label in enumerate(labels):
         rows[f"{label}: $x_t$"] = [seen[step][i] for step in chosen]
