@@ -84,4 +84,5 @@ if __name__ == "__main__":
     except (ValueError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
         sys.exit(f"denoise.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ndenoise.py: interrupted")
+        print("\ndenoise.py: interrupted", file=sys.stderr)
+        sys.exit(130)

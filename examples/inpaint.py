@@ -77,4 +77,5 @@ if __name__ == "__main__":
     except (ValueError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
         sys.exit(f"inpaint.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ninpaint.py: interrupted")
+        print("\ninpaint.py: interrupted", file=sys.stderr)
+        sys.exit(130)

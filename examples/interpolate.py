@@ -61,4 +61,5 @@ if __name__ == "__main__":
     except (ValueError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
         sys.exit(f"interpolate.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ninterpolate.py: interrupted")
+        print("\ninterpolate.py: interrupted", file=sys.stderr)
+        sys.exit(130)

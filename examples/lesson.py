@@ -23,6 +23,10 @@ def say(text):
     print(text, flush=True)
 
 
+def at(t):
+    return f"t = {t}"
+
+
 def noise_step_by_step(diffusion, x0, out, rng):
     """1. A digit becomes noise: step by step, or in one jump."""
     say("""
@@ -55,7 +59,8 @@ At the brightest pixel, over the copies:
             say(f"    {t:3}  " + "   ".join(f"{a:6.2f} {b:8.2f}" for a, b in zip(numbers[::2], numbers[1::2])))
             pictures["step by step"].append(x[0])
             pictures["in one jump"].append(jumped[0])
-    rows({name: np.stack(images) for name, images in pictures.items()}).save(out / "1_noise.png")
+    page = rows({name: np.stack(images) for name, images in pictures.items()}, columns=["x_0", *map(at, SHOWN)])
+    page.save(out / "1_noise.png")
     say("\nThey agree, as far as 200 copies can. At the end nothing is left of the digit. Look at 1_noise.png.")
 
 
@@ -109,7 +114,8 @@ def best_guess(diffusion, x0, guess, out, rng):
     x = np.concatenate(
         [diffusion.q_sample(x0, np.array([t]), rng.standard_normal(x0.shape, np.float32)) for t in SHOWN]
     )
-    rows({"x_t": x, "best guess": guess(x, np.array(SHOWN))}).save(out / "3_best_guess.png")
+    page = rows({"x_t": x, "best guess": guess(x, np.array(SHOWN))}, columns=[*map(at, SHOWN)])
+    page.save(out / "3_best_guess.png")
     say("""
 3. The best guess
 
@@ -162,38 +168,38 @@ Of what it knows, the ideal guesser is better, as it must be. Of others the netw
 everything: the ideal guesser can only ever guess what it has, the network has had to find out what makes a three.""")
 
 
-def generate(diffusion, unet, guess, threes, out, seed, workers):
+def generate(diffusion, unet, guess, threes, unseen, out, seed, workers):
     """6. From noise to digits."""
     say("""
 6. From noise to digits
 
 Begin with nothing but noise, x_T, and go back: guess x_0, take the step of 2. with the guess, add noise as it says, and
 again. Fifty steps that are twenty times as long do about as well as all thousand.""")
-    path, guessed, ts = [], [], []
+    ts, guessed = [], []
 
     def watch(t, x, x0):
-        ts.append(t), path.append(x[0]), guessed.append(x0[0])
+        ts.append(t), guessed.append(x0[0])
 
     settings = {"shape": (10, *threes.shape[1:]), "steps": 50, "rng": seed}
-    digits = sample(diffusion, unet, callback=watch, workers=workers, **settings)
-    repeated = sample(diffusion, guess, workers=1, **settings)
+    path = sample(diffusion, unet, callback=watch, trajectory=True, workers=workers, **settings)  # all x_t
+    digits, repeated = path[-1], sample(diffusion, guess, workers=1, **settings)
     chosen = np.linspace(0, 49, 10).round().astype(int)
-    rows({"x_t": np.stack([path[i] for i in chosen]), "guess": np.stack([guessed[i] for i in chosen])}).save(
-        out / "6_way_back.png"
-    )
+    way = {"x_t": path[chosen, 0], "guess": np.stack([guessed[i] for i in chosen])}
+    rows(way, columns=[at(ts[i]) for i in chosen]).save(out / "6_way_back.png")
 
     def nearest(images):
         away = np.sqrt(((images[:, None] - threes) ** 2).mean(axis=(2, 3, 4)))
         return threes[away.argmin(axis=1)], away.min(axis=1).mean()
 
-    (of_network, far), (of_ideal, near) = nearest(digits), nearest(repeated)
+    (of_network, far), (of_ideal, near), (_, apart) = nearest(digits), nearest(repeated), nearest(unseen[::4])
     names = "network's digits", "nearest known", "ideal guesser's", "nearest known "
     rows(dict(zip(names, (digits, of_network, repeated, of_ideal)))).save(out / "6_digits.png")
     say(f"""
 6_way_back.png is one digit on its way, 6_digits.png the outcome: ten by the network, ten by the ideal guesser, and
 under each the known digit that is nearest. From there the network's are {far:.2f} away (root mean square), the ideal
-guesser's {near:.2f}: the one makes threes that nobody has written, not all of them good after so short a training; the
-other, whose loss on the known digits is the least there can be, only repeats these.
+guesser's {near:.2f}; other threes written by hand would be {apart:.2f} away. So the one makes threes that nobody has
+written, not all of them good after so short a training; the other, whose loss on the known digits is the least there
+can be, only repeats these.
 """)
 
 
@@ -217,7 +223,7 @@ def main(steps, seed, workers, out):
             return as_array(unet(x, t))
 
     compare(diffusion, (guess, network), threes, unseen, rng)
-    generate(diffusion, unet, guess, threes, out, seed, workers)
+    generate(diffusion, unet, guess, threes, unseen, out, seed, workers)
     say(f"All pictures are in {out}. How the same is done for all ten digits: examples/mnist_ddpm.py.")
 
 
@@ -232,4 +238,5 @@ if __name__ == "__main__":
     except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
         sys.exit(f"lesson.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nlesson.py: interrupted")
+        print("\nlesson.py: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -35,6 +35,8 @@ from tinyddpm.parallel import Ranks, blas_name, ranks_started
 from tinyddpm.record import CHECKPOINT, OPTIONS, begin_folder, recorded
 from tinyddpm.run import stop_signals
 
+PICTURES = "noising.png", "step_*.png", "samples.png", "denoising.gif", "digits.png"  # in the folder, in the end
+
 
 def load_data(args, ranks):
     """Return images (M, H, W, C), floats in [-1, 1], and the class of each, or None."""
@@ -104,14 +106,14 @@ def train_and_sample(args, ranks):
         about = f", about {args.minutes:g} minutes"
     say(f"training {steps:,} steps{about}, {args.batch} images a step; Ctrl-C ends it earlier")
     if about and steps < 200:
-        say("         so few learn little; has this machine something else to do? --steps 1450 would take its time")
+        say("         so few learn little; README's digits are those of --steps 1454, however long these take here")
     say(f"results  {args.out.resolve()}", flush=True)
     if first:
         if args.resume and not (args.out / CHECKPOINT).exists():
             print("resumed  from the beginning, for there is no checkpoint")
         here = ("out", "resume", "digits", "device", "workers", "mpi")  # may be others when it goes on
         options = {name: value for name, value in vars(args).items() if name not in here} | {"steps": steps}
-        if earlier := begin_folder(args.out, options, args.resume):
+        if earlier := begin_folder(args.out, options, args.resume, PICTURES):
             print(f"earlier  the run that was there is in {earlier.name} now; --resume would have gone on from it")
         some = images[np.linspace(0, len(images) - 1, 4).astype(int)]
         noising_strip(diffusion, some, np.random.default_rng(args.seed)).save(args.out / "noising.png")

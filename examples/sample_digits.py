@@ -58,4 +58,5 @@ if __name__ == "__main__":
     except (ValueError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
         sys.exit(f"sample_digits.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nsample_digits.py: interrupted")
+        print("\nsample_digits.py: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -89,4 +89,5 @@ if __name__ == "__main__":
     except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
         sys.exit(f"sample_pretrained.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nsample_pretrained.py: interrupted")
+        print("\nsample_pretrained.py: interrupted", file=sys.stderr)
+        sys.exit(130)

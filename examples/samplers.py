@@ -57,6 +57,7 @@ def main():
 
     def draw(method, steps):
         settings = dict(rng=args.seed, labels=ten, guidance=args.guidance, workers=args.workers)
+        settings["progress"] = steps > max(args.steps)  # a bar while much is done for one line
         return sample(diffusion, unet, (10, 28, 28, 1), method, steps, **settings)
 
     limit, page = draw("dpm++", min(2 * max(args.steps), diffusion.T)), {}
@@ -81,4 +82,5 @@ if __name__ == "__main__":
     except (ValueError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
         sys.exit(f"samplers.py: {error}")
     except KeyboardInterrupt:
-        sys.exit("\nsamplers.py: interrupted")
+        print("\nsamplers.py: interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -117,6 +117,11 @@ def test_a_row_of_images_stands_beside_its_name(channels):
         (names > 128).any() and names[0, 0].max() == 32 for names in (page[:height, :margin], page[height:, :margin])
     )
     assert (page[:, margin - 5 : margin] == 32).all()  # no name is cut off
+    headed = np.asarray(rows({"some": images[:2], "all of them": images}, scale=3, gap=1, columns=["t = 1", "t = 2"]))
+    np.testing.assert_array_equal(headed[-2 * height :], page)
+    over = headed[: -2 * height]
+    of_column = [over[:, margin + i * 24 : margin + (i + 1) * 24] for i in range(5)]
+    assert [(names > 128).any() for names in of_column] == [True, True, False, False, False]
     for bad, got in (({}, "none"), ({"a": images, "b": images[..., :1].repeat(4 - channels, axis=3)}, "a, b")):
         with pytest.raises(ValueError, match=f"named: expected rows that are all grey or all RGB, got {got}"):
             rows(bad)

@@ -91,13 +91,16 @@ def test_begin_folder(tmp_path):
     assert begin_folder(tmp_path, options | {"lr": 0.2}) is None and not (tmp_path / "earlier-1").exists()
     for _ in recorded(training(), tmp_path, 7):
         pass
+    (tmp_path / "step_2.png").touch()
     before = names(tmp_path)
-    assert begin_folder(tmp_path, options, resume=True) is None and names(tmp_path) == before
+    (tmp_path / "notes.txt").touch()  # the user's own
+    assert begin_folder(tmp_path, options, resume=True) is None and names(tmp_path) == before | {"notes.txt"}
     assert json.loads((tmp_path / "options.json").read_text())["lr"] == 0.2  # for it may be refused yet
     (tmp_path / "options.json").unlink()
-    assert begin_folder(tmp_path, options, resume=True) is None and names(tmp_path) == before
-    assert begin_folder(tmp_path, options | {"lr": 0.3}) == tmp_path / "earlier-1"
-    assert names(tmp_path / "earlier-1") == before and names(tmp_path) == {"options.json", "earlier-1"}
+    assert begin_folder(tmp_path, options, resume=True) is None and names(tmp_path) == before | {"notes.txt"}
+    others = ["step_*.png", "samples.png"]
+    assert begin_folder(tmp_path, options | {"lr": 0.3}, others=others) == tmp_path / "earlier-1"
+    assert names(tmp_path / "earlier-1") == before
+    assert names(tmp_path) == {"options.json", "earlier-1", "notes.txt"}  # nothing half-written
     assert json.loads((tmp_path / "earlier-1" / "options.json").read_text()) == options
     assert json.loads((tmp_path / "options.json").read_text())["lr"] == 0.3
-    assert names(tmp_path) == {"options.json", "earlier-1"}  # nothing half-written

@@ -57,8 +57,9 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int = 2, gap: in
     return Image.fromarray(page[:, :, 0] if C == 1 else page)
 
 
-def rows(named: Mapping[str, np.ndarray], scale: int = 2, gap: int = 2) -> Image.Image:
-    """A row of images (N, H, W, C) for each name, which is written to the left of it; see `grid`.
+def rows(named: Mapping[str, np.ndarray], scale: int = 2, gap: int = 2, columns: Sequence[str] = ()) -> Image.Image:
+    """A row of images (N, H, W, C) for each name, which is written to the left of it, and over the columns their names,
+    if there are any; see `grid`.
 
     Raises ValueError for no rows, other shapes, or grey and RGB together.
     """
@@ -66,13 +67,16 @@ def rows(named: Mapping[str, np.ndarray], scale: int = 2, gap: int = 2) -> Image
         raise ValueError(f"named: expected rows that are all grey or all RGB, got {', '.join(named) or 'none'}")
     strips = [grid(images, len(images), scale, gap) for images in named.values()]
     pen = ImageDraw.Draw(Image.new("L", (1, 1)))
-    margin = 20 + math.ceil(max(pen.textlength(name) for name in named))
-    size = margin + max(strip.width for strip in strips), sum(strip.height for strip in strips)
+    margin, top = 20 + math.ceil(max(pen.textlength(name) for name in named)), 18 if columns else 0
+    size = margin + max(strip.width for strip in strips), top + sum(strip.height for strip in strips)
     page = Image.new(strips[0].mode, size, (32,) * len(strips[0].getbands()))
-    pen, top = ImageDraw.Draw(page), 0
+    pen, white = ImageDraw.Draw(page), (224,) * len(page.getbands())
+    width = scale * (next(iter(named.values())).shape[2] + gap)  # of a column
+    for i, name in enumerate(columns):
+        pen.text((margin + (i + 0.5) * width, 4), name, fill=white, anchor="ma")
     for name, strip in zip(named, strips):
         page.paste(strip, (margin, top))
-        pen.text((10, top + strip.height // 2 - 6), name, fill=(224,) * len(page.getbands()))
+        pen.text((10, top + strip.height // 2 - 6), name, fill=white)
         top += strip.height
     return page
 

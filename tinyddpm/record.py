@@ -15,20 +15,23 @@ from .checkpoint import Path, previous, replacing
 from .image import save_loss_curve
 from .run import MetricsLog, set_aside
 
-CHECKPOINT, LOG, OPTIONS = "checkpoint.safetensors", "metrics.csv", "options.json"
+CHECKPOINT, LOG, OPTIONS, LOSS_CURVE = "checkpoint.safetensors", "metrics.csv", "options.json", "loss.png"
 
 
-def begin_folder(folder: Path, options: dict[str, Any], resume: bool = False) -> pathlib.Path | None:
+def begin_folder(
+    folder: Path, options: dict[str, Any], resume: bool = False, others: Iterable[str] = ()
+) -> pathlib.Path | None:
     """Write the options of a run, of JSON's types, to options.json in its folder; a run that goes on keeps its own. If
-    there is a checkpoint that is not to be resumed, it is moved with its log, options and model to a folder in this
-    one, earlier-1 or earlier-2 or ..., which is returned. Raises OSError if that cannot be done."""
+    there is a checkpoint that is not to be resumed, it is moved with its log, loss curve, options and model, and what
+    is named like one of the `others`, such as step_*.png, to a folder in this one, earlier-1 or earlier-2 or ..., which
+    is returned. Raises OSError if that cannot be done."""
     folder, earlier = pathlib.Path(folder), None
     if (folder / CHECKPOINT).exists():
         if resume and (folder / OPTIONS).exists():
             return None
         if not resume:
-            files = CHECKPOINT, previous(folder / CHECKPOINT).name, LOG, OPTIONS, "model.safetensors"
-            earlier = set_aside(folder, files)
+            ours = CHECKPOINT, previous(folder / CHECKPOINT).name, LOG, OPTIONS, LOSS_CURVE, "model.safetensors"
+            earlier = set_aside(folder, [path.name for name in (*ours, *others) for path in folder.glob(name)])
     with replacing(folder / OPTIONS) as (unfinished,):
         unfinished.write_text(json.dumps(options, indent=1) + "\n")
     return earlier
@@ -72,7 +75,7 @@ def recorded(
                     attempt(line, log.flush)
                     saved = state.step if attempt("checkpoint", state.save, folder / CHECKPOINT) else saved
                 if state.last or state.step % draw_every == 0:
-                    attempt("loss curve", lambda: save_loss_curve(folder / "loss.png", *log.losses()))
+                    attempt("loss curve", lambda: save_loss_curve(folder / LOSS_CURVE, *log.losses()))
                 if not state.last and state.step % draw_every == 0:
                     attempt("grid", draw, state)
                 if bar.n == 0 and state.step > 1:
