@@ -10,6 +10,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -457,6 +458,30 @@ def test_training(micro_batch, dropout):
             continue  # its gradient is zero but for rounding, of which Adam makes steps as long as any
         np.testing.assert_allclose(results[1][1][name], value, atol=2e-5)
         np.testing.assert_allclose(results[1][2].state_dict()[name], results[0][2].state_dict()[name], atol=2e-5)
+
+
+def test_a_batch_is_shared_by_as_many_gpus_as_there_are_ranks(monkeypatch):
+    """The sum of what two ranks have is the gradient of one that takes both halves, whose noise is theirs."""
+    diffusion = process("eps", "small", "simple")[0]
+
+    def gradient(size, rank, **settings):
+        ranks = Ranks()
+        ranks.size, ranks.rank, kept = size, rank, []
+        monkeypatch.setattr(ranks, "gathered", lambda value: [value] * size)
+        monkeypatch.setattr(ranks, "broadcast", lambda vector: None)
+        monkeypatch.setattr(ranks, "allreduce", lambda vector: kept.append(to_numpy(vector).copy()))
+        unet = process("eps", "small", "simple")[2]
+        training = train(unet, diffusion, digits(12), 1, batch=7, warmup_steps=0, ranks=ranks, **settings)
+        state = next(training)
+        assert state.run.config["micro_batch"] == 4
+        return kept[0] if kept else state
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no rank has nothing to do
+        parts = [gradient(2, rank) for rank in (0, 1)]
+    whole = gradient(1, 0, micro_batch=4)
+    assert all(np.abs(part[:-2]).max() > 0 for part in parts)
+    np.testing.assert_allclose(np.linalg.norm((parts[0] + parts[1])[:-2]), whole.grad_norm, rtol=1e-5)
 
 
 def test_training_that_blows_up_says_so_in_time_and_leaves_the_weights(monkeypatch):

@@ -166,8 +166,8 @@ def train(
         images: (M, H, W, C) floats in [-1, 1], of the model's dtype: an array, or what looks like one and is read when
             it is indexed, such as an `ImageFolder`, which is then done ahead of use.
         batch: images per step.
-        micro_batch: images a worker takes at a time; None for that of the run that goes on, or else for what
-            `parallel.shard_size` says on a CPU, the whole batch on a GPU.
+        micro_batch: images a worker takes at a time, with noise of their own; None for that of the run that goes on, or
+            else for what `parallel.shard_size` says on a CPU, the whole batch on a GPU, its part on each of several.
         lr: Adam's learning rate, to which it rises over the first `warmup_steps` and from which it falls towards 0 over
             the last `decay_steps`.
         max_norm: longest gradient. ema_decay: of the moving average.
@@ -223,7 +223,8 @@ def train(
     theta, parameters = optimizer.theta, model.parameters()
 
     # whose share of the batch is what: micro-batches, in groups of which each has a gradient in memory
-    micro_batch = config.setdefault("micro_batch", shard_size(batch, *images.shape[1:3]) if on_cpu else batch)
+    most = shard_size(batch, *images.shape[1:3]) if on_cpu else -(-batch // ranks.size)
+    micro_batch = config.setdefault("micro_batch", most)
     all_starts = range(0, batch, micro_batch)
     if ranks.rank == 0 and ranks.size > len(all_starts):
         warnings.warn(
