@@ -67,7 +67,7 @@ def draw(character, font, size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--font", type=pathlib.Path, help="a font file with emoji in colour [that of this computer]")
     add("--size", type=int, default=32, help="pixels, high and wide [%(default)s]")

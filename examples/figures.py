@@ -267,7 +267,8 @@ def trajectory():
     labels, expected, ts = np.array([3, 8]), [], []
 
     def keep(t, x, x0):
-        ts.append(t), expected.append(x0)
+        ts.append(t)
+        expected.append(x0)
 
     settings = {"labels": labels, "guidance": 1.5, "callback": keep}
     seen = sample(diffusion, net, (2, 28, 28, 1), steps=100, trajectory=True, **settings)  # x_t, for each of ts first

@@ -32,8 +32,8 @@ def noise_step_by_step(diffusion, x0, out, rng):
     say("""
 1. Noise, step by step
 
-A digit x_0 is 784 numbers from -1, black, to 1, white. At each of 1,000 steps each of them gets a little darker or
-lighter at random, and shrinks a little so as not to grow by that:
+A digit x_0 is 784 numbers from -1, black, to 1, white. At each of 1,000 steps a little random noise is added to each
+of them, and each is shrunk a little, so that their spread does not grow:
 
     x_t = sqrt(1 - beta_t) x_{t-1} + sqrt(beta_t) eps,    eps ~ N(0, 1) for each pixel        (equation 2)
 
@@ -121,8 +121,8 @@ def best_guess(diffusion, x0, guess, out, rng):
 
 If all that exists are the 1,000 threes that we have, the best guess of what is behind x_t can be computed: the mean of
 all of them, of which each counts as much as it is likely to have become this x_t. Look at 3_best_guess.png: under
-little noise it is the very digit; under much, the mean of all, since it may be any. A network that learns from these
-digits aims at this guess and cannot do better on them, but does without looking them up.""")
+little noise it is the very digit; under much, the mean of all, since it may be any. A network that is trained on these
+digits is pushed towards this guess. On them nothing has a smaller error; but the network cannot look them up.""")
 
 
 def learn(diffusion, threes, steps, workers, seed):
@@ -151,8 +151,8 @@ def compare(diffusion, guesses, threes, unseen, rng):
     say("""
 5. Who guesses best?
 
-The error of both, mean of (x_0 - guess)^2, for threes that they know and for others; the bars are the network's, for
-others:
+The error of both, mean of (x_0 - guess)^2, for threes that both have seen and for others that neither has; the bars
+are the network's, for others:
 
       t   known: ideal  network    others: ideal  network""")
     for t in SHOWN:
@@ -178,7 +178,8 @@ again. Fifty steps that are twenty times as long do about as well as all thousan
     ts, guessed = [], []
 
     def watch(t, x, x0):
-        ts.append(t), guessed.append(x0[0])
+        ts.append(t)
+        guessed.append(x0[0])
 
     settings = {"shape": (10, *threes.shape[1:]), "steps": 50, "rng": seed}
     path = sample(diffusion, unet, callback=watch, trajectory=True, workers=workers, **settings)  # all x_t
@@ -192,14 +193,14 @@ again. Fifty steps that are twenty times as long do about as well as all thousan
         return threes[away.argmin(axis=1)], away.min(axis=1).mean()
 
     (of_network, far), (of_ideal, near), (_, apart) = nearest(digits), nearest(repeated), nearest(unseen[::4])
-    names = "network's digits", "nearest known", "ideal guesser's", "nearest known "
+    names = "network's digits", "nearest known", "ideal guesser's", "nearest to these"
     rows(dict(zip(names, (digits, of_network, repeated, of_ideal)))).save(out / "6_digits.png")
     say(f"""
 6_way_back.png is one digit on its way, 6_digits.png the outcome: ten by the network, ten by the ideal guesser, and
-under each the known digit that is nearest. From there the network's are {far:.2f} away (root mean square), the ideal
-guesser's {near:.2f}; other threes written by hand would be {apart:.2f} away. So the one makes threes that nobody has
-written, not all of them good after so short a training; the other, whose loss on the known digits is the least there
-can be, only repeats these.
+under each the known digit that is nearest to it: {far:.2f} away from the network's, on average (root mean square), and
+{near:.2f} away from the ideal guesser's; real threes that neither has seen are {apart:.2f} away from theirs. So the one
+makes threes that nobody has written, not all of them good after so short a training; the other, whose loss on the known
+digits is the least there can be, only repeats these.
 """)
 
 

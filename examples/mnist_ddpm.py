@@ -58,7 +58,7 @@ def make_model(args, images, labels):
     # The forward process: T steps, each adding a little noise, until nothing else is left. Images are halved (Chen
     # 2023), so that noise hides them sooner and more of the steps are those in which a digit takes shape. The network
     # predicts the image behind the noise. Ho et al.'s predicts the noise, from which the image follows; but then errors
-    # count less where there is much noise, which is where a digit takes shape, and it learns that later.
+    # in the image hardly count where there is much noise. Digits take shape there, and it would learn that later.
     diffusion = Diffusion(make_schedule("cosine", args.timesteps, input_scale=0.5), args.objective)
     # The U-Net, with attention in the middle only. It is told the class of nine images in ten: so it learns p(x |
     # digit) and p(x), and sampling can be guided away from the latter (Ho & Salimans 2022).
@@ -71,11 +71,11 @@ def make_model(args, images, labels):
 def steps_within(minutes, training):
     """How many steps take so long here, from the pace of a rehearsal of a few seconds."""
     began, ends, budget = time.monotonic(), [], 60 * minutes
-    gone = lambda: time.monotonic() - began
-    for state in training(steps=10**6, stop=lambda: len(ends) > 5 and gone() > min(budget / 50, 10)):
+    elapsed = lambda: time.monotonic() - began
+    for state in training(steps=10**6, stop=lambda: len(ends) > 5 and elapsed() > min(budget / 50, 10)):
         state.look()  # a GPU runs behind
-        ends.append(gone())
-    return max(1, round((budget - gone()) / np.median(np.diff(ends))))
+        ends.append(elapsed())
+    return max(1, round((budget - elapsed()) / np.median(np.diff(ends))))
 
 
 def train_and_sample(args, ranks):
@@ -88,8 +88,8 @@ def train_and_sample(args, ranks):
     diffusion, unet = make_model(args, images, labels)
     unet.to(f"cuda:{ranks.local_rank}" if args.mpi and args.device == "cuda" else args.device, precision=args.precision)
     workers, (H, W), began = args.workers or ranks.cpus, images.shape[1:3], time.monotonic()
-    several = f"{ranks.size} ranks with each " if args.mpi else ""
-    say(f"device   {args.device}, {several}{workers} workers, BLAS {blas_name()}")
+    each = f"{ranks.size} ranks of " if args.mpi else ""
+    say(f"device   {args.device}, {each}{workers} worker{'s' * (workers > 1)}, BLAS {blas_name()}")
     say(f"network  U-Net {'-'.join(map(str, args.channels))}, {unet.size:,} parameters")
     say(f"data     {len(images):,} images of {H} x {W} pixels, T = {args.timesteps}")
     if names := getattr(images, "classes", ()):
@@ -106,17 +106,17 @@ def train_and_sample(args, ranks):
         about = f", about {args.minutes:g} minutes"
     say(f"training {steps:,} steps{about}, {args.batch} images a step; Ctrl-C ends it earlier")
     if about and steps < 200:
-        say("         so few learn little; README's digits are those of --steps 1454, however long these take here")
+        say("         so few learn little; README's digits come from --steps 1454, however long these take here")
     say(f"results  {args.out.resolve()}", flush=True)
     if first:
         if args.resume and not (args.out / CHECKPOINT).exists():
             print("resumed  from the beginning, for there is no checkpoint")
-        here = ("out", "resume", "digits", "device", "workers", "mpi")  # may be others when it goes on
-        options = {name: value for name, value in vars(args).items() if name not in here} | {"steps": steps}
+        may_change = ("out", "resume", "digits", "device", "workers", "mpi")  # may be others when it goes on
+        options = {name: value for name, value in vars(args).items() if name not in may_change} | {"steps": steps}
         if earlier := begin_folder(args.out, options, args.resume, PICTURES):
             print(f"earlier  the run that was there is in {earlier.name} now; --resume would have gone on from it")
-        some = images[np.linspace(0, len(images) - 1, 4).astype(int)]
-        noising_strip(diffusion, some, np.random.default_rng(args.seed)).save(args.out / "noising.png")
+        four = images[np.linspace(0, len(images) - 1, 4).astype(int)]
+        noising_strip(diffusion, four, np.random.default_rng(args.seed)).save(args.out / "noising.png")
 
     def draw_grid(state, n, name, **settings):  # from the averaged weights, always starting from the same noise
         drawn = draw(args, diffusion, state.ema.model, n, workers, **settings)
@@ -126,9 +126,9 @@ def train_and_sample(args, ranks):
     with stop_signals(notice if first else "") as asked:
         states = training(unet, steps, stop=asked, resume=args.out / CHECKPOINT if args.resume else None)
         if first:
-            some = lambda state: draw_grid(state, 20, f"step_{state.step:05d}.png")
-            states = recorded(states, args.out, steps, args.save_every, args.sample_every, some)
-        (state,) = collections.deque(states, maxlen=1)  # the last
+            draw_some = lambda state: draw_grid(state, 20, f"step_{state.step:05d}.png")
+            states = recorded(states, args.out, steps, args.save_every, args.sample_every, draw_some)
+        (state,) = collections.deque(states, maxlen=1)  # all steps go by, the last is kept
     if not first:
         return
     save_model(args.out / "model.safetensors", state.ema.model, diffusion)
@@ -177,19 +177,19 @@ def draw_digits(args):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add(
         "--data", default="digits", help="digits, which come along; mnist, fashion (fetched); or a folder [%(default)s]"
     )
     add("--size", type=int, default=32, help="pixels that images of a folder are made high and wide [%(default)s]")
     add("--grey", action="store_true", help="make images of a folder grey [RGB]")
-    add("--flip", action="store_true", help="mirror half of the images, which is not for digits [off]")
+    add("--flip", action="store_true", help="mirror half of the images (not for digits) [off]")
     add("--minutes", type=float, default=5, help="train as many steps as take about so long here [%(default)s]")
     add("--steps", type=int, help="train so many steps, however long they take [as --minutes allows]")
     add("--batch", type=int, default=32, help="images per step [%(default)s]")
     add("--lr", type=float, default=4e-3, help="Adam's learning rate, falling in the second half [%(default)s]")
-    add("--patch", type=int, default=2, help="squares of so many pixels are one position for the U-Net [%(default)s]")
+    add("--patch", type=int, default=2, help="the U-Net takes N x N pixels as one position, N = [%(default)s]")
     add("--channels", type=int, nargs="+", default=[32, 64], help="of the U-Net's levels [32 64]")
     add("--blocks", type=int, default=1, help="residual blocks per level [%(default)s]")
     add("--timesteps", type=int, default=1000, help="T, the number of diffusion steps [%(default)s]")
@@ -206,7 +206,7 @@ def parse_arguments():
     add("--precision", default="float32", help="of products on a GPU: float32, tf32, bf16 or fp16 [%(default)s]")
     add("--workers", type=int, help="how many work side by side [one per CPU]")
     add("--mpi", action="store_true", help="share the work with the other processes that mpiexec started [off]")
-    add("--seed", type=int, default=0, help="the same seed and steps give the same digits [%(default)s]")
+    add("--seed", type=int, default=0, help="the same seed and steps give the same digits here [%(default)s]")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/mnist"), help="folder for the results [%(default)s]")
     args = parser.parse_args()
     options = args.out / OPTIONS

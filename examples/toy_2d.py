@@ -85,7 +85,7 @@ def main(data, steps, points, workers, seed, out):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="roll", choices=DATA, help="what to learn [%(default)s]")
     parser.add_argument("--steps", type=int, default=2500, help="of training [%(default)s]")
     parser.add_argument("--points", type=int, default=2000, help="how many to generate [%(default)s]")

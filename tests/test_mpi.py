@@ -261,7 +261,7 @@ class TestExample:
     def test_it_trains_on_two_ranks_and_one_of_them_writes(self, mpiexec, tmp_path):
         result = mpiexec(2, EXAMPLE, *TINY, "--mpi", f"--out={tmp_path / 'two'}")
         assert result.returncode == 0, result.stderr
-        assert "2 ranks with each 1 workers" in result.stdout and result.stdout.count("parameters") == 1
+        assert "2 ranks of 1 worker, BLAS" in result.stdout and result.stdout.count("parameters") == 1
         # one bar begins; how often it says that it is through depends on the time
         assert result.stdout.count("done in") == 1 and result.stderr.count("| 0/25 [") == 1
         alone = subprocess.run(

@@ -262,8 +262,9 @@ class Diffusion:
         """
         _check_shape("x0", x0, x_t)
         s = self.schedule
-        of_x0, of_xt = self._at(np.stack([s.input_scale * s.posterior_mean_coef_x0, s.posterior_mean_coef_xt]), t, x_t)
-        return of_x0 * x0 + of_xt * x_t
+        weights = np.stack([s.input_scale * s.posterior_mean_coef_x0, s.posterior_mean_coef_xt])
+        x0_weight, xt_weight = self._at(weights, t, x_t)
+        return x0_weight * x0 + xt_weight * x_t
 
     def log_variance(self, x_t: Array, t: np.ndarray, spread: Array | Tensor | None = None) -> Array | Tensor:
         """ln sigma_t^2 of the reverse step: ln beta_tilde_t ("small"), ln beta_t ("large"), or, for the model's spread,

@@ -108,7 +108,7 @@ def timesteps(T: int, steps: int | Sequence[int], spacing: str = "trailing") -> 
 
         "trailing"    round((i + 1) T / steps) - 1      ends at T-1, so that sampling starts from nothing but noise
         "leading"     i floor(T / steps)                begins at 0
-        "linspace"    round(i (T - 1) / (steps - 1))    both; one step is 0
+        "linspace"    round(i (T - 1) / (steps - 1))    begins at 0 and ends at T-1; a single step is t = 0
 
     Instead of how many, `steps` may say which, in either direction.
     Raises ValueError for another spacing, or unless 1 <= steps <= T, or they are timesteps in order, each once.

@@ -1,0 +1,35 @@
+"""examples/pytorch_digits.py: what README's comparison of digits was drawn with."""
+
+import pathlib
+import runpy
+import sys
+
+import numpy as np
+import pytest
+
+import tinyddpm.data
+from tinyddpm import load_digits
+
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+def test_it_draws_what_evaluate_digits_reads(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tinyddpm.data, "load_mnist", lambda full: load_digits())  # not from the network
+    settings = ["--minutes=0.0001", "--samples=103", "--threads=1", f"--out={tmp_path / 'digits.npz'}"]
+    monkeypatch.setattr(sys, "argv", ["pytorch_digits.py", *settings])
+    with pytest.MonkeyPatch.context() as few:  # steps on the way back
+        import diffusers
+
+        whole = diffusers.DDIMScheduler.set_timesteps
+        few.setattr(diffusers.DDIMScheduler, "set_timesteps", lambda self, count: whole(self, count // 25))
+        runpy.run_path(str(EXAMPLES / "pytorch_digits.py"), run_name="__main__")
+    assert "trained  1 steps in 0.0001 minutes on 1 threads" in capsys.readouterr().out
+    images = runpy.run_path(str(EXAMPLES / "evaluate_digits.py"))["read_images"](tmp_path / "digits.npz", 103, 0)
+    assert images.shape == (103, 28, 28, 1) and len(np.unique(images.reshape(103, -1), axis=0)) == 103
+    assert [path.name for path in tmp_path.iterdir()] == ["digits.npz"]
+
+
+def test_bad_input_is_refused_in_a_line(refusal):
+    assert "--samples and --threads at least 1" in refusal(EXAMPLES / "pytorch_digits.py", "--samples=0")
