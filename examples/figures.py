@@ -287,7 +287,7 @@ def samplers():
     figure = new_figure(10.5, 2.4)
     for row, (axes, (name, settings)) in enumerate(zip(figure.subplots(len(methods), len(counts)), methods.items())):
         for column, (cell, steps) in enumerate(zip(axes, counts)):
-            settings = {"method": name, "labels": labels} | settings
+            settings = {"method": name, "labels": labels, "guidance": 1.5} | settings
             digits = sample(diffusion, net, (len(labels), 28, 28, 1), steps=steps, **settings)
             show(cell, np.concatenate(list(digits), axis=1), "" if column else name, "" if row else f"{steps} steps")
     return figure
