@@ -225,19 +225,21 @@ def test_what_their_moving_average_saves(tmp_path):
 
 # ----------------------------------------------------------------------------------------------------- the schedulers
 
+SHORT = {"num_train_timesteps": 250}  # two chains of 1,000 steps are enough
 SCHEDULERS = {
     "default": {},
     "cifar10-32": dict(variance_type="fixed_large"),
     "trailing, zero terminal SNR": dict(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
-        rescale_betas_zero_snr=True, timestep_spacing="trailing"),
-    "cosine, learned": dict(beta_schedule="squaredcos_cap_v2", variance_type="learned_range"),
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", **SHORT),
+    "cosine, learned": dict(beta_schedule="squaredcos_cap_v2", variance_type="learned_range", **SHORT),
     "sigmoid, image, wide clip": dict(
-        beta_schedule="sigmoid", prediction_type="sample", clip_sample_range=1.5, timestep_spacing="linspace"),
+        beta_schedule="sigmoid", prediction_type="sample", clip_sample_range=1.5, timestep_spacing="linspace", **SHORT),
     "thresholding, log": dict(
-        thresholding=True, sample_max_value=1.6, dynamic_thresholding_ratio=0.9, variance_type="fixed_small_log"),
-    "not clipped": dict(clip_sample=False, prediction_type="v_prediction"),
-    "betas of its own": dict(num_train_timesteps=250, trained_betas=[1e-3 + 4e-7 * i**2 for i in range(250)]),
+        thresholding=True, sample_max_value=1.6, dynamic_thresholding_ratio=0.9, variance_type="fixed_small_log",
+        **SHORT),
+    "not clipped": dict(clip_sample=False, prediction_type="v_prediction", **SHORT),
+    "betas of its own": dict(**SHORT, trained_betas=[1e-3 + 4e-7 * i**2 for i in range(250)]),
 }  # fmt: skip
 
 
