@@ -112,11 +112,13 @@ class TestDrawn:
     def test_trajectory(self, example):
         shown = [axes.images[0].get_array() for axes in example.trajectory().axes]
         unet, diffusion = load_model()
-        settings = {"steps": 100, "labels": np.array([3, 8]), "guidance": 1.5, "trajectory": True}
-        path = sample(diffusion, unet, (2, 28, 28, 1), **settings)[..., 0]
+        settings, guesses = {"steps": 100, "labels": np.array([3, 8]), "guidance": 1.5, "trajectory": True}, []
+        keep = lambda t, x, x0: guesses.append(x0[..., 0])
+        path = sample(diffusion, unet, (2, 28, 28, 1), callback=keep, **settings)[..., 0]
         for i in range(2):
             np.testing.assert_allclose(shown[20 * i], path[0, i], atol=1e-5)  # x_T
             np.testing.assert_allclose(shown[20 * i + 9], path[-2, i], atol=1e-5)  # what the last step began with
+            np.testing.assert_allclose(shown[20 * i + 10], guesses[0][i], atol=1e-5)  # and what was expected then
             np.testing.assert_allclose(shown[20 * i + 19], path[-1, i], atol=1e-5)  # its image is the last x_0
 
     @pytest.mark.slow
