@@ -31,7 +31,7 @@ def begin_folder(
             return None
         if not resume:
             ours = CHECKPOINT, previous(folder / CHECKPOINT).name, LOG, OPTIONS, LOSS_CURVE, "model.safetensors"
-            earlier = set_aside(folder, [path.name for name in (*ours, *others) for path in folder.glob(name)])
+            earlier = set_aside(folder, (*ours, *others))
     with replacing(folder / OPTIONS) as (unfinished,):
         unfinished.write_text(json.dumps(options, indent=1) + "\n")
     return earlier

@@ -130,14 +130,13 @@ def _some(images: np.ndarray) -> np.ndarray:
 
 
 def set_aside(folder: Path, names: Iterable[str]) -> pathlib.Path:
-    """Move the files of these names, as far as they are in `folder`, to a new folder in it, earlier-1 or earlier-2 or
-    ..., and return that."""
+    """Move the files of these names, which may be patterns such as step_*.png, as far as they are in `folder`, to a new
+    folder in it, earlier-1 or earlier-2 or ..., and return that."""
     numbered = (pathlib.Path(folder, f"earlier-{n}") for n in itertools.count(1))
     earlier = next(candidate for candidate in numbered if not candidate.exists())
     earlier.mkdir()
-    for name in names:
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(pathlib.Path(folder, name), earlier / name)
+    for path in [path for name in names for path in pathlib.Path(folder).glob(name)]:
+        os.replace(path, earlier / path.name)
     return earlier
 
 
