@@ -2,7 +2,7 @@
 
 A diffusion model has learned to tell noise from digits at every strength. So of a picture with noise of known strength
 it can be asked what the digit was: the noisy picture is x_t, at the t where the noise is as strong (see
-`tinyddpm.editing.denoise`), and the way back starts there. The rows of the picture, for each strength:
+`tinyddpm.diffusion.editing.denoise`), and the way back starts there. The rows of the picture, for each strength:
 
     digit       as it was
     noisy       what the model is given
@@ -22,8 +22,8 @@ import time
 import numpy as np
 
 from tinyddpm import load_digits, load_model
-from tinyddpm.editing import denoise
-from tinyddpm.image import picture_path, rows
+from tinyddpm.diffusion.editing import denoise
+from tinyddpm.files.pictures import picture_path, rows
 
 
 def parse_arguments():

@@ -2,7 +2,7 @@
 
 The model never learned to complete digits, only what digits look like. RePaint (Lugmayr et al. 2022) makes a painter of
 it: at every step on the way from noise to a digit, the pixels that are known are put back, as noisy as the rest (see
-`tinyddpm.editing.repaint`). The rows of the picture: the digits, what is known of them, and several tries of the model;
+`tinyddpm.diffusion.editing.repaint`). The rows of the picture: the digits, what is known of them, and several tries of the model;
 the known pixels are the same in all, to the bit.
 
 The digits are among those that the model was trained on, but only what is known of them is shown to it.
@@ -15,8 +15,8 @@ import time
 import numpy as np
 
 from tinyddpm import load_digits, load_model
-from tinyddpm.editing import inpaint
-from tinyddpm.image import picture_path, rows
+from tinyddpm.diffusion.editing import inpaint
+from tinyddpm.files.pictures import picture_path, rows
 
 row, column = np.mgrid[:28, :28]
 MASKS = {  # True where pixels are known

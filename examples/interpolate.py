@@ -1,7 +1,7 @@
 """Turn one picture into another by way of their noise: `python examples/interpolate.py`.
 
 `ddim` makes of noise a picture, without chance on the way, so it can be run backwards: of a picture it makes the noise
-of which it would make it (see `tinyddpm.editing.invert`). Between the noise of two pictures lies other noise, and of
+of which it would make it (see `tinyddpm.diffusion.editing.invert`). Between the noise of two pictures lies other noise, and of
 that it makes other pictures. The rows of the picture, for each pair: what lies between them pixel by pixel, two digits
 at once; and what lies between their noise, mostly one digit, if not always a good one. Leftmost and rightmost of the
 latter are what `ddim` remakes of the two.
@@ -14,8 +14,8 @@ import time
 import numpy as np
 
 from tinyddpm import load_digits, load_model
-from tinyddpm.editing import interpolate
-from tinyddpm.image import picture_path, rows
+from tinyddpm.diffusion.editing import interpolate
+from tinyddpm.files.pictures import picture_path, rows
 
 
 def parse_arguments():

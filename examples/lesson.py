@@ -12,8 +12,8 @@ import numpy as np
 from tqdm import tqdm
 
 from tinyddpm import Diffusion, UNet, load_digits, make_schedule, no_grad, sample, train
-from tinyddpm.image import rows
-from tinyddpm.tensor import as_array
+from tinyddpm.autograd.tensor import as_array
+from tinyddpm.files.pictures import rows
 
 T = 1000
 SHOWN = [49, 99, 199, 299, 399, 499, 699, 999]  # timesteps of which pictures are drawn and numbers printed

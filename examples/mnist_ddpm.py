@@ -28,12 +28,13 @@ import numpy as np
 
 from tinyddpm import Diffusion, ImageFolder, UNet, load_digits, load_model, make_schedule, sample, save_model, train
 from tinyddpm.backend import to_numpy
-from tinyddpm.data import load_fashion_mnist, load_mnist
-from tinyddpm.diffusion import OBJECTIVES
-from tinyddpm.image import grid, noising_strip, save_gif
-from tinyddpm.parallel import Ranks, blas_name, ranks_started
-from tinyddpm.record import CHECKPOINT, OPTIONS, begin_folder, recorded
-from tinyddpm.run import stop_signals
+from tinyddpm.diffusion.checks import OBJECTIVES
+from tinyddpm.files.checkpoint import stop_signals
+from tinyddpm.files.data import load_fashion_mnist, load_mnist
+from tinyddpm.files.pictures import grid, noising_strip, save_gif
+from tinyddpm.files.run_folder import CHECKPOINT, OPTIONS, begin_folder, recorded
+from tinyddpm.speed.ranks import Ranks, ranks_started
+from tinyddpm.speed.workers import blas_name
 
 PICTURES = "noising.png", "step_*.png", "samples.png", "denoising.gif", "digits.png"  # in the folder, in the end
 

@@ -20,8 +20,8 @@ import numpy as np
 
 from tinyddpm import load_diffusers, load_original, sample
 from tinyddpm.backend import to_numpy
-from tinyddpm.image import grid, picture_path
-from tinyddpm.sample import SAMPLERS
+from tinyddpm.diffusion.sample import SAMPLERS
+from tinyddpm.files.pictures import grid, picture_path
 
 
 def parse_arguments():

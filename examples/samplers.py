@@ -17,8 +17,8 @@ import time
 import numpy as np
 
 from tinyddpm import load_digits, load_model, sample
-from tinyddpm.image import picture_path, rows
-from tinyddpm.sample import SAMPLERS, timesteps
+from tinyddpm.diffusion.sample import SAMPLERS, timesteps
+from tinyddpm.files.pictures import picture_path, rows
 
 
 def parse_arguments():

@@ -8,10 +8,10 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from tinyddpm import Diffusion, make_schedule, sample, train
-from tinyddpm.functional import silu
-from tinyddpm.image import grid, save_gif
-from tinyddpm.nn import Linear, Module
-from tinyddpm.unet import timestep_encoding
+from tinyddpm.autograd.functional import silu
+from tinyddpm.files.pictures import grid, save_gif
+from tinyddpm.network.nn import Linear, Module
+from tinyddpm.network.unet import timestep_encoding
 
 T, SIZE, REACH = 100, 240, 1.25  # steps of diffusion; of a picture: its pixels, the largest coordinate in it
 DATA = {  # u, from 0 to 1, says how far along the points x + iy are; and how far they stray from there

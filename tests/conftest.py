@@ -72,7 +72,7 @@ def why_no_gpu(kind):
 def pytest_runtest_setup(item):
     """Have every op of the package compute on CuPy arrays, though it gets NumPy's and returns them."""
     if item.config.getoption("--cuda") in ("real", "emulated"):
-        from tinyddpm import conv, functional, fused, tensor
+        from tinyddpm.autograd import conv, functional, fused, tensor
 
         for module in (tensor, functional, conv, fused):
             for f in vars(module).values():

@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from tinyddpm.tensor import Parameter, Tensor, backward
+from tinyddpm.autograd.backward import backward
+from tinyddpm.autograd.tensor import Parameter, Tensor
 
 
 def read_only(array):

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from tinyddpm import Diffusion, make_schedule
-from tinyddpm.diffusion import OBJECTIVES
-from tinyddpm.schedule import BETA, SCHEDULES
+from tinyddpm.diffusion.checks import OBJECTIVES
+from tinyddpm.diffusion.schedule import BETA, SCHEDULES
 
 SEEDS = st.integers(0, 2**32 - 1)
 

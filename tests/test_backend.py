@@ -147,9 +147,9 @@ def test_with_the_real_cupy():
 
 def test_functions_are_paired_by_the_first_argument(monkeypatch):
     """NumPy's arrays and scalars go to the function itself, all else to the one of that name in cuda.py."""
-    twins = types.ModuleType("tinyddpm.cuda")
+    twins = types.ModuleType("tinyddpm.speed.cuda")
     twins.double = lambda x, times=2: ("twin", times)
-    monkeypatch.setitem(sys.modules, "tinyddpm.cuda", twins)
+    monkeypatch.setitem(sys.modules, "tinyddpm.speed.cuda", twins)
 
     @backend.paired
     def double(x, times=2):

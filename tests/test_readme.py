@@ -93,7 +93,7 @@ def newcomer(tmp_path, monkeypatch):
         Image.fromarray(np.full((40, 50, 3), 60 * i, np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
     monkeypatch.setenv("HOME", str(tmp_path))
     few = lambda full=False, train=True: [part[::100] for part in load_digits(train)]
-    for module in (tinyddpm, sys.modules["tinyddpm.data"]):  # not from the network
+    for module in (tinyddpm, sys.modules["tinyddpm.files.data"]):  # not from the network
         monkeypatch.setattr(module, "load_mnist", few)
     return tmp_path
 

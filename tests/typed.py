@@ -6,9 +6,9 @@ It is checked, not run. Where a call is wrong on purpose, the checker has to say
 import numpy as np
 
 import tinyddpm as t
-from tinyddpm.editing import denoise, inpaint, interpolate, invert, sdedit
-from tinyddpm.image import grid, rows, save_gif
-from tinyddpm.schedule import Schedule
+from tinyddpm.diffusion.editing import denoise, inpaint, interpolate, invert, sdedit
+from tinyddpm.diffusion.schedule import Schedule
+from tinyddpm.files.pictures import grid, rows, save_gif
 
 schedule: Schedule = t.make_schedule("cosine", 1000, input_scale=0.5, s=0.008)
 diffusion: t.Diffusion = t.Diffusion(schedule, objective="x0", clip=("dynamic", 0.995, 1.5))

@@ -11,17 +11,19 @@ tinyddpm.image makes grids, rows and GIFs of them, and tinyddpm.functional, conv
 networks of your own. README.md says in which order to read it all.
 """
 
-from .checkpoint import load_model, save_model
-from .data import load_digits, load_fashion_mnist, load_mnist
-from .diffusion import Diffusion
-from .exchange import load_diffusers, load_original, save_diffusers
-from .folder import ImageFolder
-from .optim import EMA, Adam
-from .sample import sample
-from .schedule import Schedule, make_schedule
-from .tensor import Parameter, Tensor, backward, no_grad
-from .train import TrainState, train
-from .unet import UNet
+from .autograd.backward import backward
+from .autograd.tensor import Parameter, Tensor, no_grad
+from .diffusion.process import Diffusion
+from .diffusion.sample import sample
+from .diffusion.schedule import Schedule, make_schedule
+from .exchange.diffusers import load_diffusers, save_diffusers
+from .exchange.original import load_original
+from .files.data import load_digits, load_fashion_mnist, load_mnist
+from .files.folder import ImageFolder
+from .files.model import load_model, save_model
+from .network.unet import UNet
+from .training.optim import EMA, Adam
+from .training.train import TrainState, train
 
 __version__ = "0.1.0"
 __all__ = [

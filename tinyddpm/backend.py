@@ -1,9 +1,13 @@
-"""The array module: NumPy on a CPU, CuPy on an NVIDIA GPU.
+"""The array module: NumPy on a CPU, CuPy on an NVIDIA GPU; and whatever is faster than the plain way.
 
 NumPy and CuPy share one interface, so the rest of the package never asks what device an array is on. NumPy's ufuncs
 (np.exp, np.sqrt, ...) run CuPy's when they are given a CuPy array; whatever makes new arrays or is no ufunc is taken
-from the array's own module, `xp = array_module(x)`. Where a GPU wants the same done in another way, a function is
-`paired` with one in cuda.py. These two files alone know CuPy.
+from the array's own module, `xp = array_module(x)`.
+
+What there is to learn is written down in the plain way: in autograd, network, diffusion and training. Where the same
+can be had faster, the plain function is `paired` with a twin of its name in speed/cpu.py or speed/cuda.py, and this
+file alone decides which of them runs. Within `plain()` none does, and all works as it is written down. Of CuPy, only
+this file and speed/cuda.py know.
 """
 
 from __future__ import annotations
@@ -13,7 +17,8 @@ import functools
 import importlib
 import re
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -110,21 +115,51 @@ def like(values: np.ndarray, x: Array) -> Array:
     return to_device(values.astype(x.dtype, copy=False), device_of(x))
 
 
-def paired(function: Callable) -> Callable:
-    """Give `function` a twin for CuPy arrays: that of its name in cuda.py, which takes the same arguments at least.
+class _Mode(threading.local):
+    plain = False
 
-    Both compute the same, up to rounding. This is the one place where they are told apart, by the first argument.
+
+_mode = _Mode()
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Within this block, in this thread, no function has a twin: all is computed in the plain way, in one thread.
+
+    It is slower, and the same up to rounding. For who wants to follow a computation in a debugger, or doubts a twin.
+    On a GPU it takes float32 or float64, for the narrower products of `Module.to` are twins.
+    """
+    before, _mode.plain = _mode.plain, True
+    try:
+        yield
+    finally:
+        _mode.plain = before
+
+
+def paired(function: Callable) -> Callable:
+    """Let `function` have faster twins, of its name, which take the same arguments at least: in speed/cpu.py for what
+    is on a CPU, in speed/cuda.py for a GPU, as its first argument is, an array or a model. `function.plain` is itself.
+
+    Twins compute the same, up to rounding. This is the one place where they are chosen.
     """
 
     @functools.wraps(function)
-    def either(x: Array, *args: Any, **settings: Any) -> Any:
-        if isinstance(x, np.generic) or array_module(x) is np:
+    def chosen(x: Any, *args: Any, **settings: Any) -> Any:
+        if _mode.plain:
             return function(x, *args, **settings)
-        return _twin(function.__name__)(x, *args, **settings)
+        return _twins(_kind(x)).get(function.__name__, function)(x, *args, **settings)
 
-    return either
+    chosen.plain = function
+    return chosen
+
+
+def _kind(x: Any) -> str:
+    """Which twins there may be for an array, or for a model, by its `device`, if it has one: "cpu" or "cuda"."""
+    if isinstance(x, np.ndarray):
+        return "cpu"
+    return "cuda" if is_array(x) or str(getattr(x, "device", "cpu")) != "cpu" else "cpu"
 
 
 @functools.cache
-def _twin(name: str) -> Callable:
-    return getattr(importlib.import_module(f"{__package__}.cuda"), name)
+def _twins(kind: str) -> dict[str, Callable]:
+    return importlib.import_module(f"{__package__}.speed.{kind}").TWINS  # not before: it imports what has the twins

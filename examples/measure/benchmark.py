@@ -34,14 +34,15 @@ from unittest import mock
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-import tinyddpm.tensor
+import tinyddpm.autograd.tensor
 from tinyddpm import Diffusion, UNet, backward, make_schedule, no_grad, sample, train
+from tinyddpm.autograd.tensor import as_array
 from tinyddpm.backend import on_device, to_device, to_numpy
-from tinyddpm.diffusers_config import unet_config
-from tinyddpm.layouts import diffusers_layout, laid_out
-from tinyddpm.parallel import blas_name, cpu_count, shards, worker_threads
-from tinyddpm.tensor import as_array
-from tinyddpm.winograd import ConstantFilters
+from tinyddpm.exchange.diffusers_config import unet_config
+from tinyddpm.exchange.names import diffusers_layout, laid_out
+from tinyddpm.speed.shards import shards
+from tinyddpm.speed.winograd import ConstantFilters
+from tinyddpm.speed.workers import blas_name, cpu_count, worker_threads
 
 LR, EMA_DECAY, MAX_NORM, T = 1e-3, 0.995, 1.0, 1000
 COMPILE_LIMIT = 180  # seconds
@@ -432,8 +433,8 @@ def profile(repeats):
         return result
 
     around = lambda op, *xs, **settings: timed(forward, op.__name__, op, *xs, **settings)
-    pull = functools.partial(lambda pull, node, g: timed(pulls, node.op, pull, node, g), tinyddpm.tensor._pull)
-    with threadpool_limits(1, "blas"), every_op(around), mock.patch.object(tinyddpm.tensor, "_pull", pull):
+    pull = functools.partial(lambda pull, node, g: timed(pulls, node.op, pull, node, g), tinyddpm.autograd.tensor._pull)
+    with threadpool_limits(1, "blas"), every_op(around), mock.patch.object(tinyddpm.autograd.tensor, "_pull", pull):
         for i in range(-2, repeats):  # two to warm up
             if i == 0:
                 began = time.perf_counter()
@@ -462,7 +463,7 @@ def import_gpu(device):
     on_device(device)
     import cupy
 
-    from tinyddpm import cuda
+    from tinyddpm.speed import cuda
 
 
 def why_no_peers(threads, device):
@@ -593,7 +594,9 @@ def profile_on_gpu(work, device, precision, repeats):
         return [(*mark, cupy.cuda.get_elapsed_time(start, end) / 1e3) for *mark, start, end in marks]
 
     around = lambda op, *xs, **settings: marked(forward, op.__name__, op, *xs, **settings)
-    pull = functools.partial(lambda pull, node, g: marked(pulls, node.op, pull, node, g), tinyddpm.tensor._pull)
+    pull = functools.partial(
+        lambda pull, node, g: marked(pulls, node.op, pull, node, g), tinyddpm.autograd.tensor._pull
+    )
     others = "train.to_device train.flat_gradient train.clip_norm optim.adam_update optim.ema_update diffusion.like"
     with contextlib.ExitStack() as stack:
         a = cupy.ones((MATRIX, MATRIX), np.float32)
@@ -603,7 +606,7 @@ def profile_on_gpu(work, device, precision, repeats):
         enough = math.ceil(3 * asked / seconds["product"])
         computed = statistics.median(step(enough)[-1][3] for _ in range(repeats))
         stack.enter_context(every_op(around))
-        stack.enter_context(mock.patch.object(tinyddpm.tensor, "_pull", pull))
+        stack.enter_context(mock.patch.object(tinyddpm.autograd.tensor, "_pull", pull))
         for module, name in (other.split(".") for other in others.split()):  # what takes time and is no op
             module = sys.modules[f"tinyddpm.{module}"]
             patched = functools.partial(around, getattr(module, name))

@@ -32,13 +32,14 @@ import numpy as np
 from tqdm import tqdm
 
 from tinyddpm import ImageFolder, load_digits, load_model, sample, train
-from tinyddpm.checkpoint import replacing, stored_tensors, write_tensors
-from tinyddpm.data import load_mnist
-from tinyddpm.functional import softmax_rows
-from tinyddpm.nn import Conv2d, GroupNorm, Linear, Module
-from tinyddpm.parallel import worker_threads
-from tinyddpm.sample import SAMPLERS
-from tinyddpm.tensor import as_array, no_grad, op
+from tinyddpm.autograd.functional import softmax_rows
+from tinyddpm.autograd.tensor import as_array, no_grad, op
+from tinyddpm.diffusion.sample import SAMPLERS
+from tinyddpm.files.data import load_mnist
+from tinyddpm.files.replacing import replacing
+from tinyddpm.files.tensors import stored_tensors, write_tensors
+from tinyddpm.network.nn import Conv2d, GroupNorm, Linear, Module
+from tinyddpm.speed.workers import worker_threads
 
 CLASSIFIER = pathlib.Path(__file__).with_name("digit_classifier.safetensors")
 

@@ -14,11 +14,11 @@ from unittest import mock
 import numpy as np
 
 from tinyddpm import Diffusion, UNet, load_digits, load_model, make_schedule, no_grad, sample
-from tinyddpm.functional import concat, softmax_rows
-from tinyddpm.nn import Conv2d
-from tinyddpm.parallel import worker_threads
-from tinyddpm.tensor import as_array
-from tinyddpm.unet import AttentionBlock, ResBlock, timestep_encoding
+from tinyddpm.autograd.functional import concat, softmax_rows
+from tinyddpm.autograd.tensor import as_array
+from tinyddpm.network.nn import Conv2d
+from tinyddpm.network.unet import AttentionBlock, ResBlock, timestep_encoding
+from tinyddpm.speed.workers import worker_threads
 
 SCHEDULES = ("linear", "quadratic", "cosine", "cosine_logsnr", "sigmoid", "sigmoid_logsnr")
 COLORS = (
@@ -149,7 +149,7 @@ def layers_of(unet, size):
     with no_grad(), contextlib.ExitStack() as watching:
         for kind in (Conv2d, ResBlock, AttentionBlock):
             watching.enter_context(watched(kind))
-        watching.enter_context(mock.patch("tinyddpm.unet.concat", watched_concat))
+        watching.enter_context(mock.patch("tinyddpm.network.unet.concat", watched_concat))
         unet(np.zeros((1, *size, unet.config["in_channels"]), unet.dtype), np.array([0]))
     return layers, links
 

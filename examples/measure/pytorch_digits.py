@@ -16,8 +16,8 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from tinyddpm.checkpoint import replacing
-from tinyddpm.data import load_mnist
+from tinyddpm.files.data import load_mnist
+from tinyddpm.files.replacing import replacing
 
 
 def parse_arguments():

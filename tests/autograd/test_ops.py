@@ -8,8 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, mutually_broadcastable_shapes
 
-from tinyddpm import conv, functional, fused, tensor
-from tinyddpm.functional import (
+from tinyddpm.autograd import conv, functional, fused, tensor
+from tinyddpm.autograd.backward import backward
+from tinyddpm.autograd.functional import (
     at_least,
     concat,
     dropout,
@@ -21,11 +22,10 @@ from tinyddpm.functional import (
     silu,
     softmax,
 )
-from tinyddpm.tensor import (
+from tinyddpm.autograd.tensor import (
     Parameter,
     Tensor,
     add,
-    backward,
     div,
     getitem,
     matmul,

@@ -7,9 +7,10 @@ import weakref
 import numpy as np
 import pytest
 
-from tinyddpm import tensor as T
-from tinyddpm.functional import linear, silu
-from tinyddpm.tensor import Parameter, Tensor, backward, no_grad, op
+from tinyddpm.autograd import tensor as T
+from tinyddpm.autograd.backward import backward
+from tinyddpm.autograd.functional import linear, silu
+from tinyddpm.autograd.tensor import Parameter, Tensor, no_grad, op
 
 
 def leaf(*values, dtype=np.float64):

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from tinyddpm import Diffusion, Schedule, UNet, sample
-from tinyddpm.sample import ddpm
-from tinyddpm.schedule import linear
-from tinyddpm.unet import timestep_encoding
+from tinyddpm.diffusion.sample import ddpm
+from tinyddpm.diffusion.schedule import linear
+from tinyddpm.network.unet import timestep_encoding
 
 T = 12
 BETA = [0.01 + (0.4 - 0.01) * t / (T - 1) for t in range(T)]

@@ -12,10 +12,10 @@ from ideal import ideal_denoiser
 from strategies import SEEDS, make
 
 from tinyddpm import Diffusion, Schedule, UNet, backward, make_schedule
-from tinyddpm.diffusion import OBJECTIVES, BitsPerDim
-from tinyddpm.likelihood import discretised_gaussian, gaussian_kl
-from tinyddpm.schedule import linear
-from tinyddpm.tensor import Parameter
+from tinyddpm.autograd.tensor import Parameter
+from tinyddpm.diffusion.bound import BitsPerDim, discretised_gaussian, gaussian_kl
+from tinyddpm.diffusion.checks import OBJECTIVES
+from tinyddpm.diffusion.schedule import linear
 
 LEVELS = np.arange(256) / 127.5 - 1
 moderate = st.floats(-3, 3)

@@ -10,8 +10,8 @@ from ideal import ideal_denoiser
 from strategies import SEEDS, make
 
 from tinyddpm import Diffusion, Schedule, UNet, make_schedule, sample
-from tinyddpm.editing import denoise, inpaint, interpolate, invert, repaint, sdedit, slerp
-from tinyddpm.sample import SAMPLERS
+from tinyddpm.diffusion.editing import denoise, inpaint, interpolate, invert, repaint, sdedit, slerp
+from tinyddpm.diffusion.sample import SAMPLERS
 
 TWO = np.array([[1, 1], [1, -1]])
 HADAMARD = np.kron(np.kron(TWO, TWO), np.kron(TWO, TWO))

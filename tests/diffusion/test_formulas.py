@@ -15,14 +15,14 @@ from ideal import ideal_denoiser
 from strategies import make, processes, schedules
 
 from tinyddpm import EMA, Diffusion, Schedule, UNet, make_schedule, sample
-from tinyddpm.diffusion import OBJECTIVES
-from tinyddpm.fused import attention
-from tinyddpm.likelihood import discretised_gaussian, gaussian_kl
-from tinyddpm.limit import dynamic_threshold
-from tinyddpm.nn import GroupNorm
-from tinyddpm.sample import ddim, ddpm, dpm_solver, guided, respace
-from tinyddpm.schedule import GAMMA, cosine, cosine_logsnr, sigmoid, sigmoid_beta, sigmoid_logsnr
-from tinyddpm.unet import timestep_encoding
+from tinyddpm.autograd.fused import attention
+from tinyddpm.diffusion.bound import discretised_gaussian, gaussian_kl
+from tinyddpm.diffusion.checks import OBJECTIVES
+from tinyddpm.diffusion.clipping import dynamic_threshold
+from tinyddpm.diffusion.sample import ddim, ddpm, dpm_solver, guided, respace
+from tinyddpm.diffusion.schedule import GAMMA, cosine, cosine_logsnr, sigmoid, sigmoid_beta, sigmoid_logsnr
+from tinyddpm.network.nn import GroupNorm
+from tinyddpm.network.unet import timestep_encoding
 
 LINEAR = make_schedule("linear", 1000)
 QUARTERS = np.array([0.25, 0.5, 0.75])

@@ -10,9 +10,9 @@ from ideal import expected_x0, ideal_denoiser
 from strategies import SEEDS, schedules
 
 from tinyddpm import Diffusion, Schedule, UNet, make_schedule, sample, train
-from tinyddpm.diffusion import OBJECTIVES
-from tinyddpm.sample import SAMPLERS
-from tinyddpm.schedule import linear
+from tinyddpm.diffusion.checks import OBJECTIVES
+from tinyddpm.diffusion.sample import SAMPLERS
+from tinyddpm.diffusion.schedule import linear
 
 DATA = np.random.default_rng(1).uniform(-1, 1, (5, 3, 3, 1))
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from strategies import SEEDS, processes, schedules
 
 from tinyddpm import Diffusion, Schedule, backward, make_schedule
-from tinyddpm.diffusion import LOSSES, OBJECTIVES
-from tinyddpm.functional import concat
-from tinyddpm.limit import dynamic_threshold, limit
-from tinyddpm.schedule import linear as linear_beta
-from tinyddpm.tensor import Parameter, Tensor
+from tinyddpm.autograd.functional import concat
+from tinyddpm.autograd.tensor import Parameter, Tensor
+from tinyddpm.diffusion.checks import LOSSES, OBJECTIVES
+from tinyddpm.diffusion.clipping import dynamic_threshold, limit
+from tinyddpm.diffusion.schedule import linear as linear_beta
 
 
 def linear(T, beta_start=1e-4, beta_end=0.02, b=1.0):

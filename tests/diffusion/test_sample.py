@@ -13,10 +13,10 @@ from ideal import ideal_denoiser
 from strategies import SEEDS, schedules
 
 from tinyddpm import Diffusion, Schedule, UNet, make_schedule, sample
-from tinyddpm.diffusion import OBJECTIVES, SPACINGS
-from tinyddpm.sample import SAMPLERS, ddim, ddpm, dpm_solver, guided, respace, timesteps
-from tinyddpm.schedule import linear
-from tinyddpm.tensor import Parameter, Tensor
+from tinyddpm.autograd.tensor import Parameter, Tensor
+from tinyddpm.diffusion.checks import OBJECTIVES, SPACINGS
+from tinyddpm.diffusion.sample import SAMPLERS, ddim, ddpm, dpm_solver, guided, respace, timesteps
+from tinyddpm.diffusion.schedule import linear
 
 
 def zeros(x, t):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from strategies import make, schedules
 
 from tinyddpm import Schedule, make_schedule
-from tinyddpm.schedule import (
+from tinyddpm.diffusion.schedule import (
     BETA,
     GAMMA,
     SCHEDULES,

@@ -11,7 +11,8 @@ import cuda_on_cpu
 import numpy as np
 import pytest
 
-from tinyddpm import functional, nn, tensor, unet
+from tinyddpm.autograd import functional, tensor
+from tinyddpm.network import nn, unet
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "benchmark.py"
 TINY = {"channels": (8, 16), "blocks": 1, "attention": (False, True)}

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tinyddpm import Diffusion, UNet, load_digits, make_schedule, sample, save_model
-from tinyddpm.data import COUNTS, read_idx
-from tinyddpm.image import to_uint8
+from tinyddpm.files.data import COUNTS, read_idx
+from tinyddpm.files.pictures import to_uint8
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "evaluate_digits.py"
 MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from tinyddpm import UNet, load_digits, load_model, make_schedule, no_grad, sample
-from tinyddpm.nn import Conv2d
-from tinyddpm.tensor import as_array
-from tinyddpm.unet import AttentionBlock, ResBlock
+from tinyddpm.autograd.tensor import as_array
+from tinyddpm.network.nn import Conv2d
+from tinyddpm.network.unet import AttentionBlock, ResBlock
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "figures.py"
 

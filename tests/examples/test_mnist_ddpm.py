@@ -18,18 +18,9 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import tinyddpm
-from tinyddpm import (
-    Diffusion,
-    UNet,
-    load_digits,
-    load_model,
-    make_schedule,
-    sample,
-    save_diffusers,
-    save_model,
-)
-from tinyddpm.image import grid
-from tinyddpm.layouts import laid_out, original_layout
+from tinyddpm import Diffusion, UNet, load_digits, load_model, make_schedule, sample, save_diffusers, save_model
+from tinyddpm.exchange.names import laid_out, original_layout
+from tinyddpm.files.pictures import grid
 
 EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "mnist_ddpm.py"
 TINY = [
@@ -313,7 +304,7 @@ def test_without_a_network_it_says_what_there_is(tmp_path, data):
 
 
 def test_data_sets_arrive(monkeypatch, tmp_path):
-    data, asked = sys.modules["tinyddpm.data"], []
+    data, asked = sys.modules["tinyddpm.files.data"], []
     images = np.random.default_rng(0).uniform(-1, 1, (12, 28, 28, 1)).astype(np.float32)
     for name in ("load_mnist", "load_fashion_mnist"):
         load = lambda name=name, **settings: asked.append((name, settings)) or (images, np.arange(12) % 6)

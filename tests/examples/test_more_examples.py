@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from tinyddpm import load_digits, load_model, no_grad, sample
-from tinyddpm.checkpoint import DIGITS_MODEL
-from tinyddpm.image import grid
+from tinyddpm.files.model import DIGITS_MODEL
+from tinyddpm.files.pictures import grid
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 TINY = {

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-import tinyddpm.data
+import tinyddpm.files.data
 from tinyddpm import load_digits
 
 pytest.importorskip("torch")
@@ -16,7 +16,7 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 
 
 def test_it_draws_what_evaluate_digits_reads(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(tinyddpm.data, "load_mnist", lambda full: load_digits())  # not from the network
+    monkeypatch.setattr(tinyddpm.files.data, "load_mnist", lambda full: load_digits())  # not from the network
     settings = ["--minutes=0.0001", "--samples=103", "--threads=1", f"--out={tmp_path / 'digits.npz'}"]
     monkeypatch.setattr(sys, "argv", ["pytorch_digits.py", *settings])
     whole = diffusers.DDIMScheduler.set_timesteps  # two steps on the way back, not 50

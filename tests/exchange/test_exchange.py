@@ -20,10 +20,11 @@ from safetensors.numpy import load_file, save_file
 from strategies import make, schedules
 
 from tinyddpm import EMA, Diffusion, Schedule, UNet, load_diffusers, load_original, save_diffusers
-from tinyddpm import diffusers_config as config_of
-from tinyddpm.checkpoint import Stored, _NoWeights
-from tinyddpm.diffusers_config import diffusion_from, scheduler_config, unet_settings
-from tinyddpm.diffusion import OBJECTIVES, SPACINGS, VARIANCES
+from tinyddpm.diffusion.checks import OBJECTIVES, SPACINGS, VARIANCES
+from tinyddpm.exchange.diffusers import diffusers_config as config_of
+from tinyddpm.exchange.diffusers_config import diffusion_from, scheduler_config, unet_settings
+from tinyddpm.files.model import _NoWeights
+from tinyddpm.files.tensors import Stored
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
 UNET, SCHEDULER, INDEX = "unet/config.json", "scheduler/scheduler_config.json", "model_index.json"
@@ -284,7 +285,7 @@ class TestWhatIsWritten:
 
         with monkeypatch.context() as patch:
             if failing == "weights":
-                patch.setattr("tinyddpm.exchange.write_tensors", disk_full)
+                patch.setattr("tinyddpm.exchange.diffusers.write_tensors", disk_full)
             else:
                 patch.setattr(pathlib.Path, "write_text", disk_full_later)
             with pytest.raises(OSError, match="cannot write.*No space left"):

@@ -23,11 +23,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule, train
-from tinyddpm.checkpoint import Stored, previous
-from tinyddpm.data import batch_indices
-from tinyddpm.nn import Linear, Module
-from tinyddpm.parallel import shared_array
-from tinyddpm.run import MetricsLog, set_aside, stop_signals
+from tinyddpm.files.checkpoint import stop_signals
+from tinyddpm.files.replacing import previous
+from tinyddpm.files.run_folder import MetricsLog, set_aside
+from tinyddpm.files.tensors import Stored
+from tinyddpm.network.nn import Linear, Module
+from tinyddpm.speed.workers import shared_array
+from tinyddpm.training.batches import batch_indices
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
 DIFFUSION = Diffusion(make_schedule("linear", 20, beta_end=0.6))
@@ -818,7 +820,7 @@ SOAK = """
 import multiprocessing, os, sys, threading
 import numpy as np
 from tinyddpm import Diffusion, UNet, make_schedule, train
-from tinyddpm.run import MetricsLog
+from tinyddpm.files.checkpoint import MetricsLog
 
 def memory():  # of this process and its workers
     pids = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]

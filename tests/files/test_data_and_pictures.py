@@ -11,8 +11,8 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from tinyddpm import Diffusion, load_digits, make_schedule
-from tinyddpm.data import DIGITS, load_mnist
-from tinyddpm.image import grid, noising_strip, rows, save_gif, save_loss_curve, to_uint8
+from tinyddpm.files.data import DIGITS, load_mnist
+from tinyddpm.files.pictures import grid, noising_strip, rows, save_gif, save_loss_curve, to_uint8
 
 MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
 

@@ -25,12 +25,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-import tinyddpm.data
-import tinyddpm.download
+import tinyddpm.files.data
+import tinyddpm.files.download
 from tinyddpm import load_digits, load_fashion_mnist, load_mnist
-from tinyddpm.data import MIRRORS, SHA256, read_idx
-from tinyddpm.download import download, fetch, unpack
-from tinyddpm.image import to_uint8
+from tinyddpm.files.data import MIRRORS, SHA256, read_idx
+from tinyddpm.files.download import download, fetch, unpack
+from tinyddpm.files.pictures import to_uint8
 
 MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
 NAME = "noise.gz"
@@ -238,7 +238,7 @@ class TestOneMirror:
         assert server.asked == [2 * SOME]
 
     def test_slow_but_steady_wins(self, mirror, tmp_path, monkeypatch):
-        monkeypatch.setattr(tinyddpm.download, "TIMEOUT", 0.5)
+        monkeypatch.setattr(tinyddpm.files.download, "TIMEOUT", 0.5)
         assert_whole(tmp_path, server := mirror(slow))
         assert server.asked == [None]  # in 0.8 s
 
@@ -272,7 +272,7 @@ class TestOneMirror:
     def test_a_server_that_does_not_hang_up(self, mirror, tmp_path):
         began = time.monotonic()
         assert_whole(tmp_path, mirror(lingering))
-        assert time.monotonic() - began < tinyddpm.download.TIMEOUT / 2
+        assert time.monotonic() - began < tinyddpm.files.download.TIMEOUT / 2
 
     def test_another_file_meanwhile(self, mirror, tmp_path):
         (tmp_path / f"{NAME}.0.part").write_bytes(gzip.compress(CONTENT[::-1])[:SOME])
@@ -316,7 +316,7 @@ class TestTheNextMirror:
     )
     def test_it_is_asked_and_nothing_wrong_is_kept(self, behave, kept, mirror, tmp_path, monkeypatch):
         if behave in (stalled, silent):
-            monkeypatch.setattr(tinyddpm.download, "TIMEOUT", 0.2)
+            monkeypatch.setattr(tinyddpm.files.download, "TIMEOUT", 0.2)
 
         def look(answer, file):  # how things are when it is asked
             seen.extend(names(tmp_path))
@@ -340,7 +340,7 @@ class TestTheNextMirror:
         assert first.asked == [None, SOME] and second.asked == [None]
 
     def test_the_error_names_every_mirror_and_its_reason_in_one_line(self, unreachable, mirror, tmp_path, monkeypatch):
-        monkeypatch.setattr(tinyddpm.download, "TIMEOUT", 0.2)
+        monkeypatch.setattr(tinyddpm.files.download, "TIMEOUT", 0.2)
         bad = [mirror(refusing(404)), mirror(stalled), mirror(corrupted)]
         with pytest.raises(ConnectionError) as error:
             get(tmp_path, unreachable, *bad)
@@ -471,8 +471,8 @@ class TestHalfAFileIsNeverThere:
         server = mirror(stalled, good)
         part = tmp_path / f"{NAME}.0.part"
         code = f"""
-            import pathlib, tinyddpm.download
-            tinyddpm.download.fetch({NAME!r}, [{server.address!r}], pathlib.Path({str(tmp_path)!r}), "", {len(CONTENT)})
+            import pathlib, tinyddpm.files.download
+            tinyddpm.files.download.fetch({NAME!r}, [{server.address!r}], pathlib.Path({str(tmp_path)!r}), "", {len(CONTENT)})
         """
         child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.DEVNULL)
         try:
@@ -566,7 +566,7 @@ def small(monkeypatch):
         }
         for name in LOADERS
     }
-    monkeypatch.setattr(tinyddpm.data, "COUNTS", {"train": 5, "t10k": 3})
+    monkeypatch.setattr(tinyddpm.files.data, "COUNTS", {"train": 5, "t10k": 3})
     for name, files in contents.items():
         monkeypatch.setitem(MIRRORS, name, ())
         monkeypatch.setitem(SHA256, name, {key: hashlib.sha256(content).hexdigest() for key, content in files.items()})

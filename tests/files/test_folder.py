@@ -17,9 +17,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile, ImageOps
 
-import tinyddpm.folder
+import tinyddpm.files.folder
 from tinyddpm import ImageFolder, load_digits
-from tinyddpm.image import to_uint8
+from tinyddpm.files.pictures import to_uint8
 
 
 def put(path, picture=None, **how):
@@ -151,7 +151,7 @@ class TestWhichFiles:
     def test_a_bar_if_there_are_many(self, tmp_path, capsys, monkeypatch):
         put(tmp_path / "a.png")
         ImageFolder(tmp_path, 4)
-        monkeypatch.setattr(tinyddpm.folder, "_find", lambda folder, suffixes: ["a.png"] * 1000)
+        monkeypatch.setattr(tinyddpm.files.folder, "_find", lambda folder, suffixes: ["a.png"] * 1000)
         ImageFolder(tmp_path, 4, progress=False)
         assert capsys.readouterr().err == ""
         ImageFolder(tmp_path, 4)
@@ -530,8 +530,8 @@ class TestDamage:
 
         images, whole = damaged
         images.skipped = Slow()
-        together, reason = threading.Barrier(4, timeout=5), tinyddpm.folder._reason
-        monkeypatch.setattr(tinyddpm.folder, "_reason", lambda error: (together.wait(), reason(error))[1])
+        together, reason = threading.Barrier(4, timeout=5), tinyddpm.files.folder._reason
+        monkeypatch.setattr(tinyddpm.files.folder, "_reason", lambda error: (together.wait(), reason(error))[1])
         with concurrent.futures.ThreadPoolExecutor(4) as pool, pytest.warns(UserWarning) as seen:
             got = list(pool.map(images.__getitem__, [5] * 4))
         assert len(seen) == 1
@@ -545,7 +545,7 @@ class TestDamage:
             def fails(path, mode, wrong=wrong):
                 raise wrong
 
-            monkeypatch.setattr(tinyddpm.folder, "open", fails, raising=False)
+            monkeypatch.setattr(tinyddpm.files.folder, "open", fails, raising=False)
             for read in (lambda: images[0], lambda: ImageFolder(tmp_path, 4)):
                 with pytest.raises(type(wrong), match="Too many open files|none"):
                     read()

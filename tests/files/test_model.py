@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule, sample, save_diffusers, save_model
-from tinyddpm.checkpoint import Stored
-from tinyddpm.layouts import laid_out, original_layout
+from tinyddpm.exchange.names import laid_out, original_layout
+from tinyddpm.files.tensors import Stored
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2, heads=2, dropout=0.1)
 DIFFUSION = Diffusion(make_schedule("linear", 25, beta_start=1e-3, beta_end=0.4), "v", variance="large")
@@ -105,7 +105,7 @@ def test_an_older_file_is_replaced_or_left_whole(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("tinyddpm.checkpoint.write_tensors", disk_full)
+        patch.setattr("tinyddpm.files.model.write_tensors", disk_full)
         with pytest.raises(OSError, match="path: cannot write .*m.safetensors: No space left on device"):
             save_model(path, UNet(**TINY, rng=2), DIFFUSION)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
@@ -114,7 +114,7 @@ def test_an_older_file_is_replaced_or_left_whole(tmp_path, monkeypatch):
 
 
 def test_a_flattened_model_saves_and_loads(tmp_path):
-    from tinyddpm.optim import flatten
+    from tinyddpm.training.optim import flatten
 
     unet = UNet(**TINY)
     theta = flatten(unet.parameters())

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tinyddpm import Diffusion, UNet, load_model, make_schedule, train
-from tinyddpm.record import begin_folder, recorded
-from tinyddpm.run import differences
+from tinyddpm.files.checkpoint import differences
+from tinyddpm.files.run_folder import begin_folder, recorded
 
 DIFFUSION = Diffusion(make_schedule("cosine", 20), "x0")
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (12, 4, 4, 1)).astype(np.float32)

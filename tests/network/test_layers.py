@@ -10,11 +10,12 @@ from gradcheck import check_op
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tinyddpm.conv import conv2d, correlate, correlate_grad_x, upsample
-from tinyddpm.functional import column_sums
-from tinyddpm.fused import attention, group_norm
-from tinyddpm.nn import Attention, Conv2d, GroupNorm, Linear, Module
-from tinyddpm.tensor import Parameter, Tensor, backward
+from tinyddpm.autograd.backward import backward
+from tinyddpm.autograd.conv import conv2d, correlate, correlate_grad_x, upsample
+from tinyddpm.autograd.functional import column_sums
+from tinyddpm.autograd.fused import attention, group_norm
+from tinyddpm.autograd.tensor import Parameter, Tensor
+from tinyddpm.network.nn import Attention, Conv2d, GroupNorm, Linear, Module
 
 SEEDS = st.integers(0, 2**32 - 1)
 small = st.integers(1, 4)

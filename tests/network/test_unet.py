@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tinyddpm import UNet, backward, no_grad
-from tinyddpm.nn import Conv2d
-from tinyddpm.tensor import Parameter
-from tinyddpm.unet import ENCODINGS, timestep_encoding
+from tinyddpm.autograd.tensor import Parameter
+from tinyddpm.network.checks import ENCODINGS
+from tinyddpm.network.nn import Conv2d
+from tinyddpm.network.unet import timestep_encoding
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
 

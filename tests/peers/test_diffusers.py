@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from strategies import SEEDS, make
 
 from tinyddpm import Diffusion, Schedule, sample
-from tinyddpm.diffusion import SPACINGS
-from tinyddpm.sample import timesteps
+from tinyddpm.diffusion.checks import SPACINGS
+from tinyddpm.diffusion.sample import timesteps
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

@@ -20,7 +20,7 @@ from tinyddpm import (
     sample,
     save_diffusers,
 )
-from tinyddpm.layouts import diffusers_layout, laid_out
+from tinyddpm.exchange.names import diffusers_layout, laid_out
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")

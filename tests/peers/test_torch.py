@@ -6,12 +6,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, basic_indices, mutually_broadcastable_shapes
 
-from tinyddpm import UNet, backward, functional, tensor
-from tinyddpm.conv import conv2d, upsample
-from tinyddpm.fused import attention, group_norm
-from tinyddpm.nn import Attention, Conv2d, GroupNorm, Linear, Module
-from tinyddpm.optim import EMA, Adam, clip_norm
-from tinyddpm.unet import AttentionBlock, ResBlock, timestep_encoding
+from tinyddpm import UNet, backward
+from tinyddpm.autograd import functional, tensor
+from tinyddpm.autograd.conv import conv2d, upsample
+from tinyddpm.autograd.fused import attention, group_norm
+from tinyddpm.network.nn import Attention, Conv2d, GroupNorm, Linear, Module
+from tinyddpm.network.unet import AttentionBlock, ResBlock, timestep_encoding
+from tinyddpm.training.optim import EMA, Adam, clip_norm
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)

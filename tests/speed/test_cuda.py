@@ -23,7 +23,6 @@ from tinyddpm import (
     Diffusion,
     UNet,
     backward,
-    editing,
     load_diffusers,
     load_digits,
     load_model,
@@ -33,9 +32,8 @@ from tinyddpm import (
     save_model,
     train,
 )
-from tinyddpm.backend import array_module, device_of, is_array, like, on_device, to_device, to_numpy
-from tinyddpm.conv import conv2d, convolve
-from tinyddpm.functional import (
+from tinyddpm.autograd.conv import conv2d, convolve
+from tinyddpm.autograd.functional import (
     PRECISIONS,
     column_sums,
     joined,
@@ -46,13 +44,15 @@ from tinyddpm.functional import (
     softmax_rows,
     softmax_rows_grad,
 )
-from tinyddpm.fused import attention, group_norm, normalise
-from tinyddpm.image import grid
-from tinyddpm.nn import Linear
-from tinyddpm.optim import EMA, Adam, clip_norm, flat_gradient, flatten
-from tinyddpm.parallel import Ranks
-from tinyddpm.run import MetricsLog
-from tinyddpm.tensor import Parameter
+from tinyddpm.autograd.fused import attention, group_norm, normalise
+from tinyddpm.autograd.tensor import Parameter
+from tinyddpm.backend import array_module, device_of, is_array, like, on_device, to_device, to_numpy
+from tinyddpm.diffusion import editing
+from tinyddpm.files.pictures import grid
+from tinyddpm.files.run_folder import MetricsLog
+from tinyddpm.network.nn import Linear
+from tinyddpm.speed.ranks import Ranks
+from tinyddpm.training.optim import EMA, Adam, clip_norm, flat_gradient, flatten
 
 pytestmark = pytest.mark.gpu
 ROOT = pathlib.Path(__file__).parent.parent
@@ -136,7 +136,7 @@ def digits(n, size=8):
        pads=st.tuples(*[st.integers(0, 3)] * 4), bias=st.booleans(), way=WAYS,
        at_a_time=st.sampled_from([1, 200, 2**25]))  # fmt: skip
 def test_convolve(dtype, seed, n, H, W, C, O, kernel, stride, pads, bias, way, at_a_time):
-    from tinyddpm import cuda
+    from tinyddpm.speed import cuda
 
     (kh, kw), (top, bottom, left, right) = kernel, pads
     H, W = max(H, kh - top - bottom), max(W, kw - left - right)
@@ -303,7 +303,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
 
 
 def test_every_twin_takes_the_same_arguments():
-    from tinyddpm import conv, cuda, functional, fused, optim
+    from tinyddpm.autograd import conv, functional, fused
+    from tinyddpm.speed import cuda
+    from tinyddpm.training import optim
 
     paired = {
         name: raw
@@ -357,7 +359,7 @@ def test_convolution_and_attention_in_any_precision(precision):
 
 
 def test_bf16_of_what_is_not_finite_and_of_ties():
-    from tinyddpm.cuda import rounded as on_cuda
+    from tinyddpm.speed.cuda import rounded as on_cuda
 
     x = np.array(
         [np.inf, -np.inf, 0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8), 3.4e38, 1.1 * 2.0**-133], np.float32

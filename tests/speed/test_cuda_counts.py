@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tinyddpm import Diffusion, UNet, make_schedule, sample, train
-from tinyddpm.tensor import Node
+from tinyddpm.autograd.tensor import Node
 
 pytestmark = pytest.mark.gpu
 

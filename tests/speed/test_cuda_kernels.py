@@ -31,10 +31,10 @@ def nvrtc():
 def source():
     """The function that returns what cuda.py gives CuPy to compile, with something else in CuPy's place."""
     with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in IMPORTED}):
-        sys.modules.pop("tinyddpm.cuda", None)
-        cuda = importlib.import_module("tinyddpm.cuda")
+        sys.modules.pop("tinyddpm.speed.cuda", None)
+        cuda = importlib.import_module("tinyddpm.speed.cuda")
     cuda.cupy.RawKernel = lambda source, name: source
-    del tinyddpm.cuda
+    del tinyddpm.speed.cuda
     return lambda file, name, dtype: cuda.kernel(file, name, np.dtype(dtype))
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tinyddpm import load_model
-from tinyddpm.parallel import Ranks, ranks_started
+from tinyddpm.speed.ranks import Ranks, ranks_started
 
 EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "mnist_ddpm.py"
 MPIEXEC = pathlib.Path(sys.executable).with_name("mpiexec")
@@ -29,7 +29,7 @@ PRELUDE = textwrap.dedent("""
     import os, signal, sys, time
     import numpy as np
     from tinyddpm import Diffusion, UNet, make_schedule, train
-    from tinyddpm.parallel import Ranks
+    from tinyddpm.speed.workers import Ranks
 
     ranks = Ranks(True)
     images = np.random.default_rng(0).uniform(-1, 1, (23, 4, 4, 1)).astype(sys.argv[2])
@@ -252,7 +252,7 @@ class TestFailure:
 
 def in_another_process(expression):
     """Evaluate it where MPI may be begun, and raise the RuntimeError that comes of it."""
-    code = f"from tinyddpm.parallel import Ranks\ntry: {expression}\nexcept RuntimeError as error: print(error)"
+    code = f"from tinyddpm.speed.workers import Ranks\ntry: {expression}\nexcept RuntimeError as error: print(error)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     raise RuntimeError(result.stdout + result.stderr)
 

@@ -8,11 +8,14 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinyddpm import Diffusion, UNet, conv, make_schedule, winograd
-from tinyddpm.conv import conv2d
-from tinyddpm.nn import Module
-from tinyddpm.tensor import Parameter, backward
-from tinyddpm.winograd import A_T, B_T, BAND, POINTS, ConstantFilters, G, bands, conv3x3
+from tinyddpm import Diffusion, UNet, make_schedule
+from tinyddpm.autograd import conv
+from tinyddpm.autograd.backward import backward
+from tinyddpm.autograd.conv import conv2d
+from tinyddpm.autograd.tensor import Parameter
+from tinyddpm.network.nn import Module
+from tinyddpm.speed import winograd
+from tinyddpm.speed.winograd import A_T, B_T, BAND, POINTS, ConstantFilters, G, bands, conv3x3
 
 ONE = ((1, 1), (1, 1))
 shapes = st.tuples(st.integers(1, 4), *[st.integers(1, 9 * BAND)] * 2, *[st.integers(1, 9)] * 2)

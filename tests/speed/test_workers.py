@@ -16,17 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
-from tinyddpm.parallel import (
-    PIXELS,
-    ahead,
-    blas_name,
-    cpu_count,
-    shard_size,
-    shards,
-    shared_array,
-    worker_processes,
-    worker_threads,
-)
+from tinyddpm.speed.shards import PIXELS, shard_size, shards
+from tinyddpm.speed.workers import ahead, blas_name, cpu_count, shared_array, worker_processes, worker_threads
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the workers are threads")
 
@@ -232,7 +223,7 @@ class TestProcesses:
     def test_they_do_not_outlive_a_killed_parent(self, tmp_path):
         script = """
             import os, time
-            from tinyddpm.parallel import worker_processes
+            from tinyddpm.speed.workers import worker_processes
 
             def work(i):
                 os.write(1, f"{os.getpid()}\\n".encode())  # at once, not in pieces as print does

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from strategies import SEEDS, schedules
 
 from tinyddpm import Diffusion, make_schedule, sample
-from tinyddpm.diffusion import OBJECTIVES, SPACINGS, VARIANCES
-from tinyddpm.sample import SAMPLERS, timesteps
+from tinyddpm.diffusion.checks import OBJECTIVES, SPACINGS, VARIANCES
+from tinyddpm.diffusion.sample import SAMPLERS, timesteps
 
 STEPS = [8, 16, 32, 64, 128]
 ONE, TWO = ([1.0], [0.3], [0.1]), ([0.4, 0.6], [-0.7, 0.5], [0.15, 0.2])  # weights, means, standard deviations

@@ -16,12 +16,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyddpm import EMA, Adam, Diffusion, Schedule, UNet, backward, make_schedule, sample, train
-from tinyddpm.data import batch_indices
-from tinyddpm.functional import mse
-from tinyddpm.nn import Linear, Module
-from tinyddpm.optim import clip_norm, flat_gradient, flatten, learning_rate
-from tinyddpm.tensor import Parameter, Tensor, op
-from tinyddpm.train import GROUPS, READ_AHEAD
+from tinyddpm.autograd.functional import mse
+from tinyddpm.autograd.tensor import Parameter, Tensor, op
+from tinyddpm.network.nn import Linear, Module
+from tinyddpm.speed.micro_batches import GROUPS, READ_AHEAD
+from tinyddpm.training.batches import batch_indices
+from tinyddpm.training.optim import clip_norm, flat_gradient, flatten, learning_rate
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
 DIFFUSION = Diffusion(make_schedule("linear", 20, beta_end=0.6))

@@ -5,9 +5,7 @@ A convolution is one matrix product. `im2col` lays the kh x kw x C pixels that e
 for the filters, im2col(x)^T times the gradient; for the image, with stride 1, a convolution of the gradient with the
 filters turned by 180 degrees, input and output channels exchanged (Dumoulin & Visin 2016).
 
-That is the plain way, for any filter: `correlate` and its two gradients. Most of a U-Net's are 3x3 with stride 1 and
-padding 1; in float32 on a CPU winograd.py takes those, if there are 8 channels or more and enough pixels. On a GPU,
-cuda.py goes the plain way. Next: fused.py (winograd.py can wait).
+So `correlate` and its two gradients are all there is to it. Next: fused.py.
 """
 
 from __future__ import annotations
@@ -15,10 +13,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable
 
-import numpy as np
-
-from . import winograd
-from .backend import Array, array_module, paired
+from ..backend import Array, array_module, paired
 from .functional import check_precision, column_sums
 from .tensor import op
 
@@ -53,8 +48,6 @@ def conv2d(x, w, b=None, *, stride: int = 1, padding: int | Padding = 0, precisi
 @paired
 def convolve(x: Array, w: Array, b: Array | None, stride: int, pad: Padding, precision: str) -> tuple[Array, Callable]:
     """`conv2d` of arguments that fit: y, and its `pull`."""
-    if _takes_winograd(x, w, stride, pad):
-        return winograd.conv3x3(x, w, b)
     y = correlate(x, w, stride, pad)
     if b is not None:
         y += b
@@ -95,31 +88,24 @@ def correlate_grad_x(g: Array, w: Array, stride: int, pad: Padding, shape: tuple
         return correlate(g, w[::-1, ::-1].swapaxes(2, 3), 1, around)
     _, OH, OW, _ = g.shape
     dcols = (g.reshape(-1, O) @ w.reshape(-1, O).T).reshape(N, OH, OW, kh, kw, C)
-    padded = np.zeros((N, H + top + bottom, W + left + right, C), g.dtype)
+    padded = array_module(g).zeros((N, H + top + bottom, W + left + right, C), g.dtype)
     for u in range(kh):  # col2im: each pixel sums what the columns that copied it send back
         for v in range(kw):
             padded[:, u : u + stride * OH : stride, v : v + stride * OW : stride] += dcols[:, :, :, u, v]
     return padded[:, top : top + H, left : left + W]
 
 
-def _takes_winograd(x: Array, w: Array, stride: int, pad: Padding) -> bool:
-    """Whether winograd.py can convolve x with w, and is faster: not with few channels, or few pixels for them."""
-    same = w.shape[:2] == (3, 3) and stride == 1 and pad == ((1, 1), (1, 1))
-    pixels = x.size // x.shape[3]
-    return same and x.dtype == np.float32 and min(w.shape[2:]) >= 8 and pixels >= max(128, *w.shape[2:])
-
-
 def im2col(x: Array, kh: int, kw: int, stride: int, pad: Padding) -> tuple[Array, tuple[int, int, int]]:
     """(N, H, W, C) -> the matrix (N*OH*OW, kh*kw*C) with a row for each output pixel, and (N, OH, OW)."""
     N, H, W, C = x.shape
-    (top, bottom), (left, right) = pad
+    (top, bottom), (left, right), xp = *pad, array_module(x)
     if any((top, bottom, left, right)):
-        padded = np.zeros((N, H + top + bottom, W + left + right, C), x.dtype)
+        padded = xp.zeros((N, H + top + bottom, W + left + right, C), x.dtype)
         padded[:, top : top + H, left : left + W] = x
         x = padded
     OH, OW = (x.shape[1] - kh) // stride + 1, (x.shape[2] - kw) // stride + 1
     n, h, w, c = x.strides
-    windows = np.lib.stride_tricks.as_strided(x, (N, OH, OW, kh, kw, C), (n, h * stride, w * stride, h, w, c))
+    windows = xp.lib.stride_tricks.as_strided(x, (N, OH, OW, kh, kw, C), (n, h * stride, w * stride, h, w, c))
     return windows.reshape(N * OH * OW, kh * kw * C), (N, OH, OW)  # the reshape copies, unless kh = kw = 1
 
 

@@ -1,8 +1,8 @@
 """Functions that own no parameters: SiLU, softmax, linear maps, joining, the squared error, dropout, the normal curve.
 
 What stands under `@op` can be differentiated (see tensor.py); the rest computes on plain arrays for that. What stands
-under `@paired` has a twin for the GPU in cuda.py. `at_least` and `normal_cdf` are for likelihood.py alone, `precision`
-for a GPU alone. Next: conv.py.
+under `@paired` is the plain way, for which there may be a faster one (see backend.py). `at_least` and `normal_cdf` are
+for the variational bound alone, `precision` for a GPU alone. Next: conv.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from .backend import Array, array_module, device_of, paired, to_device
+from ..backend import Array, array_module, device_of, paired, to_device, to_numpy
 from .tensor import Tensor, as_array, mul, op
 
 PRECISIONS = ("float32", "tf32", "bf16", "fp16")
@@ -33,8 +33,8 @@ def logistic(x: Array) -> Array:
 
 @paired
 def column_sums(x: Array) -> Array:
-    """Sum x (..., L, C) over L -> (..., C). As a product with a row of ones it is many times faster than x.sum."""
-    return np.ones(x.shape[-2], x.dtype) @ x
+    """Sum x (..., L, C) over L -> (..., C)."""
+    return x.sum(axis=-2)
 
 
 @paired
@@ -105,7 +105,7 @@ def concat(*xs, axis: int = -1):
 @paired
 def joined(*xs: Array, axis: int) -> Array:
     """`concat` of arrays."""
-    return np.concatenate(xs, axis=axis)
+    return array_module(xs[0]).concatenate(xs, axis=axis)
 
 
 @op
@@ -156,7 +156,7 @@ def at_least(x, *, least: float):
 @paired
 def erfc(x: Array) -> Array:
     """The complementary error function of an array, which NumPy does not have: Python's, one number at a time."""
-    return np.vectorize(math.erfc, otypes=[x.dtype])(x)
+    return to_device(np.vectorize(math.erfc, otypes=[x.dtype])(to_numpy(x)), device_of(x))
 
 
 @op

@@ -1,8 +1,7 @@
 """Group normalisation (with SiLU) and attention, each one op with its backward by hand.
 
-Fused: what could be composed of a dozen small ops, each reading and writing the whole activation, is one. The plain
-definitions stand in tests/reference.py, and gradients are checked against finite differences. Next: nn.py (cuda.py, the
-same for a GPU, can wait).
+Fused: what could be composed of a dozen small ops, each reading and writing the whole activation, is one. So composed
+it stands in tests/reference.py, and gradients are checked against finite differences. Next: network/nn.py.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .backend import Array, paired
-from .functional import column_sums, product, softmax_rows, softmax_rows_grad
+from ..backend import Array, paired
+from .functional import logistic, product, softmax_rows, softmax_rows_grad
 from .tensor import op
 
 
@@ -52,64 +51,30 @@ def normalise(x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu
 
         dbeta = sum dz,   dgamma = sum dz xhat
         dx = rstd (dxhat - mean(dxhat) - xhat mean(dxhat xhat)),   dxhat = gamma dz
+
+    (Mean and variance depend on x too, so dxhat loses its mean, and its projection on xhat.)
     """
-    N, C = x.shape[0], x.shape[-1]
-    # L positions in an image, of which W stand side by side in a row of `rows`: for speed only, 1 would do
-    shape, L, W = x.shape, x.size // (N * C), x.shape[-2] if x.ndim > 3 else 1
 
-    def rows(x: Array) -> Array:
-        return x.reshape(N, L // W, W * C)  # of W pixels: NumPy is fast where the last axis is long
+    def grouped(x: Array) -> Array:  # (N, ..., C) -> (N, positions, groups, channels of a group)
+        return x.reshape(len(x), -1, groups, x.shape[-1] // groups)
 
-    def each(values: Array) -> Array:
-        """One value for each channel, (N, C) or (C,) -> (..., 1, W C), to go with `rows`."""
-        return values[..., None, :].repeat(W, axis=-2).reshape(*values.shape[:-1], 1, W * C)
+    def mean(x: Array) -> Array:  # over each group of each image
+        return x.mean(axis=(1, 3), keepdims=True)
 
-    def sums(x: Array) -> Array:
-        """Sum of each channel over its L positions: (N, C)."""
-        return column_sums(x.reshape(N, L, C))
-
-    def dots(x: Array, y: Array) -> Array:
-        """`sums` of x y."""
-        return np.einsum("nlc,nlc->nc", x, y).reshape(N, W, C).sum(axis=1)
-
-    def group_mean(sums: Array) -> Array:
-        """The mean over the group of each channel: (N, C)."""
-        return (sums.reshape(N, groups, -1).sum(axis=2) * (groups / (L * C))).repeat(C // groups, axis=1)
-
-    def affine(a: Array, b: Array) -> Array:
-        y = d * each(a)
-        y += each(b)
-        return y
-
-    d = rows(x) - each(group_mean(sums(x)))  # xhat = rstd d
-    rstd = 1 / np.sqrt(group_mean(dots(d, d)) + eps)
-    half = 0.5 if silu else 1  # z sigma(z) = h + h tanh(h) where h = z / 2: one function to compute, and no division
-    a, b = rstd * (half * gamma), half * beta
-    y = affine(a, b)  # z, or h
-    if silu:
-        t = np.tanh(y)
-        t += 1
-        y *= t  # h (1 + tanh h)
-    kept = y if silu else None
+    d = grouped(x) - mean(grouped(x))
+    rstd = 1 / np.sqrt(mean(d * d) + eps)
+    xhat = (rstd * d).reshape(x.shape)
+    z = gamma * xhat + beta
+    s = logistic(z) if silu else None
 
     def pull(g):
-        if silu:  # dL/dh = g (1 + t + y (1 - t)), t = tanh h, computed again: cheaper than memory
-            t = affine(a, b)
-            np.tanh(t, out=t)
-            dx = 1 - t
-            dx *= kept
-            dx += t
-            dx += 1
-            dx *= rows(g)
-        else:
-            dx = rows(g).copy()
-        dbeta, dgamma = sums(dx), rstd * dots(dx, d)  # (N, C), of each image; with SiLU those for beta / 2, gamma / 2
-        # dx as above: mean and variance depend on x too, so it loses its mean, and its projection on d, over each group
-        dx *= each(a)
-        dx -= affine(rstd * group_mean(dgamma * a), group_mean(dbeta * a))
-        return dx.reshape(shape), half * dgamma.sum(axis=0), half * dbeta.sum(axis=0)
+        dz = g * (s + z * s * (1 - s)) if silu else g
+        everywhere = tuple(range(x.ndim - 1))  # all axes but that of the channels
+        dxhat, h = grouped(gamma * dz), grouped(xhat)
+        dx = rstd * (dxhat - mean(dxhat) - h * mean(dxhat * h))
+        return dx.reshape(x.shape), (dz * xhat).sum(axis=everywhere), dz.sum(axis=everywhere)
 
-    return y.reshape(shape), pull
+    return z * s if silu else z, pull
 
 
 @op

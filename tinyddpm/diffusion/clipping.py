@@ -1,6 +1,6 @@
 """How a predicted x_0 is kept where images are, [-1, 1]: a network's guess from much noise can lie anywhere.
 
-Ho et al.'s code calls this clip_denoised, diffusers clip_sample and thresholding. diffusion.py calls it.
+Ho et al.'s code calls this clip_denoised, diffusers clip_sample and thresholding. process.py calls it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import numbers
 
 import numpy as np
 
-from .backend import Array, array_module
+from ..backend import Array, array_module
 
 Clip = bool | float | str | tuple[str, float, float]  # see `limit`
 DYNAMIC = ("dynamic", 0.995, math.inf)  # what "dynamic" is short for

@@ -19,9 +19,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .backend import Array, array_module, device_of, is_array, like, on_device, to_device, to_numpy
-from .diffusion import Diffusion
-from .limit import Clip
+from ..backend import Array, array_module, device_of, is_array, like, on_device, to_device, to_numpy
+from .clipping import Clip
+from .process import Diffusion
 from .sample import Steps, sample, timesteps
 
 

@@ -1,10 +1,10 @@
 """Samplers: from noise to images. Each is one flat generator to read beside its paper (Ho et al. 2020; Song et al.
-2021; Lu et al. 2022); `sample` runs them. The last of three files on diffusion, after diffusion.py.
+2021; Lu et al. 2022); `sample` runs them. Before this file: process.py.
 
-A sampler works on plain arrays and on the whole batch. `sample` hands it a model that cuts the batch into shards and
-runs them on worker threads, and noise in which every image has a random stream of its own: the same seed gives the same
-image i, to the bit for any number of threads, up to rounding for any number of other images. What starts from pictures
-instead of noise is in editing.py.
+A sampler works on plain arrays and on the whole batch. `sample` hands it a model without gradients, which may be
+evaluated in parts, and noise in which every image has a random stream of its own: the same seed gives the same image i,
+to the bit for any number of threads, up to rounding for any number of other images. Next: editing.py, which starts from
+pictures instead of noise.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from tqdm import tqdm
 
-from .backend import Array, array_module, is_array, on_device, to_device
-from .diffusion import SPACINGS, Diffusion, checked_labels
-from .limit import Clip
-from .parallel import shards, worker_threads
+from ..autograd.tensor import as_array
+from ..backend import Array, array_module, is_array, on_device, to_device
+from .checks import SPACINGS, checked_labels
+from .clipping import Clip
+from .evaluation import in_parts
+from .process import Diffusion
 from .schedule import Schedule
-from .tensor import as_array, no_grad
-from .winograd import ConstantFilters
 
 Steps = Iterator[tuple[int, Array, Array]]  # (t, x_{t-1}, predicted x_0) after each step, t = T-1 ... 0
 
@@ -209,7 +209,7 @@ def sample(
             the diffusion. Or the timesteps themselves, which should begin near T-1 unless `start` is given.
         rng: seed or generator; the same seed gives the same images, whatever N and the number of workers. With the
             default a second call repeats the first; None draws other images every time.
-        clip: how to keep the predicted x_0 where images are, at every step, see `tinyddpm.limit.limit`; None: as
+        clip: how to keep the predicted x_0 where images are, at every step, see `limit` in clipping.py; None: as
             `diffusion.clip` says, which by default is within [-1, 1].
         spacing: of the steps, see `timesteps`; None: as `diffusion.spacing` says, by default "trailing".
         callback: called as callback(t, x_{t-1}, predicted x_0) after every step; x_{t-1} is still b times as large.
@@ -229,49 +229,29 @@ def sample(
     images. Raises ValueError for an unknown method, a shape, steps, labels, guidance or start that do not fit,
     TypeError for an unknown setting, FloatingPointError if what comes out is not finite.
     """
-    if not isinstance(diffusion, Diffusion):
-        raise TypeError(f"diffusion: expected a Diffusion, got {type(diffusion).__name__}")
-    sampler = SAMPLERS.get(method) if isinstance(method, str) else method
-    if not callable(sampler):
-        raise ValueError(f"method: unknown sampler {method!r}; known: {', '.join(SAMPLERS)}")
-    takes = list(inspect.signature(sampler).parameters)[5:]  # after diffusion, model, x, noise, clip
-    if unknown := [name for name in settings if name not in takes]:
-        name = method if isinstance(method, str) else getattr(method, "__name__", "this method")
-        raise TypeError(f"settings: {name!r} takes {', '.join(takes) or 'none'}, got {', '.join(unknown)}")
-    if np.ndim(shape) != 1 or len(shape) != 4 or min(shape) < 1:
-        raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape}")
-    labels = checked_labels(labels, shape[0])
-    if guidance is not None and labels is None:
-        raise ValueError(f"guidance: {guidance!r} towards which labels? Give labels too")
-    if start is not None and not (is_array(start) and start.dtype.kind == "f" and start.shape == tuple(shape)):
-        got = f"{start.dtype} {start.shape}" if is_array(start) else type(start).__name__
-        raise ValueError(f"start: expected an array of floats of the shape of the images, {tuple(shape)}, got {got}")
+    sampler = checked_sampler(diffusion, method, settings)
+    labels = checked_images(shape, labels, guidance, start)
     T = diffusion.T
     ts = timesteps(T, T if steps is None else steps, diffusion.spacing if spacing is None else spacing)
     if len(ts) < T:
         diffusion = respace(diffusion, ts)
     dtype, device = getattr(model, "dtype", np.dtype("float32")), getattr(model, "device", "cpu")
+    predictor = model if guidance is None else guided(model, model, guidance)
     streams = np.random.default_rng(rng).spawn(shape[0])
 
     def noise() -> Array:
         return to_device(np.stack([stream.standard_normal(shape[1:], dtype=dtype) for stream in streams]), device)
 
-    filters, cut = ConstantFilters(model), shards(shape, device)
-    predictor = model if guidance is None else guided(model, model, guidance)
-    with on_device(device), worker_threads(workers, most=len(cut)) as run:
+    def predict(x: Array, t: np.ndarray, labels: np.ndarray | None) -> Array:
+        of_class = {} if labels is None else {"labels": labels}
+        return as_array(predictor(x, ts[t], **of_class))
 
-        def in_shards(x: Array, t: np.ndarray) -> Array:
-            def predict(shard: slice) -> Array:
-                of_class = {} if labels is None else {"labels": labels[shard]}
-                with no_grad(), filters.in_force():
-                    return as_array(predictor(x[shard], ts[t[shard]], **of_class))
-
-            return array_module(x).concatenate(list(run(predict, cut)))
-
+    with on_device(device), in_parts(model, shape, workers) as run:
         x = noise()  # whether needed or not: the numbers drawn later are the same
         if start is not None:
             x = to_device(start, device).astype(dtype)
-        path, taken = [x], sampler(diffusion, in_shards, x, noise, clip=clip, **settings)
+        path, of_images = [x], lambda x, t: run(predict, x, t, labels)
+        taken = sampler(diffusion, of_images, x, noise, clip=clip, **settings)
         for t, x, x0 in tqdm(taken, "sampling", len(ts), unit="step", dynamic_ncols=True, disable=not progress):
             if callback:
                 callback(int(ts[t]), x, x0)
@@ -281,3 +261,32 @@ def sample(
             what = "are its weights?" if start is None else "are its weights, and the start?"
             raise FloatingPointError(f"model: it led to images that are not finite; {what}")
         return (array_module(x).stack(path) if trajectory else x) / diffusion.schedule.input_scale
+
+
+def checked_sampler(diffusion: Diffusion, method: str | Callable, settings: dict) -> Callable:
+    """The sampler that `method` is, if it takes these settings, or TypeError or ValueError."""
+    if not isinstance(diffusion, Diffusion):
+        raise TypeError(f"diffusion: expected a Diffusion, got {type(diffusion).__name__}")
+    sampler = SAMPLERS.get(method) if isinstance(method, str) else method
+    if not callable(sampler):
+        raise ValueError(f"method: unknown sampler {method!r}; known: {', '.join(SAMPLERS)}")
+    takes = list(inspect.signature(sampler).parameters)[5:]  # after diffusion, model, x, noise, clip
+    if unknown := [name for name in settings if name not in takes]:
+        name = method if isinstance(method, str) else getattr(method, "__name__", "this method")
+        raise TypeError(f"settings: {name!r} takes {', '.join(takes) or 'none'}, got {', '.join(unknown)}")
+    return sampler
+
+
+def checked_images(
+    shape: Sequence[int], labels: np.ndarray | None, guidance: float | None, start: Array | None
+) -> np.ndarray | None:
+    """The labels as an array of NumPy, if all that is said of the images to make fits, or ValueError."""
+    if np.ndim(shape) != 1 or len(shape) != 4 or min(shape) < 1:
+        raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape}")
+    labels = checked_labels(labels, shape[0])
+    if guidance is not None and labels is None:
+        raise ValueError(f"guidance: {guidance!r} towards which labels? Give labels too")
+    if start is not None and not (is_array(start) and start.dtype.kind == "f" and start.shape == tuple(shape)):
+        got = f"{start.dtype} {start.shape}" if is_array(start) else type(start).__name__
+        raise ValueError(f"start: expected an array of floats of the shape of the images, {tuple(shape)}, got {got}")
+    return labels

@@ -4,8 +4,8 @@ A schedule is the array beta (T,); everything else follows from it (Ho et al. 20
 write one down: beta itself as a function of the step ("linear", "quadratic"), or alpha_bar, what is left of the image's
 variance, as a function of time, alpha_bar_t = gamma(u) at u = (t + 1) / T ("cosine", "sigmoid", ...; Chen 2023).
 `make_schedule` takes either by name. Steps are counted t = 0 ... T-1, and alpha_bar before the first step is 1. All
-tables are float64, read-only and of length T; whoever uses them casts what is gathered. The first of three files on
-diffusion; next: diffusion.py.
+tables are float64, read-only and of length T; whoever uses them casts what is gathered. The first file on diffusion;
+next: process.py.
 """
 
 from __future__ import annotations

@@ -1,25 +1,25 @@
-"""Models of others, and models for others: diffusers' folders, and checkpoints with the names of Ho et al.'s code.
+"""Models from diffusers' folders, and for them.
 
-What layouts.py says of weights, and diffusers_config.py of configurations, meets files here. What ours cannot be is
+What names.py says of weights, and diffusers_config.py of configurations, meets files here. What ours cannot be is
 refused by name, never passed over.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import pathlib
 import re
 import warnings
 
-from .backend import to_numpy
-from .checkpoint import Path, replacing, stored_tensors, unet_from, write_tensors
+from ..backend import to_numpy
+from ..diffusion.process import Diffusion
+from ..files.model import unet_from
+from ..files.replacing import replacing
+from ..files.tensors import Path, stored_tensors, write_tensors
+from ..network.unet import UNet
+from ..training.optim import EMA
 from .diffusers_config import VERSION, diffusion_from, scheduler_config, unet_config, unet_settings
-from .diffusion import Diffusion
-from .layouts import diffusers_layout, laid_out, original_layout, with_new_names
-from .optim import EMA
-from .schedule import make_schedule
-from .unet import UNet
+from .names import diffusers_layout, laid_out, with_new_names
 
 WEIGHTS = "diffusion_pytorch_model"  # what diffusers calls the file
 PIPELINES = ("DDPMPipeline", "DDIMPipeline")
@@ -35,8 +35,8 @@ def load_diffusers(folder: Path, variant: str | None = None) -> tuple[UNet, Diff
     and how fewer steps are spaced, become `diffusion.clip` and `diffusion.spacing`, which `sample` follows.
 
     All T steps of `sample` are those of DDPMPipeline. Two things are otherwise than there in fewer steps: "ddpm" takes
-    the small variance where the scheduler has fixed_large (see `tinyddpm.sample.respace`), and "ddim" derives the noise
-    anew once the image is clipped, as theirs does with use_clipped_model_output=True.
+    the small variance where the scheduler has fixed_large (see `diffusion.sample.respace`), and "ddim" derives the
+    noise anew once the image is clipped, as theirs does with use_clipped_model_output=True.
 
     Raises FileNotFoundError for what is not there; ValueError for anything that is not supported, with the field, its
     value and what is, and for weights that do not fit, with every tensor that is missing, unknown or of another shape.
@@ -113,52 +113,6 @@ def save_diffusers(
         write_tensors(first, weights, {"format": "pt"})  # diffusers wants to know that the axes are PyTorch's
         for part, content in zip(others, files.values()):
             part.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def load_original(path: Path, variance: str | None = None) -> tuple[UNet, Diffusion]:
-    """Return the U-Net and the diffusion of a checkpoint with the names of Ho et al.'s code, as safetensors.
-
-    They are `temb.dense.0`, `down.0.block.0.conv1`, `nin_shortcut` and so on, as in the PyTorch versions of that code
-    by which its weights circulate, pesser/pytorch_diffusion and ermongroup/ddim. The configuration follows from the
-    shapes and, where these do not tell, from the paper and its code: one head, 32 groups, T = 1000, linear; four levels
-    are for the 32 x 32 pixels of CIFAR-10 with the large variance, six for 256 x 256 with the small one.
-
-    Args:
-        path: the file. variance: "large" or "small"; None: as said, and large for other numbers of levels.
-
-    Raises FileNotFoundError, or ValueError if it is not such a file.
-    """
-    if variance not in (None, "small", "large"):
-        raise ValueError(f"variance: expected 'small', 'large' or None, got {variance!r}")
-    with stored_tensors(path) as (stored, _):
-        if all(name.startswith("module.") for name in stored):  # of PyTorch's DataParallel
-            stored = {name.removeprefix("module."): tensor for name, tensor in stored.items()}
-        if not {"conv_in.weight", "conv_out.weight", "down.0.block.0.conv1.weight"} <= set(stored):
-            raise ValueError(
-                f"path: {path} does not have the names of Ho et al.'s code: expected conv_in.weight, conv_out.weight, "
-                f"down.0.block.0.conv1.weight and so on, got {', '.join(sorted(stored)[:10]) or 'no tensors'}. What "
-                "save_model wrote load_model reads, and load_diffusers the folders of diffusers"
-            )
-        levels, blocks = (
-            next(n for n in itertools.count() if name.format(n) not in stored)
-            for name in ("down.{}.block.0.conv1.weight", "down.0.block.{}.conv1.weight")
-        )
-        try:
-            config = {
-                "in_channels": stored["conv_in.weight"].shape[1],
-                "out_channels": stored["conv_out.weight"].shape[0],
-                "channels": [stored[f"down.{i}.block.0.conv1.weight"].shape[0] for i in range(levels)],
-                "blocks": blocks,
-                "attention": [f"down.{i}.attn.0.norm.weight" in stored for i in range(levels)],
-                "middle_attention": "mid.attn_1.norm.weight" in stored,
-                "groups": 32,
-                "image_size": {4: 32, 6: 256}.get(levels),
-            }
-            unet = unet_from(stored, config, lambda name, ndim: original_layout(name, ndim, levels))
-        except (ValueError, IndexError) as error:
-            raise ValueError(f"path: {path} is no checkpoint of Ho et al.'s network: {error}") from error
-    variance = variance or ("small" if levels == 6 else "large")
-    return unet, Diffusion(make_schedule("linear", 1000), variance=variance)
 
 
 # ------------------------------------------------------------------------------------------------- a folder's files

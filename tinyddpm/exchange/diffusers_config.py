@@ -16,10 +16,11 @@ import warnings
 
 import numpy as np
 
-from .diffusion import Diffusion
-from .limit import DYNAMIC
-from .schedule import Schedule, make_schedule, rescale_to_zero_terminal_snr
-from .unet import UNet, checked_config, checked_size
+from ..diffusion.clipping import DYNAMIC
+from ..diffusion.process import Diffusion
+from ..diffusion.schedule import Schedule, make_schedule, rescale_to_zero_terminal_snr
+from ..network.checks import checked_config, checked_size
+from ..network.unet import UNet
 
 VERSION = "0.35.0"  # of diffusers, whose format this is
 
@@ -105,7 +106,7 @@ def unet_settings(config: dict, path: pathlib.Path) -> dict:
 
 
 def unet_config(unet: UNet, image_size: int | tuple[int, int] | None = None) -> dict:
-    """The configuration of UNet2DModel for our `unet`; see `tinyddpm.exchange.save_diffusers`."""
+    """The configuration of UNet2DModel for our `unet`; see `save_diffusers`."""
     c = unet.config
     if c["patch"] > 1:
         raise ValueError(f"patch: diffusers' U-Nets have none, which is 1; this one has {c['patch']}")

@@ -9,11 +9,12 @@ layout takes our name of a parameter and how many axes it has, and returns (thei
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
-Layout = Callable[[str, int], tuple[str, tuple[int, ...]]]
+from ..files.model import Layout
+
 AXES = {4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}  # PyTorch's, by how many there are
 
 
@@ -62,11 +63,6 @@ def _renamed(name: str, rules: list[list[str]]) -> str:
     for ours, theirs in rules:
         name = re.sub(ours, theirs, name)
     return name
-
-
-def own_layout(name: str, ndim: int) -> tuple[str, tuple[int, ...]]:
-    """Our own, where nothing changes."""
-    return name, tuple(range(ndim))
 
 
 def diffusers_layout(name: str, ndim: int) -> tuple[str, tuple[int, ...]]:

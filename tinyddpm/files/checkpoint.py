@@ -1,31 +1,28 @@
-"""A training run that can end at any moment, and goes on as if it never had: checkpoints, signals, the log.
+"""A checkpoint, from which a training goes on as if it had never ended.
 
-A checkpoint is one file (see checkpoint.py): a model that `load_model` reads, with the averaged weights, and beside
-them what training needs to go on. Of random generators nothing has to be saved: whatever is drawn for a step comes from
+It is one file (see model.py): a model that `load_model` reads, with the averaged weights, and beside them what training
+needs to go on. Of random generators nothing has to be saved: whatever is drawn for a step comes from
 a stream made anew from (seed, step), so the seed and the step are their state.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import json
-import math
-import os
 import pathlib
-import signal
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, TextIO
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
-from .backend import to_device, to_numpy
-from .checkpoint import TRAINING, Path, configuration, previous, replacing, stored_tensors, write_tensors
-from .diffusion import Diffusion
-from .nn import Module
-from .unet import UNet
+from ..backend import to_device, to_numpy
+from ..diffusion.process import Diffusion
+from ..network.nn import Module
+from ..network.unet import UNet
+from .model import TRAINING, configuration
+from .replacing import previous, replacing
+from .tensors import Path, stored_tensors, write_tensors
 
 
 def write_checkpoint(
@@ -127,113 +124,3 @@ def checksum(x: np.ndarray) -> str:
 def _some(images: np.ndarray) -> np.ndarray:
     """A hundred of them, for all may be more than fit into memory."""
     return images[np.linspace(0, len(images) - 1, 100).astype(int)]
-
-
-def set_aside(folder: Path, names: Iterable[str]) -> pathlib.Path:
-    """Move the files of these names, which may be patterns such as step_*.png, as far as they are in `folder`, to a new
-    folder in it, earlier-1 or earlier-2 or ..., and return that."""
-    numbered = (pathlib.Path(folder, f"earlier-{n}") for n in itertools.count(1))
-    earlier = next(candidate for candidate in numbered if not candidate.exists())
-    earlier.mkdir()
-    for path in [path for name in names for path in pathlib.Path(folder).glob(name)]:
-        os.replace(path, earlier / path.name)
-    return earlier
-
-
-@contextlib.contextmanager
-def stop_signals(notice: str = "") -> Iterator[Callable[[], bool]]:
-    """Within this block, Ctrl-C and SIGTERM ask for an end instead of making one; yields a function that says whether
-    they have. The second one ends the program at once. `notice` is printed on stderr at the first.
-
-    In another thread than the first, nothing changes, for signals are for the first.
-    """
-    asked, before = [], {}
-
-    def ask(number: int, frame: Any) -> None:
-        asked.append(number)
-        for number in before:
-            signal.signal(number, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # nobody may be reading any more
-            os.write(2, f"\n{notice}\n".encode() if notice else b"")  # print may be at work where this breaks in
-
-    with contextlib.suppress(ValueError):  # in another thread
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before[number] = signal.signal(number, ask)
-    try:
-        yield lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class MetricsLog:
-    """A CSV file with a line for each step: what `TrainState.metrics` says of it.
-
-    The first step that is written decides what stays of a log that is there: the lines of earlier steps. So a run that
-    goes on appends, without a line twice, and one that begins anew begins the log anew. None is left out either if the
-    log is flushed before a checkpoint is saved. Of a GPU, which runs behind, the lines of some steps are written
-    together, when somebody has looked at the loss.
-    Raises OSError if it cannot be written, and the next step tries again; or if the file is no such log.
-    """
-
-    def __init__(self, path: Path):
-        self.path, self.file, self.pending = pathlib.Path(path), None, []
-
-    def write(self, state: Any) -> None:
-        """Append the step of a `TrainState`, as soon as its loss is a number."""
-        self.pending.append(state)
-        if state.seen:
-            self._write_pending()
-
-    def flush(self) -> None:
-        """Have all steps on the disk; of a GPU's, this waits for the last."""
-        self._write_pending()
-        if self.file:
-            os.fsync(self.file.fileno())
-
-    def close(self) -> None:
-        """Have all steps on the disk, and end."""
-        self.flush()
-        if self.file:
-            self.file.close()
-        self.file = None
-
-    def losses(self) -> tuple[np.ndarray, np.ndarray]:
-        """The losses of all steps, and the steps."""
-        self._write_pending()
-        return np.loadtxt(self.path, delimiter=",", skiprows=1, usecols=(1, 0), ndmin=2, unpack=True)
-
-    def _write_pending(self) -> None:
-        if not self.pending:
-            return
-        rows = [state.metrics() for state in self.pending]
-        try:
-            self.file = self.file or self._begin(rows[0])
-            self.file.writelines(",".join(map(str, row.values())) + "\n" for row in rows)
-            self.file.flush()
-        except OSError:
-            if self.file:
-                with contextlib.suppress(OSError):
-                    self.file.close()
-            self.file = None  # `_begin` will find out how much of it is there
-            raise
-        self.pending.clear()
-
-    def _begin(self, row: dict[str, float]) -> TextIO:
-        """Open the file, with the lines in it that are whole and of steps before that of `row`."""
-        text = self.path.read_text(errors="replace") if self.path.exists() else ""
-        header, *lines = text.splitlines(keepends=True) or [""]
-        if header not in ("", names := ",".join(row) + "\n"):
-            raise FileExistsError(f"path: {self.path} is another file, it begins with {header[:60]!r}")
-        with replacing(self.path) as (unfinished,):
-            unfinished.write_text(names + "".join(line for line in lines if _step(line, len(row)) < row["step"]))
-        return self.path.open("a")
-
-
-def _step(line: str, count: int) -> float:
-    """The first number of a line with so many of them; infinity if it is no such line, or not the whole of it."""
-    try:
-        numbers = list(map(float, line.split(",")))
-    except ValueError:
-        return math.inf
-    return numbers[0] if len(numbers) == count and line.endswith("\n") else math.inf

@@ -1,4 +1,4 @@
-"""Data: the bundled digits, MNIST and Fashion-MNIST as published, and the order in which training draws images.
+"""Data: the bundled digits, MNIST and Fashion-MNIST as published.
 
 The package carries 10,000 of MNIST's training digits (LeCun, Cortes & Burges; see digits/LICENSE.txt) as one picture,
 and 2,000 of its test digits as another, so that everything runs offline. The others are fetched when they are first
@@ -7,7 +7,6 @@ asked for: MNIST, and in the same format Fashion-MNIST (Xiao, Rasul & Vollgraf 2
 
 from __future__ import annotations
 
-import functools
 import math
 import pathlib
 
@@ -135,28 +134,3 @@ def read_idx(content: bytes, shape: tuple[int, ...]) -> np.ndarray:
 def _scaled(pixels):
     """0 ... 255 -> [-1, 1]."""
     return pixels.astype(np.float32) / np.float32(127.5) - 1
-
-
-_PURPOSES = ("order", "noise", "flip")
-
-
-def random_stream(seed: int, purpose: str, *key: int) -> np.random.Generator:
-    """An independent generator for each (seed, purpose, key): the same whoever asks, in whatever order."""
-    return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(_PURPOSES.index(purpose), *key)))
-
-
-def batch_indices(n: int, step: int, batch: int, seed: int) -> np.ndarray:
-    """Which of n images make up the batch of `step`: entries step*batch ... of an endless row of permutations of them.
-
-    Every image comes once per epoch, and any step's batch can be had without the steps before it.
-    """
-    first, last = step * batch, (step + 1) * batch
-    epochs = range(first // n, (last - 1) // n + 1)
-    return np.concatenate(
-        [_permutation(n, seed, epoch)[max(0, first - epoch * n) : last - epoch * n] for epoch in epochs]
-    )
-
-
-@functools.lru_cache(maxsize=2)  # for a million images it takes as long as a small training step
-def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return random_stream(seed, "order", epoch).permutation(n)

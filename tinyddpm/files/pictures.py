@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .backend import to_numpy
+from ..backend import to_numpy
 
 Path = str | pathlib.Path
 

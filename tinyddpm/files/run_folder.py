@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import collections
+import contextlib
+import itertools
 import json
+import math
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from tqdm import tqdm
 
-from .checkpoint import Path, previous, replacing
-from .image import save_loss_curve
-from .run import MetricsLog, set_aside
+from .pictures import save_loss_curve
+from .replacing import previous, replacing
+from .tensors import Path
 
 CHECKPOINT, LOG, OPTIONS, LOSS_CURVE = "checkpoint.safetensors", "metrics.csv", "options.json", "loss.png"
 
@@ -93,3 +97,87 @@ def recorded(
             if saved:
                 bar.write(f"the checkpoint after {saved:,} steps is kept: --resume goes on from it")
             raise
+
+
+def set_aside(folder: Path, names: Iterable[str]) -> pathlib.Path:
+    """Move the files of these names, which may be patterns such as step_*.png, as far as they are in `folder`, to a new
+    folder in it, earlier-1 or earlier-2 or ..., and return that."""
+    numbered = (pathlib.Path(folder, f"earlier-{n}") for n in itertools.count(1))
+    earlier = next(candidate for candidate in numbered if not candidate.exists())
+    earlier.mkdir()
+    for path in [path for name in names for path in pathlib.Path(folder).glob(name)]:
+        os.replace(path, earlier / path.name)
+    return earlier
+
+
+class MetricsLog:
+    """A CSV file with a line for each step: what `TrainState.metrics` says of it.
+
+    The first step that is written decides what stays of a log that is there: the lines of earlier steps. So a run that
+    goes on appends, without a line twice, and one that begins anew begins the log anew. None is left out either if the
+    log is flushed before a checkpoint is saved. Of a GPU, which runs behind, the lines of some steps are written
+    together, when somebody has looked at the loss.
+    Raises OSError if it cannot be written, and the next step tries again; or if the file is no such log.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.file, self.pending = pathlib.Path(path), None, []
+
+    def write(self, state: Any) -> None:
+        """Append the step of a `TrainState`, as soon as its loss is a number."""
+        self.pending.append(state)
+        if state.seen:
+            self._write_pending()
+
+    def flush(self) -> None:
+        """Have all steps on the disk; of a GPU's, this waits for the last."""
+        self._write_pending()
+        if self.file:
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Have all steps on the disk, and end."""
+        self.flush()
+        if self.file:
+            self.file.close()
+        self.file = None
+
+    def losses(self) -> tuple[np.ndarray, np.ndarray]:
+        """The losses of all steps, and the steps."""
+        self._write_pending()
+        return np.loadtxt(self.path, delimiter=",", skiprows=1, usecols=(1, 0), ndmin=2, unpack=True)
+
+    def _write_pending(self) -> None:
+        if not self.pending:
+            return
+        rows = [state.metrics() for state in self.pending]
+        try:
+            self.file = self.file or self._begin(rows[0])
+            self.file.writelines(",".join(map(str, row.values())) + "\n" for row in rows)
+            self.file.flush()
+        except OSError:
+            if self.file:
+                with contextlib.suppress(OSError):
+                    self.file.close()
+            self.file = None  # `_begin` will find out how much of it is there
+            raise
+        self.pending.clear()
+
+    def _begin(self, row: dict[str, float]) -> TextIO:
+        """Open the file, with the lines in it that are whole and of steps before that of `row`."""
+        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        header, *lines = text.splitlines(keepends=True) or [""]
+        if header not in ("", names := ",".join(row) + "\n"):
+            raise FileExistsError(f"path: {self.path} is another file, it begins with {header[:60]!r}")
+        with replacing(self.path) as (unfinished,):
+            unfinished.write_text(names + "".join(line for line in lines if _step(line, len(row)) < row["step"]))
+        return self.path.open("a")
+
+
+def _step(line: str, count: int) -> float:
+    """The first number of a line with so many of them; infinity if it is no such line, or not the whole of it."""
+    try:
+        numbers = list(map(float, line.split(",")))
+    except ValueError:
+        return math.inf
+    return numbers[0] if len(numbers) == count and line.endswith("\n") else math.inf

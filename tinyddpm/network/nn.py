@@ -1,4 +1,4 @@
-"""Layers: the functions of functional.py, conv.py and fused.py together with the parameters they use.
+"""Layers: the functions of autograd (functional.py, conv.py, fused.py) together with the parameters they use.
 
 A layer is a plain class with `__call__`. `Module` finds the parameters among the attributes, so that a model can be
 counted, saved, loaded and moved. Initial weights are those of Ho et al. 2020: uniform with variance
@@ -13,11 +13,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .backend import device_of, on_device, to_device, to_numpy
-from .conv import Padding, conv2d
-from .functional import check_precision, embedding, linear
-from .fused import attention, group_norm
-from .tensor import Parameter, Tensor
+from ..autograd.conv import Padding, conv2d
+from ..autograd.functional import check_precision, embedding, linear
+from ..autograd.fused import attention, group_norm
+from ..autograd.tensor import Parameter, Tensor
+from ..backend import device_of, on_device, to_device, to_numpy
 
 
 class Module:
@@ -143,7 +143,7 @@ class Embedding(Module):
 
 
 class Conv2d(Module):
-    """Convolution of images (N, H, W, inputs) -> (N, OH, OW, outputs); see `tinyddpm.conv.conv2d`."""
+    """Convolution of images (N, H, W, inputs) -> (N, OH, OW, outputs); see `autograd.conv.conv2d`."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class Conv2d(Module):
 
 
 class GroupNorm(Module):
-    """Group normalisation over the last axis, with SiLU if asked; see `tinyddpm.fused.group_norm`."""
+    """Group normalisation over the last axis, with SiLU if asked; see `autograd.fused.group_norm`."""
 
     def __init__(self, channels: int, groups: int, eps: float = 1e-6):
         self.gamma = Parameter(np.ones(channels, np.float32))

@@ -7,25 +7,22 @@ It is a U-Net (Ronneberger et al. 2015) of residual blocks (He et al. 2015) with
 blocks of chosen levels, and stands in the middle. On the way down, what the first convolution, every block and every
 halving returns is laid aside; on the way up, each block takes the latest of these, so that a level has one block more.
 The timestep t reaches every residual block through a sinusoidal encoding (Vaswani et al. 2017) and two dense layers.
-Next: schedule.py, where diffusion begins.
+Next: diffusion/schedule.py.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 
 import numpy as np
 
-from .backend import Array, is_array, like
-from .conv import upsample
-from .functional import concat, dropout, silu
+from ..autograd.conv import upsample
+from ..autograd.functional import concat, dropout, silu
+from ..autograd.tensor import Tensor, as_array
+from ..backend import Array, like
+from .checks import ENCODINGS, NO_LABEL, check_input, checked_config
 from .nn import Attention, Conv2d, Embedding, GroupNorm, Linear, Module
-from .tensor import Tensor, as_array
-
-ENCODINGS = ("ddpm", "ddpm_flipped", "improved", "improved_flipped", "interleaved")
-NO_LABEL = -1  # what a dropped label becomes
 
 
 def timestep_encoding(t: np.ndarray, channels: int, form: str = "ddpm") -> np.ndarray:
@@ -187,9 +184,7 @@ class UNet(Module):
     ):
         arguments = locals()  # before there are other names
         self.config = checked_config({name: arguments[name] for name in arguments if name not in ("self", "rng")})
-        channels, attention, blocks, patch = (
-            self.config[name] for name in ("channels", "attention", "blocks", "patch")
-        )
+        channels, attention, blocks, patch = map(self.config.get, ("channels", "attention", "blocks", "patch"))
         self.dropout, self.label_dropout = dropout, label_dropout
         rng = np.random.default_rng(rng)
         temb_channels = 4 * channels[0]
@@ -253,7 +248,7 @@ class UNet(Module):
         """
         if labels is None and self.label_dropout:
             labels = np.full(np.shape(t), NO_LABEL)
-        self._check_input(as_array(x), t, labels)
+        check_input(self.config, self.dtype, as_array(x), t, labels)
         encoding = like(timestep_encoding(t, self.config["channels"][0], self.config["encoding"]), self.time1.w.data)
         temb = self.time2(silu(self.time1(encoding)))
         if labels is not None:
@@ -282,116 +277,3 @@ class UNet(Module):
                 h = level.resize(upsample(h))
         assert not skips
         return from_patches(self.conv_out(self.norm_out(h, silu=True)), self.config["patch"])
-
-    def _check_input(self, x: Array, t: np.ndarray, labels: np.ndarray | None) -> None:
-        C, levels, patch = self.config["in_channels"], len(self.config["channels"]), self.config["patch"]
-        factor = _divisor(levels, patch)
-        classes = self.config["classes"]
-        if not is_array(x):
-            raise TypeError(f"x: expected an array or a Tensor, got {type(x).__name__}")
-        if x.ndim != 4 or x.shape[3] != C or x.shape[0] == 0:
-            raise ValueError(f"x: expected one or more images (N, H, W, {C}), got shape {x.shape}")
-        if x.shape[1] % factor or x.shape[2] % factor or 0 in x.shape:
-            raise ValueError(
-                f"x: height and width must be multiples of {factor}, since this network halves them "
-                f"{levels - 1} times{_after(patch)}; got {x.shape[1]} x {x.shape[2]}"
-            )
-        if x.dtype != self.dtype:
-            raise TypeError(f"x: expected {self.dtype}, the dtype of the parameters, got {x.dtype}")
-        if not isinstance(t, np.ndarray) or t.dtype.kind not in "iu":
-            raise TypeError(f"t: expected a NumPy array of integers, got {getattr(t, 'dtype', type(t).__name__)}")
-        if t.shape != x.shape[:1] or t.min() < 0:
-            raise ValueError(f"t: expected {x.shape[0]} timesteps >= 0, one for each image, got shape {t.shape}, {t}")
-        if classes is None:
-            if labels is not None:
-                raise ValueError("labels: this network knows no classes; make one with UNet(classes=...)")
-            return
-        if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
-            got = getattr(labels, "dtype", type(labels).__name__)
-            raise TypeError(
-                f"labels: expected a NumPy array of integers, one of {classes} classes for each image, got {got}; a "
-                "network made with label_dropout can do without"
-            )
-        least = NO_LABEL if self.label_dropout else 0
-        if labels.shape != t.shape or labels.min() < least or labels.max() >= classes:
-            raise ValueError(
-                f"labels: expected {len(t)} integers in {least} ... {classes - 1}, one for each image, got shape "
-                f"{labels.shape}, {labels}"
-            )
-
-
-def checked_config(config: dict) -> dict:
-    """The arguments of `UNet`, all but rng, as plain numbers and tuples, or ValueError."""
-    config = dict(config)
-    channels, attention, groups, heads = (config[name] for name in ("channels", "attention", "groups", "heads"))
-    for name in ("in_channels", "out_channels", "blocks", "heads", "groups", "head_channels", "classes", "patch"):
-        value = config[name]
-        if value is None and name in ("head_channels", "classes"):
-            continue
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-        config[name] = int(value)
-    for name, value in (("channels", channels), ("attention", attention)):
-        if np.ndim(value) != 1 or len(value) == 0:
-            raise ValueError(f"{name}: expected a sequence with an entry for each level, got {value!r}")
-    if not all(isinstance(c, numbers.Integral) and c > 0 and c % groups == 0 for c in channels):
-        raise ValueError(f"channels: expected multiples of groups = {groups}, got {channels}")
-    if channels[0] % 2 or channels[0] < 4:
-        raise ValueError(
-            f"channels: the first must be even and at least 4 for the timestep encoding, got {channels[0]}"
-        )
-    if len(attention) != len(channels):
-        raise ValueError(f"attention: expected {len(channels)} entries, one for each level, got {attention}")
-    if heads != 1 and config["head_channels"]:
-        raise ValueError(f"heads, head_channels: expected one of them, got {heads} and {config['head_channels']}")
-    for name in ("heads", "head_channels"):
-        for c, attends in zip((*channels, channels[-1]), (*attention, config["middle_attention"])):
-            if attends and c % (config[name] or 1):
-                raise ValueError(f"{name}: {config[name]} does not divide the {c} channels of a level with attention")
-    for name in ("dropout", "label_dropout"):
-        if not isinstance(config[name], numbers.Real) or not 0 <= config[name] < 1:
-            raise ValueError(f"{name}: expected a probability in [0, 1), got {config[name]!r}")
-    if config["label_dropout"] and not config["classes"]:
-        raise ValueError(f"label_dropout: {config['label_dropout']} of what labels? Give classes too")
-    if config["encoding"] not in ENCODINGS:
-        raise ValueError(f"encoding: unknown {config['encoding']!r}; known: {', '.join(ENCODINGS)}")
-    if not isinstance(config["norm_eps"], numbers.Real) or not 0 < config["norm_eps"] < math.inf:
-        raise ValueError(f"norm_eps: expected a number > 0, got {config['norm_eps']!r}")
-    if config["downsample_padding"] not in (0, 1):
-        raise ValueError(f"downsample_padding: expected 0 or 1, got {config['downsample_padding']!r}")
-    for name in ("middle_attention", "center_input"):
-        if not isinstance(config[name], (bool, np.bool_)):
-            raise ValueError(f"{name}: expected True or False, got {config[name]!r}")
-    return config | {
-        "channels": tuple(map(int, channels)),
-        "attention": tuple(map(bool, attention)),
-        "middle_attention": bool(config["middle_attention"]),
-        "center_input": bool(config["center_input"]),
-        "dropout": float(config["dropout"]),
-        "label_dropout": float(config["label_dropout"]),
-        "norm_eps": float(config["norm_eps"]),
-        "downsample_padding": int(config["downsample_padding"]),
-        "image_size": checked_size(config["image_size"], len(channels), config["patch"]),
-    }
-
-
-def _divisor(levels: int, patch: int) -> int:
-    """What height and width of the images must be multiples of."""
-    return patch * 2 ** (levels - 1)
-
-
-def _after(patch: int) -> str:
-    return f" after cutting them into squares of {patch} x {patch}" if patch > 1 else ""
-
-
-def checked_size(size: int | Sequence[int] | None, levels: int, patch: int = 1) -> tuple[int, int] | None:
-    """(height, width) of images that so many levels can halve, from one number or both, or ValueError."""
-    if size is None:
-        return None
-    size, factor = (size, size) if isinstance(size, numbers.Integral) else size, _divisor(levels, patch)
-    if np.shape(size) != (2,) or not all(isinstance(n, numbers.Integral) and n > 0 and n % factor == 0 for n in size):
-        raise ValueError(
-            f"image_size: expected a height and a width that are multiples of {factor}, since this network halves "
-            f"them {levels - 1} times{_after(patch)}, got {size!r}"
-        )
-    return tuple(map(int, size))

@@ -1,6 +1,6 @@
-"""What a GPU does in its own way: the twins, for CuPy arrays, of the functions that are `backend.paired`.
+"""What a GPU does in its own way: the twins of `backend.paired` functions for CuPy arrays, and models on a GPU.
 
-They compute what the NumPy functions of the same names do; read those first. A GPU runs thousands of threads side by
+What they compute, the functions of the same names say; read those first. A GPU runs thousands of threads side by
 side, reads its memory slowly compared with how fast they compute, and takes as long to begin a kernel as to pass over a
 small array. So what counts is few kernels, each of which does much with what it reads. CuPy's operators start a kernel
 for each + and each sum; the functions here start one or two.
@@ -24,10 +24,12 @@ import cupy
 import cupy.cublas
 import numpy as np
 from cupy_backends.cuda.libs import cublas
-from cupyx.scipy.special import erfc  # noqa: F401  the twin of ours
+from cupyx.scipy.special import erfc
 
-from .backend import Array
-from .functional import check_precision
+from ..autograd.functional import check_precision
+from ..backend import Array
+from .micro_batches import batch_gradient
+from .shards import in_parts
 
 THREADS = 256  # of a block
 PIXELS = 16  # of a block of `gather`
@@ -325,3 +327,22 @@ def adam_update(
 def ema_update(average: Array, theta: Array, d: float) -> None:
     """One kernel."""
     _ema_update(theta, 1 - d, average)
+
+
+TWINS = {
+    "adam_update": adam_update,
+    "batch_gradient": batch_gradient,
+    "column_sums": column_sums,
+    "convolve": convolve,
+    "ema_update": ema_update,
+    "erfc": erfc,
+    "in_parts": in_parts,
+    "joined": joined,
+    "normalise": normalise,
+    "product": product,
+    "shortening": shortening,
+    "silu": silu,
+    "softmax_rows": softmax_rows,
+    "softmax_rows_grad": softmax_rows_grad,
+    "squared_norm": squared_norm,
+}

@@ -1,5 +1,5 @@
 """3x3 convolution with a quarter of the multiplications (Winograd 1980; Lavin & Gray 2016, "Fast algorithms for
-convolutional neural networks"). To be skipped at a first reading: conv.py says what is computed.
+convolutional neural networks"). What is computed, autograd/conv.py says; this is for speed alone.
 
 Four neighbouring outputs of a filter with three taps, y_i = sum_k w_k x_{i+k}, take 12 multiplications. With three
 constant matrices they take 6:
@@ -39,8 +39,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .backend import Array
-from .functional import column_sums
+from ..autograd.functional import column_sums
+from ..backend import Array
 
 POINTS = (0, 1, -1, 1 / 2, -2)  # and infinity; of the small fractions, these lose the fewest digits
 BAND = 4  # tiles that one matrix transforms: with more, there are more zeros to multiply by
@@ -86,6 +86,13 @@ def bands(size: int) -> list[Band]:
         matrices = (matrix.astype(np.float32, order="C") for matrix in (D, S, D.T, S.T))
         found.append(Band(slice(start, stop), slice(first, last), *matrices))
     return found
+
+
+def fits(x: Array, w: Array, stride: int, pad: tuple) -> bool:
+    """Whether `conv3x3` can convolve x with w, and is faster: not with few channels, or few pixels for them."""
+    same = w.shape[:2] == (3, 3) and stride == 1 and pad == ((1, 1), (1, 1))
+    pixels = x.size // x.shape[3]
+    return same and x.dtype == np.float32 and min(w.shape[2:]) >= 8 and pixels >= max(128, *w.shape[2:])
 
 
 def filters(w: Array) -> Array:

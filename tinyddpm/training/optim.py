@@ -7,12 +7,11 @@ the whole model is then a few long vector operations that read like the papers' 
 from __future__ import annotations
 
 import copy
-import math
 
 import numpy as np
 
-from .backend import Array, array_module, paired
-from .tensor import Parameter
+from ..autograd.tensor import Parameter
+from ..backend import Array, array_module, paired
 
 
 def flatten(parameters: list[Parameter], out: Array | None = None) -> Array:
@@ -39,10 +38,10 @@ def flat_gradient(gradients: dict[Parameter, Array], parameters: list[Parameter]
     )
 
 
-def _parts(vector: Array) -> list[slice]:
-    """Cut a vector into parts that stay in the cache from one operation to the next."""
-    size = 2**15
-    return [slice(start, start + size) for start in range(0, vector.size, size)]
+@paired
+def new_vector(p: Array, size: int) -> Array:
+    """A vector (size,) of the dtype of an array p and on its device, with anything in it."""
+    return array_module(p).empty(size, p.dtype)
 
 
 def clip_norm(gradient: Array, max_norm: float) -> Array:
@@ -121,14 +120,10 @@ def adam_update(
     """Step n = 1, 2, ... of `Adam`, in place."""
     if np.isnan(gradient[0]):
         return
-    for part in _parts(gradient):
-        g, m_, v_, theta_ = gradient[part], m[part], v[part], theta[part]
-        m_ += (1 - b1) * (g - m_)
-        v_ += (1 - b2) * (g * g - v_)
-        root_vhat = np.sqrt(v_) / math.sqrt(1 - b2**n)
-        if decay:
-            theta_ *= 1 - lr * decay
-        theta_ -= lr / (1 - b1**n) * m_ / (root_vhat + eps)
+    m += (1 - b1) * (gradient - m)
+    v += (1 - b2) * (gradient * gradient - v)
+    mhat, vhat = m / (1 - b1**n), v / (1 - b2**n)
+    theta -= lr * (mhat / (np.sqrt(vhat) + eps) + decay * theta)
 
 
 class EMA:
@@ -156,6 +151,4 @@ class EMA:
 @paired
 def ema_update(average: Array, theta: Array, d: float) -> None:
     """average <- d average + (1 - d) theta, in place."""
-    for part in _parts(theta):
-        a = average[part]
-        a += (1 - d) * (theta[part] - a)
+    average += (1 - d) * (theta - average)

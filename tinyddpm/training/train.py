@@ -1,16 +1,7 @@
-"""The training loop (Ho et al. 2020, algorithm 1), as a generator: it yields its state after every step. Each is
+"""`train`: algorithm 1 (loop.py), as a generator that yields its state after every step.
 
-    loss = diffusion.loss(model, x0, rng)                  which draws t and eps
-    gradient = backward(loss), clipped                     here `differentiate`
-    theta <- Adam(theta, gradient)                         and `update`
-    average <- d average + (1 - d) theta                   from which to sample: the moving average, EMA
-
-All else shares the work out, or goes on with it after an interruption.
-
-Logging, sampling and saving are up to whoever iterates. A batch is cut into micro-batches of fixed size, which workers
-differentiate side by side; gradients are added up in a fixed order and each micro-batch has a random stream of its own,
-so the result is the same to the bit for any number of workers. Ranks on several machines share the micro-batches out,
-and add up what each has added up.
+Logging, sampling and saving are up to whoever iterates. Here is what a user of the loop takes for granted: arguments
+are checked, training goes on from a checkpoint as if it had never ended, and time is kept.
 
 A GPU runs behind: what is asked of it is queued, and the loop goes on to the next step. It stops to wait only when
 somebody wants to see a number, such as the loss.
@@ -21,27 +12,27 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import functools
-import itertools
 import math
 import numbers
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
-from .backend import Array, array_module, is_array, on_device, to_device
-from .data import batch_indices, random_stream
-from .diffusion import Diffusion, checked_labels, warn_if_out_of_range
-from .nn import Module
-from .optim import EMA, Adam, clip_norm, flat_gradient, flatten, learning_rate
-from .parallel import Ranks, ahead, shard_size, shared_array, worker_processes
-from .run import Path, differences, read_checkpoint, run_config, write_checkpoint
-from .tensor import backward
+from ..backend import Array, is_array, on_device
+from ..diffusion.checks import checked_labels, warn_if_out_of_range
+from ..diffusion.process import Diffusion
+from ..files.checkpoint import differences, read_checkpoint, run_config, write_checkpoint
+from ..files.tensors import Path
+from ..network.nn import Module
+from ..speed.ranks import Ranks
+from ..speed.shards import shard_size
+from .batches import Batches
+from .loop import batch_gradient, check_finite, descend, micro_batch_gradient
+from .optim import EMA, Adam, flatten, learning_rate, new_vector
 
-GROUPS = 16  # of micro-batches, at most, since each has a gradient in memory; there is work for as many workers
-READ_AHEAD = 4  # steps: so many batches of a folder's pictures are in memory
 LOOK_EVERY = 50  # steps: so often training on a GPU waits, to see whether all that came out was finite
 
 
@@ -106,15 +97,17 @@ class TrainState:
         write_checkpoint(path, self.ema.model, self.run.diffusion, _vectors(self.optimizer), facts)
 
 
-@dataclasses.dataclass
 class Run:
-    """What the states of a training have in common."""
+    """What the states of a training have in common: what it was begun with, time, and whether all is well."""
 
-    config: dict  # with which a checkpoint has to agree, for the run to go on from it
-    diffusion: Diffusion
-    seconds: float  # of training
-    recent: collections.deque[float]  # of which each of the last steps took so many
-    unseen: list[tuple[int, list[Array]]]  # step and outcome, of those that nobody has looked at
+    def __init__(self, model: Module, diffusion: Diffusion, config: dict, seconds: float):
+        self.model, self.diffusion = model, diffusion
+        self.config = config  # with which a checkpoint has to agree, for the run to go on from it
+        self.seconds = seconds  # of training
+        self.recent = collections.deque(maxlen=LOOK_EVERY)  # of which each of the last steps took so many
+        self.unseen: list[tuple[int, list[Array]]] = []  # step and outcome, of those that nobody has looked at
+        self.parameters = model.parameters()
+        self.views = [p.data for p in self.parameters]  # of the one vector that the optimizer updates
 
     def spend(self, seconds: float) -> tuple[float, float]:
         """Add to the time that the last step took; return that of all steps, and images per second."""
@@ -122,17 +115,29 @@ class Run:
         self.recent[-1] += seconds
         return self.seconds, self.config["batch"] * len(self.recent) / sum(self.recent)
 
+    def check(self, step: int, loss: Array, norm: Array) -> list[Array | float]:
+        """Loss and norm, as numbers if the model is on a CPU; see `descend`."""
+        self.unseen.append((step, outcome := [loss, norm]))
+        if self.model.device == "cpu" or len(self.unseen) == LOOK_EVERY:
+            self.raise_unless_finite()
+        if self.moved():
+            raise RuntimeError(f"step {step}: the model's parameters were moved or replaced while it trains")
+        return outcome
+
     def raise_unless_finite(self) -> None:
         """Look at all steps that nobody has looked at."""
         for step, outcome in self.unseen:
-            outcome[:] = loss, norm = [float(number) for number in outcome]
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            try:
+                outcome[:] = check_finite(step, *outcome)
+            except FloatingPointError as error:
                 fp16 = ", or a precision other than fp16" if self.config["precision"] == "fp16" else ""
-                raise FloatingPointError(
-                    f"step {step}: the loss is {loss}, the gradient's norm {norm}; if all images are finite, try a "
-                    f"lower lr than {self.config['lr']}{fp16}"
-                )
+                advice = f"if all images are finite, try a lower lr than {self.config['lr']}{fp16}"
+                raise FloatingPointError(f"{error}; {advice}") from None
         self.unseen.clear()
+
+    def moved(self) -> bool:
+        """Whether the parameters are no longer where the optimizer updates them."""
+        return any(p.data is not view for p, view in zip(self.parameters, self.views))
 
 
 def _vectors(optimizer: Adam) -> dict[str, Array]:
@@ -167,14 +172,14 @@ def train(
             it is indexed, such as an `ImageFolder`, which is then done ahead of use.
         batch: images per step.
         micro_batch: images a worker takes at a time, with noise of their own; None for that of the run that goes on, or
-            else for what `parallel.shard_size` says on a CPU, the whole batch on a GPU, its part on each of several.
+            else for what `speed.shards.shard_size` says on a CPU, the whole batch on a GPU, its part on each of several.
         lr: Adam's learning rate, to which it rises over the first `warmup_steps` and from which it falls towards 0 over
             the last `decay_steps`.
         max_norm: longest gradient. ema_decay: of the moving average.
         workers: processes; None for one per CPU, which ranks on the same machine share. They are copies of this one,
-            see `parallel.worker_processes`: images, model and diffusion must not change while it trains, but for the
-            parameters, in place; and what a model notes down about itself stays in the copy, unless there is only one
-            worker. On a GPU there are none: this process does it all.
+            see `speed.workers.worker_processes`: images, model and diffusion must not change while it trains, but for
+            the parameters, in place; and what a model notes down about itself stays in the copy, unless there is only
+            one worker. On a GPU there are none: this process does it all.
         seed: of batches, timesteps, noise, dropout and flips.
         labels: (M,) integers, the class of each image, for a model that takes them: it is called with labels=..., too.
         flip: whether to mirror half of the images, left to right, anew each time.
@@ -182,7 +187,7 @@ def train(
             there is no such file, the training begins. The other arguments have to be the same, except for `workers`,
             `ranks` and, without `decay_steps`, `steps`. A run that had come to its end yields its last state again.
         stop: asked in each step; when it says yes, that step is the last. With several ranks, one is enough.
-        ranks: the processes of an MPI job that share the work, see `parallel.Ranks`; all yield the same states, and
+        ranks: the processes of an MPI job that share the work, see `speed.ranks.Ranks`; all yield the same states, and
             each has images, model and all else. Rank 0 alone reads the checkpoint.
 
     Being a generator, it raises what follows when its first state is asked for: TypeError or ValueError if an argument
@@ -190,14 +195,49 @@ def train(
     or the gradient is not finite, RuntimeError if the model's parameters are moved or replaced while it trains, or a
     worker is killed. A gradient that is not finite never touches the parameters; on a GPU it is noticed within
     `LOOK_EVERY` steps, unless the training is closed before. Images far outside of [-1, 1] are warned about.
-
-    Products in "fp16" (see `Module.to`) lose gradients below 6e-8, and a mean over many pixels makes them small. So the
-    loss is then multiplied by about the number of pixels before it is differentiated, and the gradient divided
-    (Micikevicius et al. 2018).
     """
     steps, batch = _integers(1, steps=steps, batch=batch)
     warmup_steps, decay_steps, seed = _integers(0, warmup_steps=warmup_steps, decay_steps=decay_steps, seed=seed)
     lr, max_norm, ema_decay = _floats(lr=lr, max_norm=max_norm, ema_decay=ema_decay)
+    labels, ranks = _checked_data(model, images, labels), ranks or Ranks()
+    if model.device != "cpu" and isinstance(images, np.ndarray):  # there `loss` does not look, it would have to wait
+        warn_if_out_of_range("images", images)
+    settings = {"batch": batch, "lr": lr, "warmup_steps": warmup_steps, "decay_steps": decay_steps, "seed": seed}
+    settings |= {"max_norm": max_norm, "ema_decay": ema_decay, "flip": bool(flip)}
+    if micro_batch is not None:
+        (settings["micro_batch"],) = _integers(1, micro_batch=micro_batch)
+    if decay_steps:
+        settings["steps"] = steps
+    config = run_config(model, diffusion, images, labels, **settings)
+    with _begun(model, diffusion, config, resume, ranks) as (optimizer, ema, run, facts):
+        if optimizer.n >= steps:
+            outcome, speed = [facts["loss"], facts["grad_norm"]], facts["images_per_second"]
+            yield TrainState(optimizer.n, facts["lr"], ema, optimizer, outcome, True, run.seconds, speed, run)
+            return
+        micro_batch = run.config.setdefault("micro_batch", _default_micro_batch(model, images, batch, ranks))
+        batches = Batches(images, labels, batch, micro_batch, seed, flip)
+        _warn_of_idle(ranks, batches)
+        differentiate, rest = micro_batch_gradient(model, diffusion, batches), range(optimizer.n, steps)
+        workers = ranks.cpus if workers is None else workers
+        with batch_gradient(model, differentiate, batches, rest, workers, ranks) as loss_and_gradient:
+            rate = lambda step: learning_rate(lr, step, steps, warmup_steps, decay_steps)
+            taken = descend(loss_and_gradient, optimizer, ema, steps, rate, max_norm, run.check)
+            for _ in rest:
+                began = time.monotonic()
+                run.recent.append(0.0)
+                with on_device(model.device):  # not around the loop: what is done between the steps is none of it
+                    step, now, outcome = next(taken)
+                    last = any(ranks.gathered(stop is not None and bool(stop()))) or step == steps
+                    if last:
+                        run.raise_unless_finite()
+                spent = run.spend(time.monotonic() - began)
+                yield TrainState(step, now, ema, optimizer, outcome, last, *spent, run)
+                if last:
+                    break
+
+
+def _checked_data(model: Module, images: Any, labels: np.ndarray | None) -> np.ndarray | None:
+    """The labels, if they and the images are such as the model can be trained on, or TypeError or ValueError."""
     in_memory = isinstance(images, np.ndarray)
     if not in_memory and (is_array(images) or not all(hasattr(images, name) for name in ("shape", "dtype"))):
         raise TypeError(f"images: expected a NumPy array, got {type(images)}, or what is indexed like one")
@@ -206,122 +246,21 @@ def train(
     labels = checked_labels(labels, len(images))
     if labels is None and getattr(model, "label_dropout", 0):
         raise ValueError("labels: this model is to learn with and without them, so give some; -1 is none")
-    device, on_cpu, ranks = model.device, model.device == "cpu", ranks or Ranks()
-    if not on_cpu and in_memory:  # there `loss` does not look, for it would have to wait for the device
-        warn_if_out_of_range("images", images)
-    workers = ranks.cpus if workers is None else workers
+    return labels
 
-    settings = {"batch": batch, "lr": lr, "warmup_steps": warmup_steps, "decay_steps": decay_steps, "seed": seed}
-    settings |= {"max_norm": max_norm, "ema_decay": ema_decay, "flip": bool(flip)}
-    if micro_batch is not None:
-        (settings["micro_batch"],) = _integers(1, micro_batch=micro_batch)
-    if decay_steps:
-        settings["steps"] = steps
-    config = run_config(model, diffusion, images, labels, **settings)
-    optimizer, ema, facts = _begin(model, lr, ema_decay, resume, config, ranks)
-    first, config = facts["step"], facts["config"]
-    theta, parameters = optimizer.theta, model.parameters()
 
-    # whose share of the batch is what: micro-batches, in groups of which each has a gradient in memory
-    most = shard_size(batch, *images.shape[1:3]) if on_cpu else -(-batch // ranks.size)
-    micro_batch = config.setdefault("micro_batch", most)
-    all_starts = range(0, batch, micro_batch)
-    if ranks.rank == 0 and ranks.size > len(all_starts):
+def _default_micro_batch(model: Module, images: Any, batch: int, ranks: Ranks) -> int:
+    return shard_size(batch, *images.shape[1:3]) if model.device == "cpu" else -(-batch // ranks.size)
+
+
+def _warn_of_idle(ranks: Ranks, batches: Batches) -> None:
+    count = len(batches.starts)
+    if ranks.rank == 0 and ranks.size > count:
         warnings.warn(
-            f"ranks: of {ranks.size}, {ranks.size - len(all_starts)} have nothing to do, since a batch of {batch} is "
-            f"{len(all_starts)} micro-batches of {micro_batch}",
-            stacklevel=2,
+            f"ranks: of {ranks.size}, {ranks.size - count} have nothing to do, since a batch of {batches.size} is "
+            f"{count} micro-batches of {batches.micro_batch}",
+            stacklevel=3,
         )
-    starts = ranks.share(all_starts)
-    groups = np.array_split(starts, min(GROUPS, len(starts)) or 1) if on_cpu else [starts]
-    scale = 2.0 ** round(math.log2(batch * math.prod(images.shape[1:]))) if model.precision == "fp16" else 1.0
-    with on_device(device):
-        rows = _empty(model, (len(groups), model.size + 2))  # two more, for what else ranks add up
-    gradients, views = rows[:, :-2], [p.data for p in parameters]
-    run = Run(config, diffusion, facts["seconds"], collections.deque(maxlen=LOOK_EVERY), [])
-
-    def read(step: int) -> list[list[np.ndarray]]:
-        """The images of each micro-batch in each group."""
-        indices = batch_indices(len(images), step, batch, seed)
-        return [[images[indices[start : start + micro_batch]] for start in group] for group in groups]
-
-    def differentiate(item: tuple[int, list[np.ndarray] | None], step: int) -> Array:
-        """Loss of a group of micro-batches, of images that are given or in memory; the gradient goes to its row of
-        `gradients`. Both are weighted so that the groups add up to the batch's mean."""
-        (group, given), total = item, 0.0
-        indices = batch_indices(len(images), step, batch, seed)
-        if not len(groups[group]):  # there are more ranks than micro-batches
-            gradients[group] = 0
-        for i, start in enumerate(groups[group]):
-            chosen = indices[start : start + micro_batch]
-            x0 = given[i] if given else images[chosen]
-            if flip:
-                mirrored = random_stream(seed, "flip", step, start).random(len(chosen)) < 0.5
-                x0 = np.where(mirrored[:, None, None, None], x0[:, :, ::-1], x0)
-            rng = random_stream(seed, "noise", step, start)
-            drops = getattr(model, "dropout", 0) or getattr(model, "label_dropout", 0)
-            settings = ({"rng": rng} if drops else {}) | ({} if labels is None else {"labels": labels[chosen]})
-            net = functools.partial(model, **settings) if settings else model
-            loss = diffusion.loss(net, to_device(x0, device), rng) * (scale * len(chosen) / batch)
-            gradient = backward(loss, copy=False)
-            total += loss.data.astype(np.float64)
-            if i == 0:
-                flat_gradient(gradient, parameters, out=gradients[group])
-            else:
-                gradients[group] += flat_gradient(gradient, parameters)
-        return total
-
-    def update(step: int, loss: Array, last: bool) -> TrainState:
-        """Step against the sum of all gradients and move the average; `last`: whether this rank wants to stop."""
-        gradient = gradients[0]
-        for other in gradients[1:]:
-            gradient += other
-        if ranks.size > 1:
-            rows[0, -2], rows[0, -1] = loss, last
-            ranks.allreduce(rows[0])
-            loss, last = rows[0, -2].copy(), bool(rows[0, -1])  # on a GPU, the next step would change what is no copy
-        if scale != 1:
-            loss = loss / scale
-            gradient *= 1 / scale
-        rate = learning_rate(lr, step, steps, warmup_steps, decay_steps)
-        outcome, last = [loss, clip_norm(gradient, max_norm)], last or step + 1 == steps
-        run.unseen.append((step + 1, outcome))
-        if on_cpu or len(run.unseen) == LOOK_EVERY or last:
-            run.raise_unless_finite()
-        if moved():
-            raise RuntimeError(f"step {step + 1}: the model's parameters were moved or replaced while it trains")
-        optimizer.step(gradient, rate)
-        ema.update(theta)
-        return TrainState(step + 1, rate, ema, optimizer, outcome, last, 0.0, 0.0, run)
-
-    def moved() -> bool:
-        return any(p.data is not view for p, view in zip(parameters, views))
-
-    try:
-        if first >= steps:
-            outcome = [facts["loss"], facts["grad_norm"]]
-            yield TrainState(
-                first, facts["lr"], ema, optimizer, outcome, True, facts["seconds"], facts["images_per_second"], run
-            )
-            return
-        with contextlib.ExitStack() as stack:
-            work = stack.enter_context(worker_processes(differentiate, workers, len(groups) if on_cpu else 1))
-            batches = itertools.repeat([None] * len(groups))
-            if not in_memory:
-                batches = stack.enter_context(ahead(read, range(first, steps), READ_AHEAD))
-            for step in range(first, steps):
-                began = time.monotonic()
-                run.recent.append(0.0)
-                with on_device(device):
-                    loss = sum(work(list(enumerate(next(batches))), step))
-                    state = update(step, loss, stop is not None and bool(stop()))
-                state.seconds, state.images_per_second = run.spend(time.monotonic() - began)
-                yield state
-                if state.last:
-                    break
-    finally:
-        if on_cpu and not moved():
-            flatten(parameters)  # out of the memory that processes share
 
 
 def _integers(least: int, **values: int) -> list[int]:
@@ -338,24 +277,19 @@ def _floats(**values: float) -> list[float]:
     return list(map(float, values.values()))  # a number of NumPy would decide about the precision of what it meets
 
 
-def _empty(model: Module, shape: tuple[int, ...]) -> Array:
-    """Memory where the model is; on a CPU, such as processes share."""
-    p = model.parameters()[0].data
-    return shared_array(shape, p.dtype) if model.device == "cpu" else array_module(p).empty(shape, p.dtype)
-
-
-def _begin(
-    model: Module, lr: float, ema_decay: float, resume: Path | None, config: dict, ranks: Ranks
-) -> tuple[Adam, EMA, dict]:
-    """The optimiser, of parameters that are views of one vector now, the average, and the facts of the checkpoint from
-    which they are; on all ranks those of rank 0."""
+@contextlib.contextmanager
+def _begun(
+    model: Module, diffusion: Diffusion, config: dict, resume: Path | None, ranks: Ranks
+) -> Iterator[tuple[Adam, EMA, Run, dict]]:
+    """Within this block, the optimizer, of parameters that are views of one vector, the average, the run, and the facts
+    of the checkpoint from which they are; on all ranks those of rank 0."""
     for rank, other in enumerate(ranks.gathered(config)):
         if differing := differences(config, other, where=(f"on rank {ranks.rank}", f"on rank {rank}")):
             raise ValueError(f"ranks: they have to do the same, but differ: {'; '.join(differing[:8])}")
-    facts = {"step": 0, "seconds": 0.0, "config": config}
+    facts, parameters = {"step": 0, "seconds": 0.0, "config": config}, model.parameters()
     with on_device(model.device):
-        ema, error = EMA(model, ema_decay), None
-        optimizer = Adam(flatten(model.parameters(), out=_empty(model, (model.size,))), lr)
+        ema, error = EMA(model, config["ema_decay"]), None
+        optimizer = Adam(flatten(parameters, out=new_vector(parameters[0].data, model.size)), config["lr"])
         if resume is not None and ranks.rank == 0:
             try:
                 facts = read_checkpoint(resume, ema.model, _vectors(optimizer), config) or facts
@@ -363,9 +297,14 @@ def _begin(
                 error = refused
         facts, error = ranks.gathered((facts, error))[0]  # so that no rank waits for one that has failed
         if error is not None:
-            flatten(model.parameters())  # out of the memory that processes share
+            flatten(parameters)  # out of the memory that processes share
             raise error
         for vector in (ema.average, *_vectors(optimizer).values()):
             ranks.broadcast(vector)
     optimizer.n = ema.n = facts["step"]
-    return optimizer, ema, facts
+    run = Run(model, diffusion, facts["config"], facts["seconds"])
+    try:
+        yield optimizer, ema, run, facts
+    finally:
+        if model.device == "cpu" and not run.moved():
+            flatten(parameters)  # out of the memory that processes share

@@ -1,0 +1,91 @@
+"""What the diffusion side takes, and says of anything else: schedules, names, images, labels, timesteps."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+
+from ..backend import Array, is_array, to_numpy
+from .schedule import Schedule
+
+OBJECTIVES = ("eps", "x0", "v")
+VARIANCES = ("small", "large", "learned_range")
+LOSSES = ("simple", "weighted_eps", "weighted_mu", "min_snr", "vlb", "hybrid")
+SPACINGS = ("trailing", "leading", "linspace")
+
+
+def check_diffusion(diffusion) -> None:
+    """Raise TypeError or ValueError unless the arguments of a `Diffusion` fit each other, as it says there."""
+    schedule, variance, loss_type = diffusion.schedule, diffusion.variance, diffusion.loss_type
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule: expected a Schedule from make_schedule, got {type(schedule).__name__}")
+    for name, known in (
+        ("objective", OBJECTIVES), ("variance", VARIANCES), ("loss_type", LOSSES), ("spacing", SPACINGS)
+    ):  # fmt: skip
+        if getattr(diffusion, name) not in known:
+            raise ValueError(f"{name}: unknown {getattr(diffusion, name)!r}; known: {', '.join(known)}")
+    if variance == "learned_range" and loss_type not in ("vlb", "hybrid"):
+        raise ValueError(f"loss_type: {loss_type!r} cannot train variance 'learned_range'; take 'hybrid' or 'vlb'")
+    if variance != "learned_range" and loss_type == "hybrid":
+        raise ValueError(f"loss_type: 'hybrid' trains variance 'learned_range', but variance is {variance!r}")
+    if schedule.alpha_bar[-1] == 0:
+        ends = "the schedule ends with alpha_bar = 0 (zero terminal SNR), where"
+        if diffusion.objective == "eps":
+            raise ValueError(f"objective: {ends} the noise does not tell the image; take 'v' or 'x0', not 'eps'")
+        if loss_type == "weighted_eps":
+            raise ValueError(f"loss_type: {ends} the weight is infinite; take another than 'weighted_eps'")
+        if loss_type == "min_snr":
+            raise ValueError(
+                f"loss_type: {ends} the weight is 0, so that the step from which sampling starts would not be "
+                "trained; take another than 'min_snr'"
+            )
+    if not diffusion.min_snr_gamma > 0:
+        raise ValueError(f"min_snr_gamma: expected a number > 0, got {diffusion.min_snr_gamma}")
+
+
+def check_shape(name: str, value: Array, x: Array) -> None:
+    """Raise ValueError unless `value` has the shape of the images x."""
+    if value.shape != x.shape:
+        raise ValueError(f"{name}: expected the shape of the images, {x.shape}, got {value.shape}")
+
+
+def check_images(x0: Array) -> None:
+    """Raise unless x0 is a batch of float images."""
+    if not is_array(x0):
+        raise TypeError(f"x0: expected an array of images, got {type(x0).__name__}")
+    if x0.ndim != 4 or x0.size == 0:
+        raise ValueError(f"x0: expected one or more images (N, H, W, C), got shape {x0.shape}")
+    if x0.dtype not in (np.float32, np.float64):
+        raise TypeError(f"x0: expected float32 or float64 images in [-1, 1], got {x0.dtype}")
+
+
+def check_timesteps(t: np.ndarray, x: Array, T: int) -> None:
+    """Raise unless t (N,) are timesteps 0 ... T-1, one for each of the images x, which are floats."""
+    if not isinstance(t, np.ndarray) or t.dtype.kind not in "iu":
+        raise TypeError(f"t: expected a NumPy array of integers, got {getattr(t, 'dtype', type(t).__name__)}")
+    if t.shape != x.shape[:1]:
+        raise ValueError(f"t: expected {x.shape[0]} timesteps, one for each image, got shape {t.shape}")
+    if t.size and not (0 <= t.min() and t.max() < T):
+        raise ValueError(f"t: timesteps run from 0 to {T - 1}, got {t.min()} ... {t.max()}")
+    if x.dtype.kind != "f":
+        raise TypeError(f"images: expected floats in [-1, 1], got {x.dtype}")
+
+
+def checked_labels(labels: np.ndarray | None, count: int) -> np.ndarray | None:
+    """`labels` as an array of NumPy, wherever they are, if there is one for each of `count` images, or ValueError."""
+    if labels is None:
+        return None
+    labels = to_numpy(labels) if is_array(labels) else np.asarray(labels)
+    if labels.shape != (count,):
+        raise ValueError(f"labels: expected {count}, one for each image, got shape {labels.shape}")
+    return labels
+
+
+def warn_if_out_of_range(name: str, images: np.ndarray) -> None:
+    """Warn, naming the range seen, if images that should be in [-1, 1] reach beyond twice that."""
+    low, high = images.min(), images.max()
+    if low < -2 or high > 2:
+        warnings.warn(
+            f"{name}: images are expected in [-1, 1], but these range from {low:.3g} to {high:.3g}", stacklevel=3
+        )

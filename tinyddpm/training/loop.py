@@ -1,0 +1,94 @@
+"""Algorithm 1 of Ho, Jain & Abbeel 2020, training:
+
+    repeat
+        x_0 ~ q(x_0),  t ~ Uniform({1 ... T}),  eps ~ N(0, I)                           `Batches.draw`, `Diffusion.loss`
+        take a gradient step on  grad_theta ||eps - eps_theta(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t)||^2
+    until converged
+
+`descend` is the loop, `micro_batch_gradient` the gradient of some images, `batch_gradient` that of a batch. What a user
+calls, `train`, is in train.py: it runs this loop, and can go on with it after an interruption.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..autograd.backward import backward
+from ..backend import Array, paired, to_device
+from .batches import Batches
+from .optim import EMA, Adam, clip_norm, flat_gradient
+
+
+def check_finite(step: int, loss: Array, norm: Array) -> tuple[float, float]:
+    """The loss and the gradient's norm as numbers, or FloatingPointError: then the step is not to be taken."""
+    loss, norm = float(loss), float(norm)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        raise FloatingPointError(f"step {step}: the loss is {loss}, the gradient's norm {norm}")
+    return loss, norm
+
+
+def descend(
+    loss_and_gradient: Callable[[int], tuple[Array, Array]],
+    optimizer: Adam,
+    ema: EMA,
+    steps: int,
+    rate: Callable[[int], float],
+    max_norm: float = 1.0,
+    check: Callable[[int, Array, Array], Any] = check_finite,
+) -> Iterator[tuple[int, float, Any]]:
+    """Take the steps that are left of `steps`, and yield after each how many have been taken, the learning rate, and
+    what `check` returns of the loss and the gradient's norm.
+
+    loss_and_gradient(step): of that step's batch, drawn anew; see `batch_gradient`. rate(step): the learning rate.
+    """
+    for step in range(optimizer.n, steps):
+        loss, gradient = loss_and_gradient(step)
+        norm = clip_norm(gradient, max_norm)
+        checked = check(step + 1, loss, norm)
+        optimizer.step(gradient, rate(step))
+        ema.update(optimizer.theta)
+        yield step + 1, rate(step), checked
+
+
+def micro_batch_gradient(model: Callable, diffusion: Any, batches: Batches) -> Callable:
+    """Return a function of (step, start) that draws a micro-batch and differentiates: its loss, and the gradient for
+    all parameters in one vector (P,), both weighted so that those of all micro-batches add up to the batch's mean.
+
+    It also takes the images if they have been read, a factor for both, and a vector for the gradient to be written to.
+    """
+    parameters = model.parameters()
+    drops = getattr(model, "dropout", 0) or getattr(model, "label_dropout", 0)
+
+    def differentiate(step: int, start: int, x0: Array | None = None, scale: float = 1.0, out: Array | None = None):
+        x0, labels, rng = batches.draw(step, start, x0)
+        settings = ({"rng": rng} if drops else {}) | ({} if labels is None else {"labels": labels})
+        net = functools.partial(model, **settings) if settings else model
+        loss = diffusion.loss(net, to_device(x0, model.device), rng) * (scale * len(x0) / batches.size)
+        return loss.data, flat_gradient(backward(loss, copy=False), parameters, out)
+
+    return differentiate
+
+
+@paired
+@contextlib.contextmanager
+def batch_gradient(
+    model: Callable, differentiate: Callable, batches: Batches, steps: range, workers: int, ranks: Any
+) -> Iterator[Callable]:
+    """Within this block, loss_and_gradient(step) is that of a batch, the sum over its micro-batches, which
+    `differentiate` differentiates, one after the other. It is called for each of `steps`, in order.
+
+    A faster twin may have several `workers` do so side by side, and add up what `ranks` on other machines have.
+    """
+
+    def loss_and_gradient(step: int) -> tuple[Array, Array]:
+        loss = gradient = 0
+        for start in batches.starts:
+            of_part = differentiate(step, start)
+            loss, gradient = loss + of_part[0], gradient + of_part[1]
+        return loss, gradient
+
+    yield loss_and_gradient
