@@ -15,20 +15,18 @@ it can be asked what the digit was: the noisy picture is x_t, at the t where the
 The digits are among those that the model was trained on; the noise is not.
 """
 
-import argparse
-import sys
 import time
 
 import numpy as np
 
-from tinyddpm import load_digits, load_model
+from tinyddpm import cli, load_digits, load_model
 from tinyddpm.diffusion.editing import denoise
-from tinyddpm.files.pictures import picture_path, rows
+from tinyddpm.files.pictures import rows
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = cli.Options(__doc__)
+    add = parser.add
     add(
         "--sigma",
         type=float,
@@ -37,16 +35,9 @@ def parse_arguments():
         help="strengths of the noise; from black to white it is 2 [1 2]",
     )
     add("--steps", type=int, default=50, help="of the way back, at most [%(default)s]")
-    add("--samples", type=int, default=10, help="how many digits [%(default)s]")
-    add("--seed", type=int, default=0, help="another one gives other digits and noise [%(default)s]")
-    add("--workers", type=int, help="how many work side by side [one per CPU]")
-    add("--out", type=picture_path, default="denoise.png", help="the picture [%(default)s]")
-    args = parser.parse_args()
-    if args.samples < 1:
-        parser.error(f"--samples must be at least 1, got {args.samples}")
-    if args.seed < 0:
-        parser.error(f"--seed must be 0 or greater, got {args.seed}")
-    return args
+    add("--samples", type=int, default=10, least=1, help="how many digits [%(default)s]")
+    parser.add_usual(out="denoise.png", gives="other digits and noise")
+    return parser.parse_args()
 
 
 def main():
@@ -79,10 +70,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
-        sys.exit(f"denoise.py: {error}")
-    except KeyboardInterrupt:
-        print("\ndenoise.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    cli.run(main)

@@ -2,21 +2,19 @@
 
 The model never learned to complete digits, only what digits look like. RePaint (Lugmayr et al. 2022) makes a painter of
 it: at every step on the way from noise to a digit, the pixels that are known are put back, as noisy as the rest (see
-`tinyddpm.diffusion.editing.repaint`). The rows of the picture: the digits, what is known of them, and several tries of the model;
-the known pixels are the same in all, to the bit.
+`tinyddpm.diffusion.editing.repaint`). The rows of the picture: the digits, what is known of them, and several tries of
+the model; the known pixels are the same in all, to the bit.
 
 The digits are among those that the model was trained on, but only what is known of them is shown to it.
 """
 
-import argparse
-import sys
 import time
 
 import numpy as np
 
-from tinyddpm import load_digits, load_model
+from tinyddpm import cli, load_digits, load_model
 from tinyddpm.diffusion.editing import inpaint
-from tinyddpm.files.pictures import picture_path, rows
+from tinyddpm.files.pictures import rows
 
 row, column = np.mgrid[:28, :28]
 MASKS = {  # True where pixels are known
@@ -28,22 +26,15 @@ MASKS = {  # True where pixels are known
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = cli.Options(__doc__)
+    add = parser.add
     add("--known", nargs="+", default=["left", "dots"], choices=MASKS, help="which pixels [left dots]")
-    add("--tries", type=int, default=3, help="how often each is completed [%(default)s]")
+    add("--tries", type=int, default=3, least=1, help="how often each is completed [%(default)s]")
     add("--steps", type=int, default=50, help="of the sampler [%(default)s]")
     add("--resamplings", type=int, default=4, help="how often each step is taken [%(default)s]")
     add("--told", action="store_true", help="tell the model which digits they are [off]")
-    add("--seed", type=int, default=1, help="another one gives other digits [%(default)s]")
-    add("--workers", type=int, help="how many work side by side [one per CPU]")
-    add("--out", type=picture_path, default="inpaint.png", help="the picture [%(default)s]")
-    args = parser.parse_args()
-    if args.tries < 1:
-        parser.error(f"--tries must be at least 1, got {args.tries}")
-    if args.seed < 0:
-        parser.error(f"--seed must be 0 or greater, got {args.seed}")
-    return args
+    parser.add_usual(out="inpaint.png", seed=1)
+    return parser.parse_args()
 
 
 def main():
@@ -72,10 +63,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
-        sys.exit(f"inpaint.py: {error}")
-    except KeyboardInterrupt:
-        print("\ninpaint.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    cli.run(main)

@@ -1,38 +1,32 @@
 """Turn one picture into another by way of their noise: `python examples/interpolate.py`.
 
 `ddim` makes of noise a picture, without chance on the way, so it can be run backwards: of a picture it makes the noise
-of which it would make it (see `tinyddpm.diffusion.editing.invert`). Between the noise of two pictures lies other noise, and of
-that it makes other pictures. The rows of the picture, for each pair: what lies between them pixel by pixel, two digits
-at once; and what lies between their noise, mostly one digit, if not always a good one. Leftmost and rightmost of the
-latter are what `ddim` remakes of the two.
+of which it would make it (see `tinyddpm.diffusion.editing.invert`). Between the noise of two pictures lies other noise,
+and of that it makes other pictures. The rows of the picture, for each pair: what lies between them pixel by pixel, two
+digits at once; and what lies between their noise, mostly one digit, if not always a good one. Leftmost and rightmost of
+the latter are what `ddim` remakes of the two.
 """
 
-import argparse
-import sys
 import time
 
 import numpy as np
 
-from tinyddpm import load_digits, load_model
+from tinyddpm import cli, load_digits, load_model
 from tinyddpm.diffusion.editing import interpolate
-from tinyddpm.files.pictures import picture_path, rows
+from tinyddpm.files.pictures import rows
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = cli.Options(__doc__)
+    add = parser.add
     add("--pairs", nargs="+", default=["03", "16", "28", "47", "95"], help="of digits [03 16 28 47 95]")
     add("--count", type=int, default=9, help="pictures from one to the other, with both [%(default)s]")
     add("--steps", type=int, default=25, help="of the sampler, in either direction [%(default)s]")
-    add("--seed", type=int, default=3, help="another one gives other digits [%(default)s]")
-    add("--workers", type=int, help="how many work side by side [one per CPU]")
-    add("--out", type=picture_path, default="interpolate.png", help="the picture [%(default)s]")
+    parser.add_usual(out="interpolate.png", seed=3)
     args = parser.parse_args()
     for pair in args.pairs:
         if not (len(pair) == 2 and pair.isascii() and pair.isdecimal()):
             parser.error(f"--pairs must be of two digits each, such as 38, got {pair!r}")
-    if args.seed < 0:
-        parser.error(f"--seed must be 0 or greater, got {args.seed}")
     return args
 
 
@@ -56,10 +50,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
-        sys.exit(f"interpolate.py: {error}")
-    except KeyboardInterrupt:
-        print("\ninterpolate.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    cli.run(main)

@@ -4,14 +4,12 @@ Six short steps, each of which prints what it shows; 1, 3 and 6 draw pictures in
 every step is a function, and the formulas are those of Ho et al. 2020. Nothing else need be read before.
 """
 
-import argparse
 import pathlib
-import sys
 
 import numpy as np
 from tqdm import tqdm
 
-from tinyddpm import Diffusion, UNet, load_digits, make_schedule, no_grad, sample, train
+from tinyddpm import Diffusion, UNet, cli, load_digits, make_schedule, no_grad, sample, train
 from tinyddpm.autograd.tensor import as_array
 from tinyddpm.files.pictures import rows
 
@@ -205,8 +203,6 @@ digits is the least there can be, only repeats these.
 
 
 def main(steps, seed, workers, out):
-    if min(steps, seed + 1, 1 if workers is None else workers) < 1:
-        raise ValueError("--steps and --workers must be 1 or greater, --seed 0 or greater")
     out.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     (images, labels), (others, of_others) = load_digits(), load_digits(train=False)
@@ -229,15 +225,9 @@ def main(steps, seed, workers, out):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=300, help="of training [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="another one gives other digits [%(default)s]")
-    parser.add_argument("--workers", type=int, help="how many work side by side [one per CPU]")
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/lesson"), help="folder [%(default)s]")
-    try:
-        main(**vars(parser.parse_args()))
-    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
-        sys.exit(f"lesson.py: {error}")
-    except KeyboardInterrupt:
-        print("\nlesson.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    options = cli.Options(__doc__)
+    options.add("--steps", type=int, default=300, least=1, help="of training [%(default)s]")
+    options.add("--seed", type=int, default=0, least=0, help="another one gives other digits [%(default)s]")
+    options.add("--workers", type=int, least=1, help="how many work side by side [one per CPU]")
+    options.add("--out", type=pathlib.Path, default=pathlib.Path("runs/lesson"), help="folder [%(default)s]")
+    cli.run(main, *vars(options.parse_args()).values())

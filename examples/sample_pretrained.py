@@ -11,41 +11,30 @@ Older versions of the tool are called by `huggingface-cli download ...`. Others 
 et al.'s code.
 """
 
-import argparse
 import pathlib
-import sys
 import time
 
 import numpy as np
 
-from tinyddpm import load_diffusers, load_original, sample
-from tinyddpm.backend import to_numpy
+from tinyddpm import cli, load_diffusers, load_original, sample
 from tinyddpm.diffusion.sample import SAMPLERS
-from tinyddpm.files.pictures import grid, picture_path
+from tinyddpm.files.pictures import grid
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = cli.Options(__doc__)
+    add = parser.add
     add("folder", metavar="FOLDER", type=pathlib.Path, help="a pipeline or a model that diffusers saved")
-    add("--samples", type=int, default=16, help="how many images [%(default)s]")
+    add("--samples", type=int, default=16, least=1, help="how many images [%(default)s]")
     add("--method", default="ddim", choices=SAMPLERS, help="the sampler [%(default)s]")
-    add("--steps", type=int, help="of the sampler [50; all of them for ddpm]")
+    add("--steps", type=int, least=1, help="of the sampler [50; all of them for ddpm]")
     add("--label", type=int, help="the class of the images, for a model that knows classes [each in turn]")
-    add("--size", type=int, help="their height and width [those of the model]")
-    add("--seed", type=int, default=0, help="another one gives other images [%(default)s]")
+    add("--size", type=int, least=1, help="their height and width [those of the model]")
     add("--variant", help="another file of weights in the folder, such as fp16")
     add("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="float32", help="of products on a GPU: float32, tf32, bf16 or fp16 [%(default)s]")
-    add("--workers", type=int, help="how many work side by side [one per CPU]")
-    add("--out", type=picture_path, default="pretrained.png", help="the picture [%(default)s]")
+    parser.add_usual(out="pretrained.png", gives="other images")
     args = parser.parse_args()
-    for name in ("samples", "steps", "size", "workers"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} must be at least 1, got {value}")
-    if args.seed < 0:
-        parser.error(f"--seed must be 0 or greater, got {args.seed}")
     if not args.folder.exists():
         parser.error(
             f"FOLDER: there is no {args.folder}. To fetch Ho et al.'s model for CIFAR-10: hf download "
@@ -79,15 +68,9 @@ def main():
     settings = {"rng": args.seed, "workers": args.workers, "labels": labels, "progress": True}
     shape = (args.samples, height, width, unet.config["in_channels"])
     images = sample(diffusion, unet, shape, args.method, steps, **settings)
-    grid(to_numpy(images), scale=1 if height >= 128 else 2).save(args.out)
+    grid(images, scale=1 if height >= 128 else 2).save(args.out)
     print(f"done in {time.monotonic() - began:.0f} seconds: look at {args.out}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
-        sys.exit(f"sample_pretrained.py: {error}")
-    except KeyboardInterrupt:
-        print("\nsample_pretrained.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    cli.run(main)

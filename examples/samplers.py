@@ -10,31 +10,24 @@ fewer steps, should make the same digits, and `ddpm`, which draws lots at every 
                 Too far: not a digit. But a blurred one is nearer than it should be, so look at the picture
 """
 
-import argparse
-import sys
 import time
 
 import numpy as np
 
-from tinyddpm import load_digits, load_model, sample
+from tinyddpm import cli, load_digits, load_model, sample
 from tinyddpm.diffusion.sample import SAMPLERS, timesteps
-from tinyddpm.files.pictures import picture_path, rows
+from tinyddpm.files.pictures import rows
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = cli.Options(__doc__)
+    add = parser.add
     add("--methods", nargs="+", default=list(SAMPLERS), choices=SAMPLERS, help="the samplers [all]")
     add("--steps", type=int, nargs="+", default=[3, 5, 10, 20, 50], help="of each [3 5 10 20 50]")
     add("--most", type=int, default=250, help="and for ddpm so many too [%(default)s]")
     add("--guidance", type=float, help="how clearly digits are to be what they are called, such as 2 [as in the data]")
-    add("--seed", type=int, default=0, help="another one gives other digits [%(default)s]")
-    add("--workers", type=int, help="how many work side by side [one per CPU]")
-    add("--out", type=picture_path, default="samplers.png", help="the picture [%(default)s]")
-    args = parser.parse_args()
-    if args.seed < 0:
-        parser.error(f"--seed must be 0 or greater, got {args.seed}")
-    return args
+    parser.add_usual(out="samplers.png")
+    return parser.parse_args()
 
 
 def distance(a, b):
@@ -77,10 +70,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
-        sys.exit(f"samplers.py: {error}")
-    except KeyboardInterrupt:
-        print("\nsamplers.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    cli.run(main)

@@ -1,13 +1,12 @@
 """All of diffusion in half a minute: a tiny network turns noise into a swiss roll. `python examples/toy_2d.py`"""
 
-import argparse
 import pathlib
 
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from tinyddpm import Diffusion, make_schedule, sample, train
+from tinyddpm import Diffusion, cli, make_schedule, sample, train
 from tinyddpm.autograd.functional import silu
 from tinyddpm.files.pictures import grid, save_gif
 from tinyddpm.network.nn import Linear, Module
@@ -56,8 +55,6 @@ def picture(points, u, caption):
 
 
 def main(data, steps, points, workers, seed, out):
-    if min(steps, points, workers, seed + 1) < 1:
-        raise ValueError("--steps, --points and --workers must be 1 or greater, --seed 0 or greater")
     out.mkdir(parents=True, exist_ok=True)
     rng, b = np.random.default_rng(seed), 3  # b: noise would hide a roll a third of the size too soon
     (x0, u), (fresh, u_fresh) = draw_data(data, 5000, rng), draw_data(data, points, rng)
@@ -85,14 +82,12 @@ def main(data, steps, points, workers, seed, out):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="roll", choices=DATA, help="what to learn [%(default)s]")
-    parser.add_argument("--steps", type=int, default=2500, help="of training [%(default)s]")
-    parser.add_argument("--points", type=int, default=2000, help="how many to generate [%(default)s]")
-    parser.add_argument("--workers", type=int, default=1, help="so small a network is fastest with one [%(default)s]")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same pictures [%(default)s]")
-    parser.add_argument("--out", type=pathlib.Path, default="runs/toy", help="folder for the results [%(default)s]")
-    try:
-        main(**vars(parser.parse_args()))
-    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:
-        raise SystemExit(f"toy_2d.py: {error}") from None
+    options = cli.Options(__doc__)
+    add = options.add
+    add("--data", default="roll", choices=DATA, help="what to learn [%(default)s]")
+    add("--steps", type=int, default=2500, least=1, help="of training [%(default)s]")
+    add("--points", type=int, default=2000, least=1, help="how many to generate [%(default)s]")
+    add("--workers", type=int, default=1, least=1, help="so small a network is fastest with one [%(default)s]")
+    add("--seed", type=int, default=0, least=0, help="the same seed gives the same pictures [%(default)s]")
+    add("--out", type=pathlib.Path, default=pathlib.Path("runs/toy"), help="folder for the results [%(default)s]")
+    cli.run(main, *vars(options.parse_args()).values())

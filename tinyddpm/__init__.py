@@ -6,9 +6,11 @@
     diffusion = Diffusion(make_schedule("linear", 1000))
     images = sample(diffusion, unet, shape=(16, 28, 28, 1))
 
-Besides what is here, tinyddpm.editing starts from pictures (denoise, sdedit, invert, interpolate, inpaint),
-tinyddpm.image makes grids, rows and GIFs of them, and tinyddpm.functional, conv, fused and nn have ops and layers for
-networks of your own. README.md says in which order to read it all.
+Read autograd, network, diffusion and training; tinyddpm/README.md leads through them. What is in speed computes the
+same faster, files and exchange read and write, and `python -m tinyddpm` trains and samples without a line of code.
+Besides what is here, diffusion.editing starts from pictures (denoise, sdedit, invert, interpolate, inpaint),
+files.pictures makes grids, rows and GIFs of them, and autograd and network.nn have ops and layers for networks of your
+own.
 """
 
 from .autograd.backward import backward

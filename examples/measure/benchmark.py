@@ -1,4 +1,4 @@
-"""How long tinyddpm takes on this machine, beside PyTorch: `python examples/benchmark.py`.
+"""How long tinyddpm takes on this machine, beside PyTorch: `python examples/measure/benchmark.py`.
 
 PyTorch's model is diffusers' UNet2DModel with our very weights: eager, with channels last, and compiled. Outputs are
 shown to agree; then one run of each is timed in turn, on equally many threads, and medians are printed as Markdown. It
@@ -34,8 +34,8 @@ from unittest import mock
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-import tinyddpm.autograd.tensor
-from tinyddpm import Diffusion, UNet, backward, make_schedule, no_grad, sample, train
+from tinyddpm import Diffusion, UNet, backward, cli, make_schedule, no_grad, sample, train
+from tinyddpm.autograd import backward as chain_rule
 from tinyddpm.autograd.tensor import as_array
 from tinyddpm.backend import on_device, to_device, to_numpy
 from tinyddpm.exchange.diffusers_config import unet_config
@@ -433,8 +433,8 @@ def profile(repeats):
         return result
 
     around = lambda op, *xs, **settings: timed(forward, op.__name__, op, *xs, **settings)
-    pull = functools.partial(lambda pull, node, g: timed(pulls, node.op, pull, node, g), tinyddpm.autograd.tensor._pull)
-    with threadpool_limits(1, "blas"), every_op(around), mock.patch.object(tinyddpm.autograd.tensor, "_pull", pull):
+    pull = functools.partial(lambda pull, node, g: timed(pulls, node.op, pull, node, g), chain_rule._pull)
+    with threadpool_limits(1, "blas"), every_op(around), mock.patch.object(chain_rule, "_pull", pull):
         for i in range(-2, repeats):  # two to warm up
             if i == 0:
                 began = time.perf_counter()
@@ -594,10 +594,9 @@ def profile_on_gpu(work, device, precision, repeats):
         return [(*mark, cupy.cuda.get_elapsed_time(start, end) / 1e3) for *mark, start, end in marks]
 
     around = lambda op, *xs, **settings: marked(forward, op.__name__, op, *xs, **settings)
-    pull = functools.partial(
-        lambda pull, node, g: marked(pulls, node.op, pull, node, g), tinyddpm.autograd.tensor._pull
-    )
-    others = "train.to_device train.flat_gradient train.clip_norm optim.adam_update optim.ema_update diffusion.like"
+    pull = functools.partial(lambda pull, node, g: marked(pulls, node.op, pull, node, g), chain_rule._pull)
+    others = "training.loop.to_device training.loop.flat_gradient training.loop.clip_norm training.optim.adam_update"
+    others += " training.optim.ema_update diffusion.process.like"  # what takes time and is no op
     with contextlib.ExitStack() as stack:
         a = cupy.ones((MATRIX, MATRIX), np.float32)
         product, run = lambda: cuda.product(a, a), our_run(work, 1, stack, device, precision)
@@ -606,8 +605,8 @@ def profile_on_gpu(work, device, precision, repeats):
         enough = math.ceil(3 * asked / seconds["product"])
         computed = statistics.median(step(enough)[-1][3] for _ in range(repeats))
         stack.enter_context(every_op(around))
-        stack.enter_context(mock.patch.object(tinyddpm.autograd.tensor, "_pull", pull))
-        for module, name in (other.split(".") for other in others.split()):  # what takes time and is no op
+        stack.enter_context(mock.patch.object(chain_rule, "_pull", pull))
+        for module, name in (other.rsplit(".", 1) for other in others.split()):
             module = sys.modules[f"tinyddpm.{module}"]
             patched = functools.partial(around, getattr(module, name))
             stack.enter_context(mock.patch.object(module, name, patched))
@@ -642,17 +641,20 @@ def cpu_name():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--threads", type=int, default=min(2, cpu_count()), help="on each side: ours, and PyTorch's [%(default)s]")
+    parser = cli.Options(__doc__)
+    add = parser.add
+    add(
+        "--threads",
+        type=int,
+        default=min(2, cpu_count()),
+        least=1,
+        help="on each side: ours, and PyTorch's [%(default)s]",
+    )
     add("--device", default="cpu", help="on each side: cpu, cuda or cuda:N, an NVIDIA GPU [%(default)s]")
     add("--quick", action="store_true", help="about a minute: fewer repeats, no torch.compile, the shorter works")
     add("--profile", action="store_true", help="only: which of our ops take the time; needs no PyTorch")
     add("--memory", nargs=2, help=argparse.SUPPRESS)  # how this script calls itself
-    args = parser.parse_args()
-    if args.threads < 1:
-        parser.error(f"--threads must be 1 or greater, got {args.threads}")
-    return args
+    return parser.parse_args()
 
 
 def versions(names):

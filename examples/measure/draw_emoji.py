@@ -1,16 +1,16 @@
-"""Pictures to learn from in colour that most computers have: emoji. `python examples/draw_emoji.py`
+"""Pictures to learn from in colour that most computers have: emoji. `python examples/measure/draw_emoji.py`
 
 It draws those of this computer's font, 32x32, into a folder for each kind; then
 `python examples/mnist_ddpm.py --data runs/emoji/pictures --out runs/emoji --minutes 10` learns from them.
 """
 
-import argparse
 import pathlib
-import sys
 import unicodedata
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from tinyddpm import cli
 
 FONTS = (
     "/usr/share/fonts/**/NotoColorEmoji*.ttf",  # Linux: the package fonts-noto-color-emoji or alike
@@ -67,14 +67,12 @@ def draw(character, font, size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = cli.Options(__doc__)
+    add = parser.add
     add("--font", type=pathlib.Path, help="a font file with emoji in colour [that of this computer]")
-    add("--size", type=int, default=32, help="pixels, high and wide [%(default)s]")
+    add("--size", type=int, default=32, least=8, help="pixels, high and wide [%(default)s]")
     add("--out", type=pathlib.Path, default="runs/emoji/pictures", help="folder for the pictures [%(default)s]")
     args = parser.parse_args()
-    if args.size < 8:
-        parser.error(f"--size must be at least 8, got {args.size}")
     font, count = find_font(args.font), 0
     for kind, ranges in KINDS.items():
         (args.out / kind).mkdir(parents=True, exist_ok=True)
@@ -88,7 +86,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except OSError as error:
-        sys.exit(f"draw_emoji.py: {error}")
+    cli.run(main)

@@ -1,4 +1,4 @@
-"""How good are generated digits? `python examples/evaluate_digits.py runs/mnist/model.safetensors`
+"""How good are generated digits? `python examples/measure/evaluate_digits.py runs/mnist/model.safetensors`
 
 Of a model or a training's checkpoint 1,000 digits are drawn; a folder of pictures or an .npz of images is taken as it
 is. A small classifier looks at them and at real digits, and beside each number stands what as many real digits score:
@@ -16,22 +16,20 @@ is. A small classifier looks at them and at real digits, and beside each number 
                        more hints at digits learned by heart
 
 Real digits are drawn five times, and if the model was asked for classes, as many of each. The classifier learned from
-the 50,000 of MNIST's training digits that do not come with the package, made by `python examples/evaluate_digits.py
---train examples/digit_classifier.safetensors`. Held-out are 2,000 digits of MNIST's test set that come with the
+the 50,000 of MNIST's training digits that do not come with the package, by `python examples/measure/evaluate_digits.py
+--train examples/measure/digit_classifier.safetensors`. Held-out are 2,000 digits of MNIST's test set that come with the
 package, or with --data mnist all 10,000, which take part in no training.
 """
 
-import argparse
 import json
 import math
 import pathlib
-import sys
 import zipfile
 
 import numpy as np
 from tqdm import tqdm
 
-from tinyddpm import ImageFolder, load_digits, load_model, sample, train
+from tinyddpm import ImageFolder, cli, load_digits, load_model, sample, train
 from tinyddpm.autograd.functional import softmax_rows
 from tinyddpm.autograd.tensor import as_array, no_grad, op
 from tinyddpm.diffusion.sample import SAMPLERS
@@ -233,35 +231,29 @@ def table(result):
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = cli.Options(__doc__)
+    add = parser.add
     add(
         "source", nargs="?", type=pathlib.Path, help="a model or checkpoint, a folder of pictures, or an .npz of images"
     )
     add("--samples", type=int, default=1000, help="how many digits to draw or take [%(default)s]")
     add("--data", default="digits", choices=("digits", "mnist"), help="what the model learned from [%(default)s]")
     add("--method", default="ddpm", choices=SAMPLERS, help="the sampler, of a model [%(default)s]")
-    add("--steps", type=int, default=25, help="of the sampler, at most T [%(default)s]")
+    add("--steps", type=int, default=25, least=1, help="of the sampler, at most T [%(default)s]")
     add("--guidance", type=float, default=1.5, help="of the sampler, if the model knows labels [%(default)s]")
-    add("--seed", type=int, default=0, help="the same one gives the same numbers [%(default)s]")
-    add("--workers", type=int, help="how many work side by side [one per CPU]")
+    add("--seed", type=int, default=0, least=0, help="the same one gives the same numbers [%(default)s]")
+    add("--workers", type=int, least=1, help="how many work side by side [one per CPU]")
     add("--classifier", type=pathlib.Path, default=CLASSIFIER, help="another than the one that comes along")
     add("--json", type=pathlib.Path, help="write the numbers to this file too")
     add("--train", type=pathlib.Path, metavar="FILE", help="train the classifier anew and write it to this file")
-    add("--train-steps", type=int, default=4000, help="of that [%(default)s]")
+    add("--train-steps", type=int, default=4000, least=1, help="of that [%(default)s]")
     args = parser.parse_args()
     if (args.source is None) == (args.train is None):
         parser.error("expected what to evaluate, or --train FILE")
-    for name in ("steps", "workers", "train_steps"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name.replace('_', '-')} must be 1 or greater, got {value}")
     if args.source and not args.source.exists():
         parser.error(f"there is no {args.source}")
     if not 10 <= args.samples <= 2000:  # of real digits, five times as many are needed
         parser.error(f"--samples must be from 10 to 2000, got {args.samples}")
-    if args.seed < 0:
-        parser.error(f"--seed must be 0 or greater, got {args.seed}")
     if not math.isfinite(args.guidance):
         parser.error(f"--guidance must be a number, got {args.guidance}")
     for name in ("json", "train"):  # better to know now than after the work
@@ -367,10 +359,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ArithmeticError, RuntimeError, OSError) as error:  # these say what was wrong
-        sys.exit(f"evaluate_digits.py: {error}")
-    except KeyboardInterrupt:
-        print("\nevaluate_digits.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    cli.run(main)

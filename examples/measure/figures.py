@@ -1,19 +1,17 @@
-"""Figures of how diffusion works, all by one command: `python examples/figures.py` draws them into runs/figures.
+"""Figures of how diffusion works, into runs/figures, all by one command: `python examples/measure/figures.py`
 
 It takes a minute and needs matplotlib (`pip install -e '.[plots]'`). What is about a trained network is drawn from the
 model that comes along. `--only schedules unet` draws some; `--help` says what there is.
 """
 
-import argparse
 import contextlib
 import math
 import pathlib
-import sys
 from unittest import mock
 
 import numpy as np
 
-from tinyddpm import Diffusion, UNet, load_digits, load_model, make_schedule, no_grad, sample
+from tinyddpm import Diffusion, UNet, cli, load_digits, load_model, make_schedule, no_grad, sample
 from tinyddpm.autograd.functional import concat, softmax_rows
 from tinyddpm.autograd.tensor import as_array
 from tinyddpm.network.nn import Conv2d
@@ -300,10 +298,8 @@ FIGURES = {
 
 def main():
     about = "\n".join(f"    {name:12}{figure.__doc__}" for name, figure in FIGURES.items())
-    parser = argparse.ArgumentParser(
-        description=f"{__doc__}\n{about}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
+    parser = cli.Options(f"{__doc__}\n{about}")
+    add = parser.add
     add("--only", nargs="+", default=list(FIGURES), choices=FIGURES, metavar="FIGURE", help="some of them [all]")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/figures"), help="folder for the pictures [%(default)s]")
     args = parser.parse_args()
@@ -314,9 +310,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ImportError as error:
-        sys.exit(f"figures.py: {error}; that needs matplotlib, pip install -e '.[plots]'")
-    except (ValueError, OSError) as error:
-        sys.exit(f"figures.py: {error}")
+    cli.run(main, needs="matplotlib, pip install -e '.[plots]'")

@@ -1,5 +1,5 @@
-"""The usual recipe in PyTorch, to compare with: `python examples/pytorch_digits.py`, then `python
-examples/evaluate_digits.py pytorch_digits.npz`.
+"""The usual recipe in PyTorch, to compare with: `python examples/measure/pytorch_digits.py`, then `python
+examples/measure/evaluate_digits.py pytorch_digits.npz`.
 
 It is what one finds in tutorials: diffusers' U-Net predicts the noise, without labels, on a linear schedule; batches of
 128 images of all of MNIST, AdamW, an average of the weights, 50 steps of DDIM. It trains for as long as mnist_ddpm.py
@@ -7,32 +7,29 @@ does, on as many threads as PyTorch takes, in the layout of memory that is faste
 the second half, as there. It needs the extra `peers`, and MNIST, 11 MB to fetch.
 """
 
-import argparse
 import copy
 import pathlib
-import sys
 import time
 
 import numpy as np
 from tqdm import tqdm
 
+from tinyddpm import cli
 from tinyddpm.files.data import load_mnist
 from tinyddpm.files.replacing import replacing
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    parser = cli.Options(__doc__)
+    add = parser.add
     add("--minutes", type=float, default=5, help="of training [%(default)s]")
     add("--lr", type=float, default=2e-3, help="AdamW's learning rate at first [%(default)s]")
-    add("--samples", type=int, default=500, help="how many digits to draw [%(default)s]")
-    add("--threads", type=int, help="of PyTorch [as many as it likes]")
-    add("--seed", type=int, default=0, help="another one gives other digits [%(default)s]")
+    add("--samples", type=int, default=500, least=1, help="how many digits to draw [%(default)s]")
+    add("--threads", type=int, least=1, help="of PyTorch [as many as it likes]")
+    add("--seed", type=int, default=0, least=0, help="another one gives other digits [%(default)s]")
     add("--out", type=pathlib.Path, default="pytorch_digits.npz", help="the digits [%(default)s]")
-    args = parser.parse_args()
-    if not args.minutes > 0 or args.samples < 1 or args.seed < 0 or (args.threads or 1) < 1:
-        parser.error("--minutes must be greater than 0, --samples and --threads at least 1, --seed 0 or greater")
-    return args
+    parser.positive += ["minutes", "lr"]
+    return parser.parse_args()
 
 
 def main():
@@ -90,16 +87,8 @@ def main():
             digits.append(x.clamp(-1, 1).permute(0, 2, 3, 1).numpy())
     with replacing(args.out) as (unfinished,), open(unfinished, "wb") as file:
         np.savez(file, images=np.concatenate(digits))
-    print(f"{args.samples} digits are in {args.out}: python examples/evaluate_digits.py {args.out}")
+    print(f"{args.samples} digits are in {args.out}: python examples/measure/evaluate_digits.py {args.out}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ImportError as error:
-        sys.exit(f"pytorch_digits.py: {error}; that needs PyTorch and diffusers, pip install -e '.[peers]'")
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"pytorch_digits.py: {error}")
-    except KeyboardInterrupt:
-        print("\npytorch_digits.py: interrupted", file=sys.stderr)
-        sys.exit(130)
+    cli.run(main, needs="PyTorch and diffusers, pip install -e '.[peers]'")

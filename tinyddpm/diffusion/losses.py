@@ -8,7 +8,7 @@ Without its weight, which is greatest where there is least noise, the pictures a
 
 Each is a function of the diffusion, the images x0 and their noise eps (N, H, W, C), t (N,), x_t, and what the network
 made of x_t: its prediction and, if the variance is learned, the spread (else None). ||.||^2 is a mean over all
-elements. Before this file: process.py, whose `loss_at` calls the one that is the diffusion's `loss_type`; next: bound.py.
+elements. `Diffusion.loss_at` calls the one that is its `loss_type`. Before this file: process.py; next: bound.py.
 """
 
 from __future__ import annotations

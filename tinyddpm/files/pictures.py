@@ -6,7 +6,6 @@ Images come as (N, H, W, C) arrays, NumPy's or CuPy's, in [-1, 1] with C = 1 (gr
 
 from __future__ import annotations
 
-import argparse
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -17,19 +16,6 @@ from PIL import Image, ImageDraw
 from ..backend import to_numpy
 
 Path = str | pathlib.Path
-
-
-def picture_path(path: str) -> pathlib.Path:
-    """`path`, if a picture can be written there, for argparse: better to know that before the work than after.
-
-    Raises ArgumentTypeError if its folder does not exist or Pillow does not know its suffix.
-    """
-    path = pathlib.Path(path)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
-    if path.is_dir() or path.suffix.lower() not in Image.registered_extensions():
-        raise argparse.ArgumentTypeError(f"expected a picture such as digits.png, got {path}")
-    return path
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -55,6 +41,11 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int = 2, gap: in
     page = np.pad(page, ((0, gap), (0, gap), (0, 0)), constant_values=32)
     page = page.repeat(scale, axis=0).repeat(scale, axis=1)
     return Image.fromarray(page[:, :, 0] if C == 1 else page)
+
+
+def page(images: np.ndarray, classes: int | None, **settings: int) -> Image.Image:
+    """A `grid` with a column for each of so many classes, unless that would be too few or too many."""
+    return grid(images, columns=classes if classes and 5 <= classes <= len(images) else None, **settings)
 
 
 def rows(named: Mapping[str, np.ndarray], scale: int = 2, gap: int = 2, columns: Sequence[str] = ()) -> Image.Image:

@@ -62,7 +62,7 @@ def batch_gradient(
                 gradients[group] += gradient
         return total
 
-    def loss_and_gradient(step: int) -> tuple[Array, Array]:
+    def draw_and_differentiate(step: int) -> tuple[Array, Array]:
         loss, gradient = sum(work(list(enumerate(next(given))), step)), gradients[0]
         for other in gradients[1:]:
             gradient += other
@@ -80,4 +80,4 @@ def batch_gradient(
         given = itertools.repeat([None] * len(groups))
         if not isinstance(batches.images, np.ndarray):
             given = stack.enter_context(ahead(read, steps, READ_AHEAD))
-        yield loss_and_gradient
+        yield draw_and_differentiate

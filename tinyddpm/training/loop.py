@@ -1,12 +1,13 @@
 """Algorithm 1 of Ho, Jain & Abbeel 2020, training:
 
     repeat
-        x_0 ~ q(x_0),  t ~ Uniform({1 ... T}),  eps ~ N(0, I)                           `Batches.draw`, `Diffusion.loss`
+        x_0 ~ q(x_0),  t ~ Uniform({1 ... T}),  eps ~ N(0, I)
         take a gradient step on  grad_theta ||eps - eps_theta(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t)||^2
     until converged
 
-`descend` is the loop, `micro_batch_gradient` the gradient of some images, `batch_gradient` that of a batch. What a user
-calls, `train`, is in train.py: it runs this loop, and can go on with it after an interruption.
+`descend` is the loop. What it draws and differentiates is below it: `micro_batch_gradient` for some images,
+`batch_gradient` for a batch. What a user calls is `train` in train.py: it runs this loop, and can go on with it after
+an interruption.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def check_finite(step: int, loss: Array, norm: Array) -> tuple[float, float]:
 
 
 def descend(
-    loss_and_gradient: Callable[[int], tuple[Array, Array]],
+    draw_and_differentiate: Callable[[int], tuple[Array, Array]],
     optimizer: Adam,
     ema: EMA,
     steps: int,
@@ -43,15 +44,16 @@ def descend(
     """Take the steps that are left of `steps`, and yield after each how many have been taken, the learning rate, and
     what `check` returns of the loss and the gradient's norm.
 
-    loss_and_gradient(step): of that step's batch, drawn anew; see `batch_gradient`. rate(step): the learning rate.
+    draw_and_differentiate(step): the loss of a batch, x_0, t and eps, that is drawn for this step, and its gradient for
+    all parameters (P,); see `batch_gradient`. rate(step): the learning rate.
     """
     for step in range(optimizer.n, steps):
-        loss, gradient = loss_and_gradient(step)
+        loss, gradient = draw_and_differentiate(step)
         norm = clip_norm(gradient, max_norm)
-        checked = check(step + 1, loss, norm)
-        optimizer.step(gradient, rate(step))
+        outcome, lr = check(step + 1, loss, norm), rate(step)
+        optimizer.step(gradient, lr)
         ema.update(optimizer.theta)
-        yield step + 1, rate(step), checked
+        yield step + 1, lr, outcome
 
 
 def micro_batch_gradient(model: Callable, diffusion: Any, batches: Batches) -> Callable:
@@ -64,10 +66,11 @@ def micro_batch_gradient(model: Callable, diffusion: Any, batches: Batches) -> C
     drops = getattr(model, "dropout", 0) or getattr(model, "label_dropout", 0)
 
     def differentiate(step: int, start: int, x0: Array | None = None, scale: float = 1.0, out: Array | None = None):
-        x0, labels, rng = batches.draw(step, start, x0)
+        x0, labels, rng = batches.draw(step, start, x0)  # x_0 ~ q(x_0)
         settings = ({"rng": rng} if drops else {}) | ({} if labels is None else {"labels": labels})
         net = functools.partial(model, **settings) if settings else model
-        loss = diffusion.loss(net, to_device(x0, model.device), rng) * (scale * len(x0) / batches.size)
+        loss = diffusion.loss(net, to_device(x0, model.device), rng)  # draws t ~ Uniform and eps ~ N(0, I)
+        loss = loss * (scale * len(x0) / batches.size)
         return loss.data, flat_gradient(backward(loss, copy=False), parameters, out)
 
     return differentiate
@@ -78,17 +81,17 @@ def micro_batch_gradient(model: Callable, diffusion: Any, batches: Batches) -> C
 def batch_gradient(
     model: Callable, differentiate: Callable, batches: Batches, steps: range, workers: int, ranks: Any
 ) -> Iterator[Callable]:
-    """Within this block, loss_and_gradient(step) is that of a batch, the sum over its micro-batches, which
-    `differentiate` differentiates, one after the other. It is called for each of `steps`, in order.
+    """Within this block, what comes of it is called for each of `steps`, in order: it draws and differentiates a batch,
+    one micro-batch after the other, by `differentiate`, and returns the sum of the losses and that of the gradients.
 
     A faster twin may have several `workers` do so side by side, and add up what `ranks` on other machines have.
     """
 
-    def loss_and_gradient(step: int) -> tuple[Array, Array]:
+    def draw_and_differentiate(step: int) -> tuple[Array, Array]:
         loss = gradient = 0
         for start in batches.starts:
             of_part = differentiate(step, start)
             loss, gradient = loss + of_part[0], gradient + of_part[1]
         return loss, gradient
 
-    yield loss_and_gradient
+    yield draw_and_differentiate

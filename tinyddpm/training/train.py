@@ -172,7 +172,7 @@ def train(
             it is indexed, such as an `ImageFolder`, which is then done ahead of use.
         batch: images per step.
         micro_batch: images a worker takes at a time, with noise of their own; None for that of the run that goes on, or
-            else for what `speed.shards.shard_size` says on a CPU, the whole batch on a GPU, its part on each of several.
+            else for what `speed.shards.shard_size` says on a CPU, the whole batch on a GPU, its part on each of some.
         lr: Adam's learning rate, to which it rises over the first `warmup_steps` and from which it falls towards 0 over
             the last `decay_steps`.
         max_norm: longest gradient. ema_decay: of the moving average.
@@ -219,9 +219,9 @@ def train(
         _warn_of_idle(ranks, batches)
         differentiate, rest = micro_batch_gradient(model, diffusion, batches), range(optimizer.n, steps)
         workers = ranks.cpus if workers is None else workers
-        with batch_gradient(model, differentiate, batches, rest, workers, ranks) as loss_and_gradient:
+        with batch_gradient(model, differentiate, batches, rest, workers, ranks) as draw_and_differentiate:
             rate = lambda step: learning_rate(lr, step, steps, warmup_steps, decay_steps)
-            taken = descend(loss_and_gradient, optimizer, ema, steps, rate, max_norm, run.check)
+            taken = descend(draw_and_differentiate, optimizer, ema, steps, rate, max_norm, run.check)
             for _ in rest:
                 began = time.monotonic()
                 run.recent.append(0.0)
