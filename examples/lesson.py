@@ -135,8 +135,8 @@ anew, and is told t. Each time its parameters are changed a little to make
 
     loss = mean of (x_0 - guess(x_t, t))^2                     (equation 14, but for x_0 rather than the noise)
 
-smaller; the gradient, which says in which direction, comes from tensor.py. Ho et al. let the network guess eps instead;
-by equation 4 either tells the other, but x_0 is what one can look at.""")
+smaller; the gradient, which says in which direction, comes from autograd/backward.py. Ho et al. let the network guess
+eps instead; by equation 4 either tells the other, but x_0 is what one can look at.""")
     loop = train(unet, diffusion, threes, steps, 32, lr=4e-3, decay_steps=steps // 2, workers=workers, seed=seed)
     bar = tqdm(loop, "training", steps, unit="step", dynamic_ncols=True)
     for state in bar:
@@ -230,4 +230,4 @@ if __name__ == "__main__":
     options.add("--seed", type=int, default=0, least=0, help="another one gives other digits [%(default)s]")
     options.add("--workers", type=int, least=1, help="how many work side by side [one per CPU]")
     options.add("--out", type=pathlib.Path, default=pathlib.Path("runs/lesson"), help="folder [%(default)s]")
-    cli.run(main, *vars(options.parse_args()).values())
+    cli.run(lambda: main(**vars(options.parse_args())))

@@ -90,4 +90,4 @@ if __name__ == "__main__":
     add("--workers", type=int, default=1, least=1, help="so small a network is fastest with one [%(default)s]")
     add("--seed", type=int, default=0, least=0, help="the same seed gives the same pictures [%(default)s]")
     add("--out", type=pathlib.Path, default=pathlib.Path("runs/toy"), help="folder for the results [%(default)s]")
-    cli.run(main, *vars(options.parse_args()).values())
+    cli.run(lambda: main(**vars(options.parse_args())))

@@ -1,9 +1,12 @@
 """The gradient checker: v^T J u by central differences along a random direction against the hand-written gradients."""
 
+import contextlib
+
 import numpy as np
 
 from tinyddpm.autograd.backward import backward
 from tinyddpm.autograd.tensor import Parameter, Tensor
+from tinyddpm.backend import plain
 
 
 def read_only(array):
@@ -30,12 +33,19 @@ def summed_to(g, shape):
 def check_op(op, *inputs, rng=None, tolerance=1e-7, **settings):
     """Check value, gradients, dtypes and manners of an op at `inputs`: float64 arrays; anything else is held fixed.
 
+    As it comes, with the faster twins of what it calls, and in the plain way.
+
     In float64: each gradient against central differences; inputs, value and incoming gradient are read-only, and a
     second pull gives the same again, so nothing that is saved gets written to. In float32: the same numbers, in
     float32.
     Through the engine: `backward` returns those gradients.
     """
-    rng = rng or np.random.default_rng(0)
+    for way in (contextlib.nullcontext, plain):
+        with way():
+            _check_op(op, *inputs, rng=rng or np.random.default_rng(0), tolerance=tolerance, **settings)
+
+
+def _check_op(op, *inputs, rng, tolerance, **settings):
     varied = [i for i, x in enumerate(inputs) if isinstance(x, np.ndarray)]
     wide = [read_only(x) if i in varied else x for i, x in enumerate(inputs)]
     y, pull = op.raw(*wide, **settings)

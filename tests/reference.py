@@ -1,4 +1,4 @@
-"""The plain twins: each function of the package as its definition says, slow and obvious, in NumPy alone."""
+"""Each function of the package as its definition says, slow and obvious, in NumPy alone."""
 
 import numpy as np
 

@@ -1,4 +1,5 @@
-"""The array module without a GPU: what passes through, and what asking for CUDA says where there is none."""
+"""The array module without a GPU: what passes through, what asking for CUDA says where there is none, and which of a
+paired function and its twins runs."""
 
 import contextlib
 import importlib.util
@@ -145,19 +146,58 @@ def test_with_the_real_cupy():
     )
 
 
-def test_functions_are_paired_by_the_first_argument(monkeypatch):
-    """NumPy's arrays and scalars go to the function itself, all else to the one of that name in cuda.py."""
-    twins = types.ModuleType("tinyddpm.speed.cuda")
-    twins.double = lambda x, times=2: ("twin", times)
-    monkeypatch.setitem(sys.modules, "tinyddpm.speed.cuda", twins)
+class TestPaired:
+    @pytest.fixture
+    def double(self, install, monkeypatch):
+        """A function with a twin for each kind of array."""
+        install(cupy := FakeCuPy())
+        cupy.ndarray = type("ndarray", (), {})
+        for kind in ("cpu", "cuda"):
+            module = types.ModuleType(f"tinyddpm.speed.{kind}")
+            module.TWINS = {"double": lambda x, times=2, kind=kind: (kind, times)}
+            monkeypatch.setitem(sys.modules, module.__name__, module)
+        backend._twins.cache_clear()
 
-    @backend.paired
-    def double(x, times=2):
-        """Times two."""
-        return times * x
+        @backend.paired
+        def double(x, times=2):
+            """Times two."""
+            return "plain", times
 
-    assert double(np.ones(())) == 2 and double(np.float32(1), times=3) == 3
-    monkeypatch.setattr(backend, "array_module", lambda x: "cupy")
-    assert double("an array of CuPy", times=4) == ("twin", 4)
-    assert double.__doc__ == "Times two." and double.__wrapped__
-    backend._twin.cache_clear()
+        yield double
+        backend._twins.cache_clear()
+
+    def test_by_the_first_argument_an_array(self, double):
+        assert double(np.ones(2)) == ("cpu", 2) and double(np.ones(()), times=3) == ("cpu", 3)
+        assert double(np.float32(1), 4) == ("cpu", 4)  # what NumPy's sums may return
+        assert double(sys.modules["cupy"].ndarray(), times=5) == ("cuda", 5)
+
+    def test_or_a_model_by_its_device(self, double):
+        for device, kind in (("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda")):
+            assert double(types.SimpleNamespace(device=device)) == (kind, 2)
+        assert double(lambda x, t: x) == ("cpu", 2)  # any function is one
+
+    def test_a_function_without_a_twin_is_itself(self, double):
+        single = backend.paired(lambda x: x)
+        for x in (np.ones(2), sys.modules["cupy"].ndarray(), lambda x, t: x):
+            assert single(x) is x
+
+    def test_the_plain_way_is_at_hand(self, double):
+        assert double.__doc__ == "Times two." and double.__name__ == "double"
+        for x in (np.ones(2), sys.modules["cupy"].ndarray()):
+            assert double.plain(x, times=6) == ("plain", 6)
+            with backend.plain():
+                assert double(x, times=7) == ("plain", 7)
+            assert double(x)[0] != "plain"
+
+
+def test_twins_are_imported_when_they_are_needed_and_not_before():
+    """Those for a CPU are not needed to import the package, those for a GPU not without one."""
+    code = """
+import sys
+import numpy as np
+from tinyddpm.autograd.functional import column_sums
+seen = lambda: [name for name in ("cpu", "cuda") if f"tinyddpm.speed.{name}" in sys.modules]
+print(seen(), column_sums(np.ones((3, 1))), seen())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout == "[] [3.] ['cpu']\n"

@@ -32,8 +32,6 @@ def draw(unet: UNet, diffusion: Diffusion, n: int, labels: list[int] | None, gui
     if config["classes"]:
         settings["labels"] = np.resize(range(config["classes"]) if labels is None else labels, n)
         settings["guidance"] = guidance if config["label_dropout"] else None
-    elif labels is not None:
-        raise ValueError("--labels: this model knows no classes, so leave it out")
     return sample(diffusion, unet, shape=(n, *config["image_size"], config["in_channels"]), **settings)
 
 
@@ -44,7 +42,9 @@ def train_on_images(run: TrainingRun) -> None:
         unet, diffusion, digits = trained_model(args)
         how = {"steps": min(args.sampling_steps, diffusion.T), "rng": args.seed, "workers": args.workers}
         drawn = draw(unet, diffusion, len(digits), digits, args.guidance, progress=True, **how)
-        return run.save(grid(drawn, columns=len(digits), scale=4), "digits.png")
+        run.save(grid(drawn, columns=len(digits), scale=4), "digits.png")
+        print(f"look at {args.out / 'digits.png'}")
+        return
     images, labels = run.load_data()
     (_, H, W, C), attention = images.shape, [False] * len(args.channels)
     told = {} if labels is None else {"classes": int(labels.max()) + 1, "label_dropout": 0.1}
@@ -96,6 +96,13 @@ def sample_from_model(argv: list[str], prog: str) -> None:
         unet.config["image_size"] = (args.size, args.size)
     if unet.config["image_size"] is None:
         raise ValueError("--size: this model does not say how large its images are, so it has to be given")
+    classes, labels = unet.config["classes"] or 0, args.labels or []
+    if labels and not classes:
+        raise ValueError("--labels: this model knows no classes, so leave it out")
+    if not all(0 <= label < classes for label in labels):
+        raise ValueError(f"--labels: this model knows 0 to {classes - 1}, got {' '.join(map(str, labels))}")
+    if args.guidance is not None and not unet.config["label_dropout"]:
+        raise ValueError("--guidance: this model cannot be guided, for it did not learn to do without labels")
     how = {"method": args.method, "steps": min(args.steps, diffusion.T), "rng": args.seed, "workers": args.workers}
     images = draw(unet, diffusion, args.samples, args.labels, args.guidance, progress=True, **how)
     page(images, unet.config["classes"]).save(args.out)
@@ -106,6 +113,8 @@ def opened(path: pathlib.Path, variant: str | None) -> tuple[UNet, Diffusion]:
     """The network and the diffusion at a path, whoever wrote them."""
     if path.is_dir():
         return load_diffusers(path, variant)
+    if variant is not None:
+        raise ValueError(f"--variant: only a folder of diffusers has variants, and {path} is none")
     with stored_tensors(path) as (_, metadata):
         ours = "tinyddpm" in metadata
     return load_model(path) if ours else load_original(path)
@@ -114,7 +123,7 @@ def opened(path: pathlib.Path, variant: str | None) -> tuple[UNet, Diffusion]:
 def evaluate(argv: list[str]) -> None:
     """Run examples/measure/evaluate_digits.py."""
     if not EVALUATION.exists():
-        raise FileNotFoundError("evaluate: the classifier is not in the package, but in a checkout of its repository")
+        raise FileNotFoundError("the classifier is not in the package, but in a checkout of its repository")
     sys.argv = [str(EVALUATION), *argv]
     runpy.run_path(str(EVALUATION), run_name="__main__")
 

@@ -106,10 +106,10 @@ def errors_in_a_line(name: str | None = None, needs: str = "a package") -> Itera
         sys.exit(130)  # what a shell says of a program that Ctrl-C ended
 
 
-def run(main: Callable, *arguments: Any, **settings: str) -> None:
+def run(main: Callable[[], Any], **settings: str) -> None:
     """Call `main` within `errors_in_a_line`."""
     with errors_in_a_line(**settings):
-        main(*arguments)
+        main()
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tinyddpm import Diffusion, Schedule, UNet, sample
+from tinyddpm.diffusion.losses import weighted_eps, weighted_mu
 from tinyddpm.diffusion.sample import ddpm
 from tinyddpm.diffusion.schedule import linear
 from tinyddpm.network.unet import timestep_encoding
@@ -219,8 +220,8 @@ def test_the_docstrings_state_what_is_tested_here():
         (Diffusion.posterior_mean, "q(x_{t-1} | x_t, x_0) = N(mu_tilde_t, beta_tilde_t I)"),
         (ddpm, "x_{t-1} = mu_tilde(x0hat, x_t) + sigma_t z"),
         (timestep_encoding, "P(k, 2i) = sin(k / n^(2i/d)),  P(k, 2i+1) = cos(k / n^(2i/d))"),
-        (Diffusion.loss, "E [1 / (2 sigma_t^2) ||mu_tilde_t(x_t, x_0) - mu_theta(x_t, t)||^2]"),
-        (Diffusion.loss, "E [beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) ||eps - eps_theta(x_t, t)||^2]"),
+        (weighted_mu, "E [1 / (2 sigma_t^2) ||mu_tilde_t(x_t, x_0) - mu_theta(x_t, t)||^2]"),
+        (weighted_eps, "E [beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) ||eps - eps_theta(x_t, t)||^2]"),
         (Diffusion.loss, "E ||eps - eps_theta(sqrt(alpha_bar_t) b x_0 + sqrt(1 - alpha_bar_t) eps, t)||^2"),
     ]:
         assert equation in function.__doc__, equation

@@ -13,6 +13,7 @@ from strategies import SEEDS, processes, schedules
 from tinyddpm import Diffusion, Schedule, backward, make_schedule
 from tinyddpm.autograd.functional import concat
 from tinyddpm.autograd.tensor import Parameter, Tensor
+from tinyddpm.diffusion.bound import prior_terms, vlb_terms
 from tinyddpm.diffusion.checks import LOSSES, OBJECTIVES
 from tinyddpm.diffusion.clipping import dynamic_threshold, limit
 from tinyddpm.diffusion.schedule import linear as linear_beta
@@ -84,7 +85,7 @@ class TestForward:
         d = Diffusion(linear(10, b=b), objective)
         x, t = np.ones((2, 4, 4, 1), np.float32), np.array([3, 4])
         made = [f(x, t, x) for f in (d.q_step, d.q_sample, d.target, d.predict_x0, d.predict_eps, d.eps_from_x0)]
-        made += [d.posterior_mean(x, x, t), d.log_variance(x, t), d.prior_terms(x), d.vlb_terms(x, x, t, x)]
+        made += [d.posterior_mean(x, x, t), d.log_variance(x, t), prior_terms(d, x), vlb_terms(d, x, x, t, x)]
         made += [*d.p_mean_variance(zeros, x, t), d.p_mean_variance(zeros, x, t, "dynamic")[2]]
         assert {a.dtype for a in made} == {np.dtype("float32")}
 
@@ -392,7 +393,7 @@ class TestLoss:
         d = Diffusion(d.schedule, d.objective, loss_type="vlb")
         x_t, t, eps = seen_by(d, x0, np.random.default_rng(seed))
         model = lambda x, t: 0.1 * np.sin(x)
-        terms = d.vlb_terms(x0, x_t, t, d._run(model, x_t, t)[0]).data
+        terms = vlb_terms(d, x0, x_t, t, d.predict(model, x_t, t)[0]).data
         assert math.isclose(d.loss(model, x0, np.random.default_rng(seed)).item(), d.T * terms.mean(), rel_tol=1e-9)
 
     def test_hybrid_is_simple_plus_a_thousandth_of_the_bound(self):
@@ -569,7 +570,7 @@ class TestDiffusionBadInput:
 
     def test_a_learned_variance_that_is_not_given(self):
         d = Diffusion(linear(10), variance="learned_range", loss_type="vlb")
-        for use in (lambda x, t: d.log_variance(x, t), lambda x, t: d.vlb_terms(x, x, t, x)):
+        for use in (lambda x, t: d.log_variance(x, t), lambda x, t: vlb_terms(d, x, x, t, x)):
             with pytest.raises(
                 ValueError, match="^spread: with variance 'learned_range' it is needed, the second half of"
             ):

@@ -3,7 +3,6 @@
 import contextlib
 import math
 import re
-import sys
 
 import numpy as np
 import pytest
@@ -12,11 +11,12 @@ from hypothesis import strategies as st
 from ideal import ideal_denoiser
 from strategies import SEEDS, schedules
 
-from tinyddpm import Diffusion, Schedule, UNet, make_schedule, sample
+from tinyddpm import Diffusion, Schedule, UNet, backend, make_schedule, sample
 from tinyddpm.autograd.tensor import Parameter, Tensor
 from tinyddpm.diffusion.checks import OBJECTIVES, SPACINGS
 from tinyddpm.diffusion.sample import SAMPLERS, ddim, ddpm, dpm_solver, guided, respace, timesteps
 from tinyddpm.diffusion.schedule import linear
+from tinyddpm.speed.shards import in_parts
 
 
 def zeros(x, t):
@@ -478,10 +478,12 @@ class TestSample:
 
     def test_images_are_made_where_the_model_is_and_there_in_one_batch(self, monkeypatch):
         went, shapes = [], []
-        monkeypatch.setattr(sys.modules["tinyddpm.sample"], "to_device", lambda x, device: went.append(device) or x)
+        monkeypatch.setattr("tinyddpm.diffusion.sample.to_device", lambda x, device: went.append(device) or x)
         monkeypatch.setattr(
-            sys.modules["tinyddpm.sample"], "on_device", lambda device: went.append(device) or contextlib.nullcontext()
+            "tinyddpm.diffusion.sample.on_device", lambda device: went.append(device) or contextlib.nullcontext()
         )
+        own = backend._twins  # a GPU's need CuPy, but for this one
+        monkeypatch.setattr(backend, "_twins", lambda kind: {"in_parts": in_parts} if kind == "cuda" else own(kind))
 
         class Model:
             device = "cuda:1"

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from tinyddpm.autograd import functional, tensor
+from tinyddpm.cli import training_options
 from tinyddpm.network import nn, unet
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "benchmark.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "measure" / "benchmark.py"
 TINY = {"channels": (8, 16), "blocks": 1, "attention": (False, True)}
 
 
@@ -108,8 +109,8 @@ def test_every_op_is_as_before_afterwards(benchmark):
 def test_the_networks_are_the_example_s_and_google_s(benchmark):
     sizes = {work.name: benchmark.network(work.net).size for work in benchmark.WORKS}
     assert next(size for name, size in sizes.items() if "cifar" in name) == 35_746_307
-    example = (SCRIPT.parent / "mnist_ddpm.py").read_text()
-    assert f"default={list(benchmark.EXAMPLE['channels'])}" in example and '"--patch", type=int, default=2' in example
+    default = training_options(None).parse_args([])
+    assert default.channels == list(benchmark.EXAMPLE["channels"]) and default.patch == 2
     assert benchmark.EXAMPLE["in_channels"] == benchmark.EXAMPLE["out_channels"] == 2 * 2
 
 
@@ -191,7 +192,7 @@ benchmark.main()
 class TestOnAnEmulatedGPU:
     """In a process of its own, which has CuPy for good."""
 
-    path = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1] / "tests"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[2] / "tests"), os.environ.get("PYTHONPATH", "")])
 
     def test_our_times_alone(self):
         device = "cuda:1"

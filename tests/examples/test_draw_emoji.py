@@ -1,4 +1,4 @@
-"""examples/draw_emoji.py: without a font it says so; what it cuts out is in the middle; with a font, pictures."""
+"""examples/measure/draw_emoji.py: without a font it says so; what it cuts out is in the middle; with one, pictures."""
 
 import pathlib
 import runpy
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tinyddpm import ImageFolder
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "draw_emoji.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "measure" / "draw_emoji.py"
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_without_a_font_it_says_what_to_do(example, monkeypatch):
 def test_what_is_no_font_is_named(example, refusal, tmp_path):
     (tmp_path / "a.ttf").write_bytes(b"no font")
     assert f"draw_emoji.py: {tmp_path / 'a.ttf'}: " in refusal(SCRIPT, f"--font={tmp_path / 'a.ttf'}")
-    assert "--size must be at least 8, got 7" in refusal(SCRIPT, "--size=7")
+    assert "--size must be 8 or greater, got 7" in refusal(SCRIPT, "--size=7")
 
 
 def test_letters_and_empty_boxes_are_not_in_colour(example):

@@ -1,4 +1,4 @@
-"""examples/evaluate_digits.py: each number against a plain computation of it, and the whole as a user would run it."""
+"""examples/measure/evaluate_digits.py: each number against a plain computation of it, and all as a user runs it."""
 
 import gzip
 import json
@@ -18,8 +18,8 @@ from tinyddpm import Diffusion, UNet, load_digits, make_schedule, sample, save_m
 from tinyddpm.files.data import COUNTS, read_idx
 from tinyddpm.files.pictures import to_uint8
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "evaluate_digits.py"
-MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
+SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "measure" / "evaluate_digits.py"
+MNIST = pathlib.Path(__file__).parents[3] / "shared" / "data" / "mnist"
 HELD_OUT, HELD_OUT_LABELS = load_digits(train=False)
 
 
@@ -149,7 +149,7 @@ class TestClassifier:
         assert (classifier.look(HELD_OUT)[1].argmax(axis=1) == HELD_OUT_LABELS).mean() >= 0.98
 
     def test_training_it_takes_only_digits_that_do_not_come_along(self, example, tmp_path, monkeypatch):
-        """Those that come along are the first 1,000 of each class (test_data_and_image.py)."""
+        """Those that come along are the first 1,000 of each class (test_data_and_pictures.py)."""
         rng, taken = np.random.default_rng(0), []
         digits = rng.uniform(-1, 1, (10500, 28, 28, 1)).astype(np.float32), rng.permutation(10500) % 10
         unseen = HELD_OUT[::100], HELD_OUT_LABELS[::100]

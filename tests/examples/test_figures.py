@@ -1,4 +1,4 @@
-"""examples/figures.py: what it draws is read off the model and the schedules themselves."""
+"""examples/measure/figures.py: what it draws is read off the model and the schedules themselves."""
 
 import pathlib
 import runpy
@@ -13,7 +13,7 @@ from tinyddpm.autograd.tensor import as_array
 from tinyddpm.network.nn import Conv2d
 from tinyddpm.network.unet import AttentionBlock, ResBlock
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "examples" / "figures.py"
+SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "measure" / "figures.py"
 
 
 @pytest.fixture(scope="module")

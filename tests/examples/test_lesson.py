@@ -13,7 +13,7 @@ from PIL import Image
 
 from tinyddpm import load_digits, make_schedule
 
-LESSON = pathlib.Path(__file__).parents[1] / "examples" / "lesson.py"
+LESSON = pathlib.Path(__file__).parents[2] / "examples" / "lesson.py"
 
 
 def test_its_ideal_guess_is_that_of_the_tests():
@@ -27,9 +27,10 @@ def test_its_ideal_guess_is_that_of_the_tests():
 
 
 def test_bad_input_is_refused_in_a_line(refusal, tmp_path):
-    for argument in ("--steps=0", "--seed=-1", "--workers=0"):
-        message = "lesson.py: --steps and --workers must be 1 or greater, --seed 0 or greater"
-        assert message in refusal(LESSON, argument, f"--out={tmp_path}")
+    for name, least, got in (("--steps", 1, 0), ("--seed", 0, -1), ("--workers", 1, 0)):
+        message = f"lesson.py: error: {name} must be {least} or greater, got {got}"
+        assert message in refusal(LESSON, f"{name}={got}", f"--out={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from tinyddpm import load_digits, load_model, no_grad, sample
 from tinyddpm.files.model import DIGITS_MODEL
 from tinyddpm.files.pictures import grid
 
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 TINY = {
     "sample_digits": ["--digits=2026", "--rows=2", "--steps=3"],
     "samplers": ["--steps", "2", "3", "--most=4"],
@@ -140,7 +140,7 @@ def test_interpolate(tmp_path):
     [
         ("sample_digits", ["--digits=2x"], "--digits must be digits such as 2026, got '2x'"),
         ("sample_digits", ["--digits="], "--digits must be digits such as 2026, got ''"),
-        ("sample_digits", ["--rows=0"], "--rows must be at least 1, got 0"),
+        ("sample_digits", ["--rows=0"], "--rows must be 1 or greater, got 0"),
         ("sample_digits", ["--steps=1001"], "steps: expected an integer from 1 to 1000"),
         ("sample_digits", ["--steps=0"], "steps: expected an integer from 1 to 1000"),
         ("sample_digits", ["--guidance=nan"], "guidance: expected a number, such as 2, got nan"),
@@ -150,15 +150,15 @@ def test_interpolate(tmp_path):
         ("samplers", ["--methods", "euler"], "invalid choice: 'euler'"),
         ("denoise", ["--sigma", "-1"], "sigma: expected a number > 0, got -1.0"),
         ("denoise", ["--sigma", "1000"], "sigma: 1000.0 is more noise than this schedule knows"),
-        ("denoise", ["--samples=0"], "--samples must be at least 1, got 0"),
+        ("denoise", ["--samples=0"], "--samples must be 1 or greater, got 0"),
         ("denoise", ["--steps=-1"], "steps: expected an integer from 1 to 1000"),
         ("inpaint", ["--known", "right"], "invalid choice: 'right'"),
-        ("inpaint", ["--tries=0"], "--tries must be at least 1, got 0"),
+        ("inpaint", ["--tries=0"], "--tries must be 1 or greater, got 0"),
         ("inpaint", ["--resamplings=0"], "resamplings: expected an integer >= 1, got 0"),
         ("interpolate", ["--pairs", "3"], "--pairs must be of two digits each, such as 38, got '3'"),
         ("interpolate", ["--count=1"], "count: expected an integer >= 2, got 1"),
         *((name, ["--seed=-1"], "--seed must be 0 or greater, got -1") for name in TINY),
-        *((name, ["--workers=0"], "workers: expected an integer >= 1, got 0") for name in TINY),
+        *((name, ["--workers=0"], "--workers must be 1 or greater, got 0") for name in TINY),
         *((name, ["--out=nowhere/p.png"], "--out: there is no folder nowhere") for name in TINY),
         *((name, ["--out=picture"], "--out: expected a picture such as") for name in TINY),
     ],

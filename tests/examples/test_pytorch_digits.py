@@ -1,4 +1,4 @@
-"""examples/pytorch_digits.py: what README's comparison of digits was drawn with."""
+"""examples/measure/pytorch_digits.py: what README's comparison of digits was drawn with."""
 
 import pathlib
 import runpy
@@ -12,7 +12,7 @@ from tinyddpm import load_digits
 
 pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
-EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples" / "measure"
 
 
 def test_it_draws_what_evaluate_digits_reads(monkeypatch, tmp_path, capsys):
@@ -28,5 +28,15 @@ def test_it_draws_what_evaluate_digits_reads(monkeypatch, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["digits.npz"]
 
 
-def test_bad_input_is_refused_in_a_line(refusal):
-    assert "--samples and --threads at least 1" in refusal(EXAMPLES / "pytorch_digits.py", "--samples=0")
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--samples=0", "--samples must be 1 or greater, got 0"),
+        ("--threads=0", "--threads must be 1 or greater, got 0"),
+        ("--seed=-1", "--seed must be 0 or greater, got -1"),
+        ("--minutes=0", "--minutes must be greater than 0, got 0.0"),
+        ("--lr=nan", "--lr must be greater than 0, got nan"),
+    ],
+)
+def test_bad_input_is_refused_in_a_line(refusal, option, message):
+    assert message in refusal(EXAMPLES / "pytorch_digits.py", option)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "toy_2d.py"
+EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "toy_2d.py"
 TINY = ["--steps=3", "--points=40"]
 
 
@@ -83,11 +83,14 @@ def test_the_same_seed_gives_the_same_pictures(tmp_path):
         assert first == again != other
 
 
-@pytest.mark.parametrize("option", ["--steps=0", "--points=0", "--workers=0", "--seed=-1"])
-def test_numbers_out_of_range_are_refused_in_a_line(tmp_path, option):
-    result = run(*TINY, option, f"--out={tmp_path / 'out'}")
-    assert result.returncode == 1 and not (tmp_path / "out").exists()
-    assert result.stderr == ("toy_2d.py: --steps, --points and --workers must be 1 or greater, --seed 0 or greater\n")
+@pytest.mark.parametrize(
+    ("name", "least", "got"), [("--steps", 1, 0), ("--points", 1, 0), ("--workers", 1, 0), ("--seed", 0, -1)]
+)
+def test_numbers_out_of_range_are_refused_in_a_line(tmp_path, name, least, got):
+    result = run(*TINY, f"{name}={got}", f"--out={tmp_path / 'out'}")
+    assert result.returncode == 2 and not (tmp_path / "out").exists()
+    usage, _, line = result.stderr.partition("toy_2d.py: error: ")
+    assert usage.startswith("usage: toy_2d.py ") and line == f"{name} must be {least} or greater, got {got}\n"
 
 
 @pytest.mark.parametrize(

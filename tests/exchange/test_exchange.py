@@ -21,7 +21,7 @@ from strategies import make, schedules
 
 from tinyddpm import EMA, Diffusion, Schedule, UNet, load_diffusers, load_original, save_diffusers
 from tinyddpm.diffusion.checks import OBJECTIVES, SPACINGS, VARIANCES
-from tinyddpm.exchange.diffusers import diffusers_config as config_of
+from tinyddpm.exchange import diffusers_config as config_of
 from tinyddpm.exchange.diffusers_config import diffusion_from, scheduler_config, unet_settings
 from tinyddpm.files.model import _NoWeights
 from tinyddpm.files.tensors import Stored
@@ -604,8 +604,9 @@ class TestRefusedFolders:
         saved(tmp_path)
         edit(tmp_path / UNET, in_channels=channels[0], out_channels=channels[1])
         (tmp_path / SCHEDULER).write_text(json.dumps(scheduler_config(diffusion)))
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as error:
             load_diffusers(tmp_path)
+        assert str(error.value).startswith(f"{tmp_path / UNET}: ")
 
     @pytest.mark.parametrize(
         "name", ["diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model-00001-of-00002.safetensors"]
@@ -700,7 +701,7 @@ class TestRefusedFolders:
         "changes",
         [
             dict(block_out_channels=[10**6, 10**6]), dict(layers_per_block=1000), dict(layers_per_block=10**6),
-            dict(num_class_embeds=10**6), dict(in_channels=10**6, out_channels=10**6),
+            dict(layers_per_block=10**8), dict(num_class_embeds=10**6), dict(in_channels=10**6, out_channels=10**6),
             dict(block_out_channels=[4] * 2000, sample_size=None, down_block_types=["DownBlock2D"] * 2000,
                  up_block_types=["UpBlock2D"] * 2000),
         ],

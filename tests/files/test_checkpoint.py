@@ -1,8 +1,7 @@
-"""A training that ends at any moment goes on as if it never had: checkpoints, their damage, signals, the log."""
+"""A training that ends at any moment goes on as if it never had: checkpoints, their damage, faults, kill -9."""
 
 import errno
 import itertools
-import json
 import multiprocessing
 import os
 import pathlib
@@ -12,40 +11,26 @@ import sys
 import threading
 import time
 import traceback
-import types
 import warnings
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from tiny_training import DIFFUSION, IMAGES, TINY, in_a_copy, on_linux, step_in, training
 
-from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule, train
-from tinyddpm.files.checkpoint import stop_signals
+from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule
 from tinyddpm.files.replacing import previous
-from tinyddpm.files.run_folder import MetricsLog, set_aside
+from tinyddpm.files.run_folder import MetricsLog
 from tinyddpm.files.tensors import Stored
 from tinyddpm.network.nn import Linear, Module
 from tinyddpm.speed.workers import shared_array
 from tinyddpm.training.batches import batch_indices
 
-TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
-DIFFUSION = Diffusion(make_schedule("linear", 20, beta_end=0.6))
-IMAGES = np.random.default_rng(0).uniform(-1, 1, (23, 4, 4, 1)).astype(np.float32)
-SETTINGS = dict(batch=11, micro_batch=4, lr=0.01, warmup_steps=3, decay_steps=3, seed=3)
-on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are copied there only")
-
 
 class Own(Diffusion):
     """A diffusion of one's own."""
-
-
-def training(path, steps=8, *, unet=None, rng=0, diffusion=DIFFUSION, images=IMAGES, **changes):
-    """A network and the training of it that goes on from `path`."""
-    unet = unet or UNet(**TINY, rng=rng)
-    return unet, train(unet, diffusion, images, steps, resume=path, **SETTINGS | changes)
 
 
 def one_after_another(path, parts, **changes):
@@ -323,20 +308,6 @@ class TestDamage:
             next(training(path)[1])
 
 
-def step_in(path):
-    """The step that a checkpoint says it is of."""
-    with safe_open(path, "numpy") as file:
-        return json.loads(file.metadata()["training"])["step"]
-
-
-def in_a_copy(function):
-    """Run `function` in a copy of this process and return how that ended: 0, its exit status, or minus a signal."""
-    process = multiprocessing.get_context("fork").Process(target=function)
-    process.start()
-    process.join(120)
-    return process.exitcode
-
-
 @on_linux
 class TestDisk:
     def save_or_tell(self, path):
@@ -410,96 +381,6 @@ class TestDisk:
         assert path.read_bytes() == before and os.listdir(path.parent) == ["run"]
 
 
-def signals_of_a_run(path, *numbers):
-    """Train in a copy of this process that gets these signals in its third step; return how it ended, and the steps."""
-
-    def trains():
-        with stop_signals("in a moment") as asked:
-            _, states = training(path, 100, workers=2, stop=lambda: send(asked))
-            for state in states:
-                state.save(path)
-        os._exit(0 if state.last else 1)
-
-    def send(asked):
-        if path.exists() and path.with_name(previous(path).name).exists():
-            for number in numbers:
-                os.kill(os.getpid(), number)
-        return asked()
-
-    return in_a_copy(trains), step_in(path)
-
-
-def test_what_was_in_a_folder_is_set_aside(tmp_path):
-    for n in (1, 2):
-        (tmp_path / "a").write_text(str(n))
-        (tmp_path / "stays").touch()
-        assert set_aside(tmp_path, ["a", "none"]) == tmp_path / f"earlier-{n}"
-    assert [(tmp_path / f"earlier-{n}" / "a").read_text() for n in (1, 2)] == ["1", "2"]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["earlier-1", "earlier-2", "stays"]
-
-
-@on_linux
-class TestSignals:
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_once_the_step_is_finished_and_nothing_more(self, tmp_path, number, capfd):
-        assert signals_of_a_run(tmp_path / "run", number) == (0, 3)
-        assert capfd.readouterr().err.count("in a moment") == 1
-
-    @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-    @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-    def test_twice_it_ends_at_once(self, tmp_path, first, second):
-        assert signals_of_a_run(tmp_path / "run", first, second) == (-second, 2)
-
-    def test_a_signal_for_the_whole_group_does_not_end_the_workers(self, tmp_path):
-        """As a job scheduler or a shutdown sends it."""
-
-        def trains():
-            os.setpgid(0, 0)
-            with stop_signals() as asked:
-                _, states = training(None, 100, workers=2, stop=asked)
-                for state in states:
-                    if state.step == 2:
-                        script = f"import os, signal; os.killpg({os.getpid()}, signal.SIGTERM)"
-                        subprocess.run([sys.executable, "-c", script], start_new_session=True, check=True)
-            os._exit(0 if state.last and state.step in (3, 4) else 1)
-
-        assert in_a_copy(trains) == 0
-
-    def test_afterwards_signals_are_what_they_were(self):
-        before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-        with stop_signals() as asked:
-            assert not asked() and signal.getsignal(signal.SIGTERM) is not before[1]
-            signal.raise_signal(signal.SIGTERM)
-            assert asked()
-            assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-    def test_nobody_may_be_reading_any_more(self):
-        """Ctrl-C ends `tee` too, for instance."""
-
-        def trains():
-            reader, writer = os.pipe()
-            os.dup2(writer, 2)
-            os.close(reader), os.close(writer)
-            with stop_signals("in a moment") as asked:
-                signal.raise_signal(signal.SIGINT)
-                os._exit(0 if asked() else 1)
-
-        assert in_a_copy(trains) == 0
-
-    def test_another_thread_may_train_too(self):
-        seen = []
-
-        def trains():
-            with stop_signals() as asked:
-                seen.append(asked())
-
-        thread = threading.Thread(target=trains)
-        thread.start()
-        thread.join()
-        assert seen == [False]
-
-
 def test_the_step_in_which_it_is_asked_to_stop_is_the_last(tmp_path):
     unet, states = training(None, 8, stop=lambda: len(asked.append(0) or asked) == 5)
     asked = []
@@ -555,133 +436,6 @@ class TestFaults:
         text = "".join(traceback.format_exception(raised.value))
         assert 'raise LookupError("in the model")' in text and "in differentiate" in text
         assert threading.active_count() == before and not multiprocessing.active_children()
-
-
-def states_of(*steps, loss=0.5):
-    """What the log needs to know of some states."""
-    names = ("step", "loss", "grad_norm", "lr", "images_per_second", "seconds")
-    return [
-        types.SimpleNamespace(
-            seen=True, metrics=lambda step=step: dict(zip(names, (step, loss / step, 1, 0.1, 9, step)))
-        )
-        for step in steps
-    ]
-
-
-class TestLog:
-    HEADER = "step,loss,grad_norm,lr,images_per_second,seconds"
-
-    def write(self, path, states):
-        log = MetricsLog(path)
-        for state in states:
-            log.write(state)
-        log.close()
-
-    def test_it_has_the_numbers_of_each_step(self, tmp_path):
-        _, states = training(None, 4)
-        states = list(states)
-        self.write(tmp_path / "metrics.csv", states)
-        header, *lines = (tmp_path / "metrics.csv").read_text().splitlines()
-        assert header == self.HEADER == ",".join(states[0].metrics())
-        for line, state in zip(lines, states, strict=True):
-            step, loss, grad_norm, lr, speed, seconds = line.split(",")
-            assert (int(step), float(loss), float(grad_norm)) == (state.step, state.loss, state.grad_norm)
-            assert float(lr) == state.lr and float(speed) > 0 and abs(float(seconds) - state.seconds) < 1e-3
-        assert states[-1].seconds > states[0].seconds > 0
-
-    def test_each_line_is_there_as_soon_as_it_is_written(self, tmp_path):
-        log = MetricsLog(tmp_path / "metrics.csv")
-        for n, state in enumerate(states_of(1, 2, 3), 1):
-            log.write(state)
-            assert len((tmp_path / "metrics.csv").read_text().splitlines()) == n + 1
-        losses, steps = log.losses()
-        assert steps.tolist() == [1, 2, 3] and losses.tolist() == [0.5, 0.25, 0.5 / 3]
-        log.close()
-
-    @given(kept=st.integers(0, 6), cut=st.integers(0, 30))
-    def test_a_run_that_goes_on_leaves_no_line_out_and_none_twice(self, tmp_path_factory, kept, cut):
-        """It was killed later than the checkpoint, perhaps in the middle of a line."""
-        path = tmp_path_factory.mktemp("log") / "metrics.csv"
-        self.write(path, states_of(*range(1, 7)))
-        whole = path.read_text()
-        path.write_text(whole + "7,0.1,1,0.1,9,7\n"[: cut % 16])
-        self.write(path, states_of(*range(kept + 1, 9)))
-        lines = path.read_text().splitlines()
-        assert [int(line.split(",")[0]) for line in lines[1:]] == list(range(1, 9)) and lines[0] == self.HEADER
-        assert path.read_text().startswith(whole) and not list(path.parent.glob("*.part"))
-
-    @pytest.mark.parametrize("old", [b"a,b\n1,2\n", b"\xff\x00\n1,", b"step,loss\n1,2\n", b"\n"])
-    def test_a_file_of_another_kind_is_left_alone(self, tmp_path, old):
-        (tmp_path / "metrics.csv").write_bytes(old)
-        with pytest.raises(FileExistsError, match="path: .*metrics.csv is another file, it begins with '"):
-            MetricsLog(tmp_path / "metrics.csv").write(*states_of(2))
-        assert (tmp_path / "metrics.csv").read_bytes() == old
-
-    @pytest.mark.parametrize(
-        "odd", ["1,a,1,1,1,1\n", "1,1,1\n", "1,1,1,1,1,1,1\n", f"{'9' * 5000},1,1,1,1,1\n", "\0\0\n", "1,1,1,1,1,1"]
-    )
-    def test_lines_that_are_none_go(self, tmp_path, odd):
-        (tmp_path / "metrics.csv").write_text(f"{self.HEADER}\n1,0.5,1,0.1,9,1\n{odd}")
-        self.write(tmp_path / "metrics.csv", states_of(2))
-        assert (tmp_path / "metrics.csv").read_text() == f"{self.HEADER}\n1,0.5,1,0.1,9,1\n2,0.25,1,0.1,9,2\n"
-
-    def test_an_empty_file_is_none(self, tmp_path):
-        (tmp_path / "metrics.csv").touch()
-        self.write(tmp_path / "metrics.csv", states_of(1))
-        assert (tmp_path / "metrics.csv").read_text() == f"{self.HEADER}\n1,0.5,1,0.1,9,1\n"
-
-    def test_steps_nobody_has_looked_at_wait(self, tmp_path):
-        """Of a GPU, which runs behind."""
-        log, states = MetricsLog(tmp_path / "metrics.csv"), states_of(1, 2, 3)
-        states[0].seen = states[1].seen = False
-        for state in states[:2]:
-            log.write(state)
-        assert not (tmp_path / "metrics.csv").exists()
-        log.write(states[2])
-        assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 4
-        log.close()
-
-    @on_linux
-    def test_no_line_is_lost_on_a_disk_that_is_full_for_a_while(self, tmp_path):
-        import resource
-
-        path = tmp_path / "metrics.csv"
-
-        def writes():
-            log, failed = MetricsLog(path), 0
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            for step in range(1, 1500):
-                size = 200 if 300 < step < 1000 else resource.RLIM_INFINITY
-                resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-                try:
-                    log.write(*states_of(step))
-                except OSError:
-                    failed += 1
-            log.close()
-            os._exit(0 if failed > 600 else 1)
-
-        assert in_a_copy(writes) == 0
-        assert np.loadtxt(path, delimiter=",", skiprows=1, usecols=0).tolist() == list(range(1, 1500))
-
-    def test_a_flush_waits_for_all(self, tmp_path):
-        """Before a checkpoint, so that no line is missing when the run goes on from it."""
-        log, states = MetricsLog(tmp_path / "metrics.csv"), states_of(1, 2)
-        states[0].seen = states[1].seen = False
-        for state in states:
-            log.write(state)
-        log.flush()
-        assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
-        log.close()
-
-    def test_what_could_not_be_written_is_tried_again(self, tmp_path):
-        log = MetricsLog(tmp_path / "folder" / "metrics.csv")
-        for state in states_of(1, 2):
-            with pytest.raises(OSError):
-                log.write(state)
-        (tmp_path / "folder").mkdir()
-        log.write(*states_of(3))
-        log.close()
-        assert len((tmp_path / "folder" / "metrics.csv").read_text().splitlines()) == 4
 
 
 # -------------------------------------------------------------------------------------------------------- kill -9
@@ -820,7 +574,7 @@ SOAK = """
 import multiprocessing, os, sys, threading
 import numpy as np
 from tinyddpm import Diffusion, UNet, make_schedule, train
-from tinyddpm.files.checkpoint import MetricsLog
+from tinyddpm.files.run_folder import MetricsLog
 
 def memory():  # of this process and its workers
     pids = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]

@@ -14,7 +14,7 @@ from tinyddpm import Diffusion, load_digits, make_schedule
 from tinyddpm.files.data import DIGITS, load_mnist
 from tinyddpm.files.pictures import grid, noising_strip, rows, save_gif, save_loss_curve, to_uint8
 
-MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
+MNIST = pathlib.Path(__file__).parents[3] / "shared" / "data" / "mnist"
 
 
 class TestDigits:

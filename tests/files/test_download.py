@@ -32,7 +32,7 @@ from tinyddpm.files.data import MIRRORS, SHA256, read_idx
 from tinyddpm.files.download import download, fetch, unpack
 from tinyddpm.files.pictures import to_uint8
 
-MNIST = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
+MNIST = pathlib.Path(__file__).parents[3] / "shared" / "data" / "mnist"
 NAME = "noise.gz"
 CONTENT = random.Random(0).randbytes(200_000)
 FILE = gzip.compress(CONTENT)
@@ -471,8 +471,9 @@ class TestHalfAFileIsNeverThere:
         server = mirror(stalled, good)
         part = tmp_path / f"{NAME}.0.part"
         code = f"""
-            import pathlib, tinyddpm.files.download
-            tinyddpm.files.download.fetch({NAME!r}, [{server.address!r}], pathlib.Path({str(tmp_path)!r}), "", {len(CONTENT)})
+            import pathlib
+            from tinyddpm.files.download import fetch
+            fetch({NAME!r}, [{server.address!r}], pathlib.Path({str(tmp_path)!r}), "", {len(CONTENT)})
         """
         child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.DEVNULL)
         try:

@@ -75,10 +75,9 @@ def test_weights_of_another_precision(tmp_path, dtype, digits, size):
 
 def test_equal_models_are_equal_files(tmp_path):
     """In any process, though the library that writes them keeps metadata in no order."""
-    code = "import sys; sys.path.insert(0, 'tests'); from test_checkpoint import *; "
-    code += "save_model(sys.argv[1], UNet(**TINY), DIFFUSION)"
+    code = "import sys; from test_model import *; save_model(sys.argv[1], UNet(**TINY), DIFFUSION)"
     for name in "ab":
-        subprocess.run([sys.executable, "-c", code, tmp_path / name], check=True, cwd=pathlib.Path(__file__).parents[1])
+        subprocess.run([sys.executable, "-c", code, tmp_path / name], check=True, cwd=pathlib.Path(__file__).parent)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     header = int.from_bytes((tmp_path / "a").read_bytes()[:8], "little")
     assert header % 8 == 0  # so that numbers may be mapped

@@ -1,13 +1,19 @@
-"""What a training leaves in its folder (record.py); test_example.py looks at it as a user does."""
+"""What a training leaves in its folder: checkpoints, pictures, the log; tests/examples look at it as a user does."""
 
 import json
+import os
+import signal
+import types
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_training import in_a_copy, on_linux
 
 from tinyddpm import Diffusion, UNet, load_model, make_schedule, train
 from tinyddpm.files.checkpoint import differences
-from tinyddpm.files.run_folder import begin_folder, recorded
+from tinyddpm.files.run_folder import MetricsLog, begin_folder, recorded, set_aside
 
 DIFFUSION = Diffusion(make_schedule("cosine", 20), "x0")
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (12, 4, 4, 1)).astype(np.float32)
@@ -104,3 +110,138 @@ def test_begin_folder(tmp_path):
     assert names(tmp_path) == {"options.json", "earlier-1", "notes.txt"}  # nothing half-written
     assert json.loads((tmp_path / "earlier-1" / "options.json").read_text()) == options
     assert json.loads((tmp_path / "options.json").read_text())["lr"] == 0.3
+
+
+def test_what_was_in_a_folder_is_set_aside(tmp_path):
+    for n in (1, 2):
+        (tmp_path / "a").write_text(str(n))
+        (tmp_path / "stays").touch()
+        assert set_aside(tmp_path, ["a", "none"]) == tmp_path / f"earlier-{n}"
+    assert [(tmp_path / f"earlier-{n}" / "a").read_text() for n in (1, 2)] == ["1", "2"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["earlier-1", "earlier-2", "stays"]
+
+
+def states_of(*steps, loss=0.5):
+    """What the log needs to know of some states."""
+    names = ("step", "loss", "grad_norm", "lr", "images_per_second", "seconds")
+    return [
+        types.SimpleNamespace(
+            seen=True, metrics=lambda step=step: dict(zip(names, (step, loss / step, 1, 0.1, 9, step)))
+        )
+        for step in steps
+    ]
+
+
+class TestLog:
+    HEADER = "step,loss,grad_norm,lr,images_per_second,seconds"
+
+    def write(self, path, states):
+        log = MetricsLog(path)
+        for state in states:
+            log.write(state)
+        log.close()
+
+    def test_it_has_the_numbers_of_each_step(self, tmp_path):
+        states = list(training(4))
+        self.write(tmp_path / "metrics.csv", states)
+        header, *lines = (tmp_path / "metrics.csv").read_text().splitlines()
+        assert header == self.HEADER == ",".join(states[0].metrics())
+        for line, state in zip(lines, states, strict=True):
+            step, loss, grad_norm, lr, speed, seconds = line.split(",")
+            assert (int(step), float(loss), float(grad_norm)) == (state.step, state.loss, state.grad_norm)
+            assert float(lr) == state.lr and float(speed) > 0 and abs(float(seconds) - state.seconds) < 1e-3
+        assert states[-1].seconds > states[0].seconds > 0
+
+    def test_each_line_is_there_as_soon_as_it_is_written(self, tmp_path):
+        log = MetricsLog(tmp_path / "metrics.csv")
+        for n, state in enumerate(states_of(1, 2, 3), 1):
+            log.write(state)
+            assert len((tmp_path / "metrics.csv").read_text().splitlines()) == n + 1
+        losses, steps = log.losses()
+        assert steps.tolist() == [1, 2, 3] and losses.tolist() == [0.5, 0.25, 0.5 / 3]
+        log.close()
+
+    @given(kept=st.integers(0, 6), cut=st.integers(0, 30))
+    def test_a_run_that_goes_on_leaves_no_line_out_and_none_twice(self, tmp_path_factory, kept, cut):
+        """It was killed later than the checkpoint, perhaps in the middle of a line."""
+        path = tmp_path_factory.mktemp("log") / "metrics.csv"
+        self.write(path, states_of(*range(1, 7)))
+        whole = path.read_text()
+        path.write_text(whole + "7,0.1,1,0.1,9,7\n"[: cut % 16])
+        self.write(path, states_of(*range(kept + 1, 9)))
+        lines = path.read_text().splitlines()
+        assert [int(line.split(",")[0]) for line in lines[1:]] == list(range(1, 9)) and lines[0] == self.HEADER
+        assert path.read_text().startswith(whole) and not list(path.parent.glob("*.part"))
+
+    @pytest.mark.parametrize("old", [b"a,b\n1,2\n", b"\xff\x00\n1,", b"step,loss\n1,2\n", b"\n"])
+    def test_a_file_of_another_kind_is_left_alone(self, tmp_path, old):
+        (tmp_path / "metrics.csv").write_bytes(old)
+        with pytest.raises(FileExistsError, match="path: .*metrics.csv is another file, it begins with '"):
+            MetricsLog(tmp_path / "metrics.csv").write(*states_of(2))
+        assert (tmp_path / "metrics.csv").read_bytes() == old
+
+    @pytest.mark.parametrize(
+        "odd", ["1,a,1,1,1,1\n", "1,1,1\n", "1,1,1,1,1,1,1\n", f"{'9' * 5000},1,1,1,1,1\n", "\0\0\n", "1,1,1,1,1,1"]
+    )
+    def test_lines_that_are_none_go(self, tmp_path, odd):
+        (tmp_path / "metrics.csv").write_text(f"{self.HEADER}\n1,0.5,1,0.1,9,1\n{odd}")
+        self.write(tmp_path / "metrics.csv", states_of(2))
+        assert (tmp_path / "metrics.csv").read_text() == f"{self.HEADER}\n1,0.5,1,0.1,9,1\n2,0.25,1,0.1,9,2\n"
+
+    def test_an_empty_file_is_none(self, tmp_path):
+        (tmp_path / "metrics.csv").touch()
+        self.write(tmp_path / "metrics.csv", states_of(1))
+        assert (tmp_path / "metrics.csv").read_text() == f"{self.HEADER}\n1,0.5,1,0.1,9,1\n"
+
+    def test_steps_nobody_has_looked_at_wait(self, tmp_path):
+        """Of a GPU, which runs behind."""
+        log, states = MetricsLog(tmp_path / "metrics.csv"), states_of(1, 2, 3)
+        states[0].seen = states[1].seen = False
+        for state in states[:2]:
+            log.write(state)
+        assert not (tmp_path / "metrics.csv").exists()
+        log.write(states[2])
+        assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 4
+        log.close()
+
+    @on_linux
+    def test_no_line_is_lost_on_a_disk_that_is_full_for_a_while(self, tmp_path):
+        import resource
+
+        path = tmp_path / "metrics.csv"
+
+        def writes():
+            log, failed = MetricsLog(path), 0
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            for step in range(1, 1500):
+                size = 200 if 300 < step < 1000 else resource.RLIM_INFINITY
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+                try:
+                    log.write(*states_of(step))
+                except OSError:
+                    failed += 1
+            log.close()
+            os._exit(0 if failed > 600 else 1)
+
+        assert in_a_copy(writes) == 0
+        assert np.loadtxt(path, delimiter=",", skiprows=1, usecols=0).tolist() == list(range(1, 1500))
+
+    def test_a_flush_waits_for_all(self, tmp_path):
+        """Before a checkpoint, so that no line is missing when the run goes on from it."""
+        log, states = MetricsLog(tmp_path / "metrics.csv"), states_of(1, 2)
+        states[0].seen = states[1].seen = False
+        for state in states:
+            log.write(state)
+        log.flush()
+        assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 3
+        log.close()
+
+    def test_what_could_not_be_written_is_tried_again(self, tmp_path):
+        log = MetricsLog(tmp_path / "folder" / "metrics.csv")
+        for state in states_of(1, 2):
+            with pytest.raises(OSError):
+                log.write(state)
+        (tmp_path / "folder").mkdir()
+        log.write(*states_of(3))
+        log.close()
+        assert len((tmp_path / "folder" / "metrics.csv").read_text().splitlines()) == 4

@@ -1,4 +1,4 @@
-"""Convolution, upsampling, group norm and attention against their plain twins; the layers that hold their weights."""
+"""Convolution, upsampling, group norm and attention against reference.py; the layers that hold their weights."""
 
 import itertools
 import math

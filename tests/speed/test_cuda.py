@@ -1,4 +1,4 @@
-"""The package on a GPU, as its users run it: all that lives there agrees with its twin on the CPU.
+"""The package on a GPU, as its users run it: all that lives there agrees with what a CPU computes.
 
 `pytest -m gpu` on a machine with a GPU; `pytest -m gpu --cuda emulated` on real CuPy, on a CPU, which is slow: networks
 and images are small.
@@ -55,7 +55,7 @@ from tinyddpm.speed.ranks import Ranks
 from tinyddpm.training.optim import EMA, Adam, clip_norm, flat_gradient, flatten
 
 pytestmark = pytest.mark.gpu
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 FLOATS = st.sampled_from(["float32", "float64"])
 SMALL = {"channels": (4, 8), "blocks": 1, "attention": (False, True), "groups": 2}
@@ -303,22 +303,25 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
 
 
 def test_every_twin_takes_the_same_arguments():
+    """As they are; test_twins.py reads them where there is no CuPy."""
     from tinyddpm.autograd import conv, functional, fused
+    from tinyddpm.diffusion import evaluation
     from tinyddpm.speed import cuda
-    from tinyddpm.training import optim
+    from tinyddpm.training import loop, optim
 
     paired = {
         name: raw
-        for module in (functional, conv, fused, optim)
+        for module in (functional, conv, fused, optim, loop, evaluation)
         for name, f in vars(module).items()
         for raw in [getattr(f, "raw", f)]  # of an op, the function on arrays
-        if hasattr(raw, "__wrapped__") and f.__module__ == module.__name__
+        if hasattr(raw, "plain") and f.__module__ == module.__name__
     }
-    assert len(paired) == 13
+    assert set(paired) - set(cuda.TWINS) == {"new_vector"} and set(cuda.TWINS) < set(paired)
     paired.pop("erfc")  # CuPy's, which `normal_cdf` is tested with
-    for name, f in paired.items():
-        ours, twins = (list(inspect.signature(g).parameters.items()) for g in (f, getattr(cuda, name)))
+    for name in set(paired) & set(cuda.TWINS):
+        ours, twins = (list(inspect.signature(g).parameters.items()) for g in (paired[name].plain, cuda.TWINS[name]))
         assert [(n, p.default) for n, p in twins[: len(ours)]] == [(n, p.default) for n, p in ours], name
+        assert all(p.default is not p.empty for _, p in twins[len(ours) :]), name
 
 
 # ------------------------------------------------------------------------------------------------------------ precision
@@ -482,12 +485,13 @@ def test_a_batch_is_shared_by_as_many_gpus_as_there_are_ranks(monkeypatch):
         warnings.simplefilter("error")  # no rank has nothing to do
         parts = [gradient(2, rank) for rank in (0, 1)]
     whole = gradient(1, 0, micro_batch=4)
-    assert all(np.abs(part[:-2]).max() > 0 for part in parts)
-    np.testing.assert_allclose(np.linalg.norm((parts[0] + parts[1])[:-2]), whole.grad_norm, rtol=1e-5)
+    assert all(np.abs(part[:-1]).max() > 0 for part in parts)
+    *gradient, loss = parts[0] + parts[1]
+    np.testing.assert_allclose([np.linalg.norm(gradient), loss], [whole.grad_norm, whole.loss], rtol=1e-5)
 
 
 def test_training_that_blows_up_says_so_in_time_and_leaves_the_weights(monkeypatch):
-    monkeypatch.setattr(sys.modules["tinyddpm.train"], "LOOK_EVERY", 4)
+    monkeypatch.setattr("tinyddpm.training.train.LOOK_EVERY", 4)
     diffusion, _, unet = process("eps", "small", "simple")
     images = digits(8)
     steps = train(unet, diffusion, images, 100, batch=8, lr=1e-3, warmup_steps=0)
@@ -784,7 +788,9 @@ def test_no_kernel_reads_or_writes_where_it_should_not(real, tool):
     if sanitizer is None:
         pytest.skip("needs NVIDIA's compute-sanitizer")
     under = [sanitizer, "--tool", tool, "--error-exitcode", "9"]
-    run_tests("-m", "gpu", "tests/test_cuda.py", "-k", "convolve or normalise or softmax_rows or joined", under=under)
+    run_tests(
+        "-m", "gpu", "tests/speed/test_cuda.py", "-k", "convolve or normalise or softmax_rows or joined", under=under
+    )
 
 
 @pytest.mark.parametrize("config", [{}, {"heads": 4, "attention": (False, True, True)}])

@@ -5,7 +5,6 @@ The ceilings are a little above what was counted when they were set.
 """
 
 import contextlib
-import sys
 from collections import Counter
 
 import numpy as np
@@ -107,7 +106,7 @@ def test_micro_batches_save_memory(counts):
 
 
 def test_now_and_then_training_looks_whether_all_is_finite(counts, monkeypatch):
-    monkeypatch.setattr(sys.modules["tinyddpm.train"], "LOOK_EVERY", 3)
+    monkeypatch.setattr("tinyddpm.training.train.LOOK_EVERY", 3)
     waited = []
     _, steps = begin_training(EXAMPLE, 4, 8)
     for _ in range(7):

@@ -1,5 +1,5 @@
-"""Every kernel of kernels/*.cu compiles for every GPU from Volta to Hopper, as far as a compiler is at hand: NVRTC from
-the wheel nvidia-cuda-nvrtc-cu12, which needs no GPU. (CUDA 13 no longer knows Volta.)"""
+"""Every kernel of speed/kernels/*.cu compiles for every GPU from Volta to Hopper, as far as a compiler is at hand:
+NVRTC from the wheel nvidia-cuda-nvrtc-cu12, which needs no GPU. (CUDA 13 no longer knows Volta.)"""
 
 import ctypes
 import importlib
@@ -13,7 +13,7 @@ import pytest
 
 import tinyddpm
 
-KERNELS = sorted((pathlib.Path(tinyddpm.__file__).parent / "kernels").glob("*.cu"))
+KERNELS = sorted((pathlib.Path(tinyddpm.__file__).parent / "speed" / "kernels").glob("*.cu"))
 ARCHITECTURES = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90"]
 DTYPES = {"convolution": ["float32", "float64", "int16"]}  # int16: the numbers of a narrow precision
 IMPORTED = ["cupy", "cupy.cublas", "cupy_backends.cuda.libs", "cupyx.scipy.special"]

@@ -20,7 +20,7 @@ from PIL import Image
 from tinyddpm import load_model
 from tinyddpm.speed.ranks import Ranks, ranks_started
 
-EXAMPLE = pathlib.Path(__file__).parents[1] / "examples" / "mnist_ddpm.py"
+EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "mnist_ddpm.py"
 MPIEXEC = pathlib.Path(sys.executable).with_name("mpiexec")
 TINY = ["--steps=5", "--batch=6", "--channels", "8", "16", "--timesteps=25", "--samples=6", "--sample-every=2"]
 
@@ -29,7 +29,7 @@ PRELUDE = textwrap.dedent("""
     import os, signal, sys, time
     import numpy as np
     from tinyddpm import Diffusion, UNet, make_schedule, train
-    from tinyddpm.speed.workers import Ranks
+    from tinyddpm.speed.ranks import Ranks
 
     ranks = Ranks(True)
     images = np.random.default_rng(0).uniform(-1, 1, (23, 4, 4, 1)).astype(sys.argv[2])
@@ -192,12 +192,15 @@ class TestTraining:
         """Rank 0, then those that are the first on their machine, then the others."""
         script = """
     ranks.local_rank = ranks.rank % 2  # as if two were on each machine
+    order = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND)  # mpiexec may mix up what they print
     with ranks.first_alone():
-        os.write(1, f"{ranks.rank}\\n".encode())
+        os.write(order, f"{ranks.rank}\\n".encode())
         time.sleep(0.3)
-        os.write(1, f"{ranks.rank}\\n".encode())
+        os.write(order, f"{ranks.rank}\\n".encode())
     """
-        lines = mpiexec(4, script, tmp_path / "run", "float32").stdout.split()
+        (tmp_path / "run").touch()
+        assert mpiexec(4, script, tmp_path / "run", "float32").returncode == 0
+        lines = (tmp_path / "run").read_text().split()
         assert lines[:4] == ["0", "0", "2", "2"] and sorted(lines[4:]) == ["1", "1", "3", "3"]
 
     def test_each_rank_reads_its_own_images_only(self, mpiexec, tmp_path):
@@ -252,7 +255,7 @@ class TestFailure:
 
 def in_another_process(expression):
     """Evaluate it where MPI may be begun, and raise the RuntimeError that comes of it."""
-    code = f"from tinyddpm.speed.workers import Ranks\ntry: {expression}\nexcept RuntimeError as error: print(error)"
+    code = f"from tinyddpm.speed.ranks import Ranks\ntry: {expression}\nexcept RuntimeError as error: print(error)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     raise RuntimeError(result.stdout + result.stderr)
 

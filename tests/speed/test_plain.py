@@ -1,14 +1,15 @@
 """The plain way runs on its own: within `plain()` no twin is used, and what comes out is the same, to rounding."""
 
+import functools
 import threading
 
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
-from tinyddpm import Diffusion, UNet, backend, load_digits, make_schedule, sample, train
+from tinyddpm import Diffusion, UNet, backend, backward, load_digits, make_schedule, sample, train
 from tinyddpm.autograd.functional import column_sums
-from tinyddpm.backend import plain
+from tinyddpm.backend import on_device, plain, to_device, to_numpy
 from tinyddpm.diffusion.editing import inpaint, interpolate
 
 
@@ -85,3 +86,22 @@ def test_it_holds_in_its_own_thread_and_block_only(asked):
         raise KeyError
     column_sums(x)
     assert len(asked) == 3
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_too(asked):
+    """CuPy takes what is written for NumPy."""
+    x0, labels = (part[::2500] for part in load_digits())
+    diffusion = Diffusion(make_schedule("cosine", 20), "x0", loss_type="vlb")
+    found = []
+    for device in ("cpu", "cuda"):
+        unet = UNet(1, 1, (8, 16), 1, (False, True), classes=10, rng=1).to(device)
+        x = to_device(x0, device)
+        with plain(), on_device(device):
+            net = functools.partial(unet, labels=labels)
+            gradients = backward(diffusion.loss_at(net, x, np.array([0, 3, 9, 19]), x[::-1].copy()))
+            drawn = sample(diffusion, unet, x0.shape, "ddpm", 3, labels=labels)
+        found.append([to_numpy(gradients[p]) for p in unet.parameters()] + [to_numpy(drawn)])
+    assert not asked
+    for on_cpu, on_gpu in zip(*found):
+        np.testing.assert_allclose(on_gpu, on_cpu, rtol=0, atol=1e-4 * np.abs(on_cpu).max())

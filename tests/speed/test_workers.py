@@ -1,6 +1,5 @@
-"""Workers: threads and processes, how many images each takes, and what becomes of them when something goes wrong."""
+"""Workers: threads and processes, and what becomes of them when something goes wrong."""
 
-import math
 import multiprocessing
 import os
 import signal
@@ -12,11 +11,8 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from threadpoolctl import threadpool_info
 
-from tinyddpm.speed.shards import PIXELS, shard_size, shards
 from tinyddpm.speed.workers import ahead, blas_name, cpu_count, shared_array, worker_processes, worker_threads
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the workers are threads")
@@ -24,22 +20,6 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the wor
 
 def blas_threads():
     return {i["num_threads"] for i in threadpool_info() if i["user_api"] == "blas"}
-
-
-@given(count=st.integers(1, 300), h=st.integers(1, 600), w=st.integers(1, 600))
-def test_a_shard_is_a_quarter_or_of_few_pixels(count, h, w):
-    n = shard_size(count, h, w)
-    assert 1 <= n <= max(4, math.ceil(count / 4))
-    assert n == 1 or n * h * w <= PIXELS
-    if n < max(4, math.ceil(count / 4)):
-        assert n & (n - 1) == 0 and 2 * n * h * w > PIXELS
-
-
-def test_shards():
-    assert shard_size(64, 28, 28) == shard_size(128, 28, 28) == shard_size(64, 32, 32) == 16
-    assert shard_size(64, 64, 64) == 4 and shard_size(8, 32, 32) == shard_size(1, 32, 32) == 4
-    assert shards((70, 28, 28, 1), "cpu") == [slice(i, i + 16) for i in range(0, 70, 16)]
-    assert shards((40, 28, 28, 1), "cuda") == [slice(0, 40)]
 
 
 def test_names_and_counts():

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from ..backend import Array, array_module, device_of, paired, to_device, to_numpy
+from ..backend import Array, array_module, device_of, is_array, paired, to_device, to_numpy
 from .tensor import Tensor, as_array, mul, op
 
 PRECISIONS = ("float32", "tf32", "bf16", "fp16")
@@ -156,6 +156,7 @@ def at_least(x, *, least: float):
 @paired
 def erfc(x: Array) -> Array:
     """The complementary error function of an array, which NumPy does not have: Python's, one number at a time."""
+    x = x if is_array(x) else np.asarray(x)  # what NumPy computes of an array without axes is none
     return to_device(np.vectorize(math.erfc, otypes=[x.dtype])(to_numpy(x)), device_of(x))
 
 

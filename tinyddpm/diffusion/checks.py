@@ -50,6 +50,19 @@ def check_shape(name: str, value: Array, x: Array) -> None:
         raise ValueError(f"{name}: expected the shape of the images, {x.shape}, got {value.shape}")
 
 
+def check_output(output: Array, x_t: Array, learned: bool) -> None:
+    """Raise ValueError unless a model's output for x_t has its shape, or twice its channels if the variance is learned
+    too."""
+    channels = x_t.shape[-1]
+    if not learned and output.shape != x_t.shape:
+        raise ValueError(f"model: expected it to return the shape of x_t, {x_t.shape}, got {output.shape}")
+    if learned and output.shape != (*x_t.shape[:-1], 2 * channels):
+        raise ValueError(
+            f"model: with variance 'learned_range' it must return {2 * channels} channels for images of {channels} "
+            f"(a U-Net with out_channels={2 * channels}), got shape {output.shape} for x_t of {x_t.shape}"
+        )
+
+
 def check_images(x0: Array) -> None:
     """Raise unless x0 is a batch of float images."""
     if not is_array(x0):

@@ -34,7 +34,7 @@ from ..autograd.functional import mse
 from ..autograd.tensor import Tensor, as_array, no_grad
 from ..backend import Array, like
 from . import bound, losses
-from .checks import check_diffusion, check_images, check_shape, check_timesteps, warn_if_out_of_range
+from .checks import check_diffusion, check_images, check_output, check_shape, check_timesteps, warn_if_out_of_range
 from .clipping import Clip, checked_clip, limit
 from .schedule import Schedule
 
@@ -176,20 +176,12 @@ class Diffusion:
     def predict(self, model: Callable, x_t: Array, t: np.ndarray) -> tuple[Array | Tensor, Array | Tensor | None]:
         """Call the model on x_t, scaled to variance 1 if b is not 1 (Chen 2023, section 2.2); return its prediction
         and, if the variance is learned, the spread, or None."""
-        s, x, channels = self.schedule, x_t, x_t.shape[-1]
+        s, x, channels, learned = self.schedule, x_t, x_t.shape[-1], self.variance == "learned_range"
         if s.input_scale != 1:
             x = x_t / self.gather(np.sqrt((s.input_scale**2 - 1) * s.alpha_bar + 1), t, x_t)
         output = model(x, t)
-        if self.variance != "learned_range":
-            if output.shape != x_t.shape:
-                raise ValueError(f"model: expected it to return the shape of x_t, {x_t.shape}, got {output.shape}")
-            return output, None
-        if output.shape != (*x_t.shape[:-1], 2 * channels):
-            raise ValueError(
-                f"model: with variance 'learned_range' it must return {2 * channels} channels for images of {channels} "
-                f"(a U-Net with out_channels={2 * channels}), got shape {output.shape} for x_t of {x_t.shape}"
-            )
-        return output[..., :channels], output[..., channels:]
+        check_output(output, x_t, learned)
+        return (output[..., :channels], output[..., channels:]) if learned else (output, None)
 
     # ------------------------------------------------------------------------------------------- the reverse process
 

@@ -55,18 +55,7 @@ class Schedule:
         object.__setattr__(self, "beta", beta)
         object.__setattr__(self, "input_scale", _number("input_scale", self.input_scale))
         object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
-        fault = None
-        if beta.ndim != 1 or len(beta) == 0 or not (np.all(beta > 0) and np.all(beta[:-1] < 1) and beta[-1] <= 1):
-            fault = "expected a vector of one or more numbers in (0, 1), of which the last may be 1,"
-        elif not np.all(np.diff(self.alpha_bar, prepend=1) < 0):
-            fault = (
-                "alpha_bar must fall at every step, but in double precision some step leaves it as it is, or it is 0 "
-                "before the last;"
-            )
-        if fault:
-            raise ValueError(f"beta: {fault} got {np.array2string(beta, threshold=6)}")
-        if not self.input_scale > 0:
-            raise ValueError(f"input_scale: expected a number > 0, got {self.input_scale}")
+        _check_schedule(self)
 
     def __reduce__(self):
         """Copies and pickles are made anew, so that they are as immutable."""
@@ -239,6 +228,22 @@ def _sigma(x: np.ndarray) -> np.ndarray:
 def _piece(v, u: np.ndarray, start: float, end: float) -> np.ndarray:
     """The piece of the curve v between `start` and `end`, stretched to fall from 1 to 0 (Chen 2023)."""
     return (v(end) - v(start + u * (end - start))) / (v(end) - v(start))
+
+
+def _check_schedule(schedule: Schedule) -> None:
+    """Raise ValueError unless beta and input_scale are as `Schedule` says."""
+    beta, fault = schedule.beta, None
+    if beta.ndim != 1 or len(beta) == 0 or not (np.all(beta > 0) and np.all(beta[:-1] < 1) and beta[-1] <= 1):
+        fault = "expected a vector of one or more numbers in (0, 1), of which the last may be 1,"
+    elif not np.all(np.diff(schedule.alpha_bar, prepend=1) < 0):
+        fault = (
+            "alpha_bar must fall at every step, but in double precision some step leaves it as it is, or it is 0 "
+            "before the last;"
+        )
+    if fault:
+        raise ValueError(f"beta: {fault} got {np.array2string(beta, threshold=6)}")
+    if not schedule.input_scale > 0:
+        raise ValueError(f"input_scale: expected a number > 0, got {schedule.input_scale}")
 
 
 def _check_ends(beta_start: float, beta_end: float) -> None:

@@ -49,7 +49,7 @@ def load_diffusers(folder: Path, variant: str | None = None) -> tuple[UNet, Diff
     home = folder / "unet" if (folder / "unet").is_dir() else folder
     config = unet_settings(_read_json(home / "config.json"), home / "config.json")
     diffusion = _diffusion_of(folder, config["out_channels"] == 2 * config["in_channels"])
-    _check_variance(config, diffusion)
+    _check_variance(config, diffusion, f"{home / 'config.json'}: ")
     path = _weights_file(home, variant)
     with stored_tensors(path) as (stored, _):
         try:
@@ -147,12 +147,12 @@ def _diffusion_of(folder: pathlib.Path, learned: bool) -> Diffusion:
     return diffusion_from({"variance_type": "learned_range"} if learned else {}, path)
 
 
-def _check_variance(config: dict, diffusion: Diffusion) -> None:
+def _check_variance(config: dict, diffusion: Diffusion, where: str = "") -> None:
     """Raise ValueError unless the network returns what the diffusion wants: the prediction, and a learned variance."""
     inputs, outputs = config["in_channels"], config["out_channels"]
     if outputs != inputs * (2 if diffusion.variance == "learned_range" else 1):
         raise ValueError(
-            f"out_channels = {outputs} for in_channels = {inputs} is not supported with variance_type "
+            f"{where}out_channels = {outputs} for in_channels = {inputs} is not supported with variance_type "
             f"{diffusion.variance!r}; supported: as many, or twice as many with 'learned_range'"
         )
 

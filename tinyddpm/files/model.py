@@ -22,6 +22,7 @@ from .tensors import FORMATS, Path, Stored, stored_tensors, write_tensors
 Layout = Callable[[str, int], tuple[str, tuple[int, ...]]]  # our name of a parameter, its axes -> theirs, see exchange
 DIGITS_MODEL = pathlib.Path(__file__).parent / "digits" / "model.safetensors"
 TRAINING = "training."  # so begin the names of the tensors that only matter for going on with a training
+TOO_LARGE = "the configuration is of a network many times as large as the weights that are there"
 
 
 def save_model(path: Path, unet: UNet, diffusion: Diffusion, dtype: np.dtype | str | None = None) -> None:
@@ -92,6 +93,8 @@ def unet_from(stored: Mapping[str, Stored], config: Mapping, layout: Layout = ow
     widened, and the network is float64 if any tensor is. Raises ValueError, which lists them all, if tensors are
     missing, unknown, of another shape or not floats; and what `UNet` does of a configuration that makes none.
     """
+    if dict(config).get("blocks", 1) > 1000 + len(stored):  # before lists of so many fill the memory
+        raise ValueError(TOO_LARGE)
     unet = UNet(**config, rng=_NoWeights(stored))
     left, wrong, found = dict(stored), [], []
     for ours, p in unet.named_parameters().items():
@@ -129,5 +132,5 @@ class _NoWeights(np.random.Generator):
     def uniform(self, low: float, high: float, size: tuple[int, ...]) -> np.ndarray:
         self.arrays, self.numbers = self.arrays - 1, self.numbers - math.prod(size)
         if self.arrays < 0 or self.numbers < 0:
-            raise ValueError("the configuration is of a network many times as large as the weights that are there")
+            raise ValueError(TOO_LARGE)
         return np.broadcast_to(np.float32(0), size)

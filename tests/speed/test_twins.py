@@ -1,0 +1,254 @@
+"""Every twin has the name and the arguments of the plain function that it stands in for; on a CPU it computes the same.
+
+What the others, CuPy's, compute, test_cuda.py tests; here speed/cuda.py is only read, so that CuPy is not needed.
+"""
+
+import ast
+import functools
+import importlib
+import math
+import pathlib
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import SEEDS
+
+import tinyddpm
+from tinyddpm.autograd.conv import convolve
+from tinyddpm.autograd.functional import column_sums
+from tinyddpm.autograd.fused import normalise
+from tinyddpm.backend import paired
+from tinyddpm.speed import cpu, winograd
+from tinyddpm.speed.workers import worker_processes
+from tinyddpm.training.optim import adam_update, ema_update, new_vector
+
+PACKAGE = pathlib.Path(tinyddpm.__file__).parent
+READ = ("autograd", "network", "diffusion", "training")  # the rooms where all is written down in the plain way
+
+
+# ------------------------------------------------------------------------------------------------ names and arguments
+
+
+def functions(path):
+    """The functions that a file of the package defines, by name, as they are parsed."""
+    tree = ast.parse(path.read_text())
+    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+@functools.cache
+def paired_functions():
+    """What stands under `@paired`, by name: file and function."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for name, function in functions(path).items():
+            if "paired" in map(ast.unparse, function.decorator_list):
+                assert name not in found, f"{name}: {path} and {found[name][0]}; twins are found by name"
+                found[name] = path, function
+    return found
+
+
+@functools.cache
+def twins(kind):
+    """What TWINS in speed/`kind`.py names: {name: the function, or None if it comes from another package}."""
+    path = PACKAGE / "speed" / f"{kind}.py"
+    body, found = ast.parse(path.read_text()).body, functions(path)
+    for node in body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+            of_sibling = functions(PACKAGE / "speed" / f"{node.module}.py")
+            found |= {alias.name: of_sibling[alias.name] for alias in node.names if alias.name in of_sibling}
+    (table,) = (node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TWINS")
+    names = {key.value: value.id for key, value in zip(table.keys, table.values, strict=True)}
+    assert list(names) == list(names.values()) == sorted(names)
+    return {name: found.get(name) for name in names}
+
+
+def arguments(function):
+    """Of a parsed function: those by place, each with its default or None; the name of *args; those by name only."""
+    a = function.args
+    places = [argument.arg for argument in (*a.posonlyargs, *a.args)]
+    defaults = [None] * (len(places) - len(a.defaults)) + list(map(ast.unparse, a.defaults))
+    named = {key.arg: default and ast.unparse(default) for key, default in zip(a.kwonlyargs, a.kw_defaults)}
+    return list(zip(places, defaults)), a.vararg and a.vararg.arg, named
+
+
+def test_only_what_is_to_be_read_is_paired():
+    assert {path.relative_to(PACKAGE).parts[0] for path, _ in paired_functions().values()} <= set(READ)
+
+
+def test_every_paired_function_is_found_where_it_stands():
+    for name, (path, _) in paired_functions().items():
+        module = importlib.import_module(".".join(["tinyddpm", *path.relative_to(PACKAGE).with_suffix("").parts]))
+        function = getattr(module, name)
+        function = getattr(function, "raw", function)  # of an op, the function on arrays
+        assert function.__name__ == function.plain.__name__ == name and function.plain is not function
+
+
+def test_every_paired_function_has_a_twin_and_every_twin_is_one_of_a_paired_function():
+    assert set(paired_functions()) == set(twins("cpu")) | set(twins("cuda"))
+    assert (
+        {"column_sums", "normalise", "convolve", "adam_update"}
+        < set(twins("cpu"))
+        < set(twins("cuda")) | {"new_vector"}
+    )
+
+
+def test_the_table_that_is_parsed_is_the_one_that_is_used():
+    assert list(cpu.TWINS) == list(twins("cpu")) and all(f.__name__ == name for name, f in cpu.TWINS.items())
+    assert not any(hasattr(f, "plain") for f in cpu.TWINS.values())  # or a paired function would be its own twin
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in ("cpu", "cuda") for name in twins(kind)])
+def test_a_twin_takes_the_same_arguments_at_least(kind, name):
+    twin = twins(kind)[name]
+    if twin is None:
+        assert (kind, name) == ("cuda", "erfc")  # CuPy's, which `normal_cdf` is tested with
+        return
+    places, rest, named = arguments(paired_functions()[name][1])
+    more, its_rest, its_named = arguments(twin)
+    assert more[: len(places)] == places and its_rest == rest and its_named.items() >= named.items()
+    assert all(default is not None for _, default in more[len(places) :])  # for nobody gives it more
+    assert all(its_named[key] is not None for key in its_named.keys() - named.keys())
+
+
+# ------------------------------------------------------------------------------------------------- what they compute
+
+FLOATS = st.sampled_from(["float32", "float64"])
+LAYOUTS = st.sampled_from(["plain", "transposed", "strided"])
+
+
+def read_only(x, layout="plain"):
+    """The same numbers, perhaps otherwise in memory, and not to be written to."""
+    if layout == "transposed" and x.ndim > 1:
+        x = x.swapaxes(-1, -2).copy().swapaxes(-1, -2)
+    elif layout == "strided":
+        x = x.repeat(2, axis=-1)[..., ::2]
+    x.flags.writeable = False
+    return x
+
+
+def close(ours, plain, dtype, digits, term=0.0):
+    """Equal but for so many times the rounding of the largest number, or of a `term` of which these are sums, for what
+    is left of such may be small; and of this type."""
+    assert ours.shape == plain.shape and ours.dtype == plain.dtype == np.dtype(dtype)
+    tolerance = digits * np.finfo(dtype).eps * (np.abs(plain).max(initial=0) + term)
+    np.testing.assert_allclose(ours, plain, rtol=0, atol=tolerance)
+
+
+def close_op(function, *inputs, dtype, digits, g, term=0.0, slope=0.0):
+    """Value and gradients of the twin of a paired function that returns (y, pull) are those of the plain one."""
+    twin = cpu.TWINS[function.__name__]
+    (y, pull), (y_plain, pull_plain) = twin(*inputs), function.plain(*inputs)
+    close(y, y_plain, dtype, digits, term)
+    y.flags.writeable = False  # `pull` may have saved it
+    g = read_only(g(y.shape).astype(dtype))
+    of_twin, of_plain, again = pull(g), pull_plain(g), pull(g)
+    for a, b, c in zip(of_twin, of_plain, again, strict=True):
+        a, b, c = (x() if callable(x) else x for x in (a, b, c))
+        close(a, b, dtype, 4 * digits, slope * np.abs(g).max())
+        np.testing.assert_array_equal(a, c)
+
+
+@given(dtype=FLOATS, seed=SEEDS, layout=LAYOUTS, L=st.integers(0, 300), C=st.integers(1, 9),
+       lead=st.sampled_from([(), (1,), (3,), (2, 3)]))  # fmt: skip
+def test_column_sums(dtype, seed, layout, L, C, lead):
+    x = read_only(np.random.default_rng(seed).uniform(0, 1, (*lead, L, C)).astype(dtype), layout)
+    close(cpu.column_sums(x), column_sums.plain(x), dtype, 20)
+
+
+@given(dtype=FLOATS, seed=SEEDS, layout=LAYOUTS, N=st.integers(1, 3), groups=st.integers(1, 4), D=st.integers(1, 5),
+       between=st.lists(st.integers(1, 6), max_size=3), silu=st.booleans())  # fmt: skip
+def test_normalise(dtype, seed, layout, N, groups, D, between, silu):
+    """Of (N, C), (N, L, C), images, and more axes."""
+    r = np.random.default_rng(seed)
+    x, gamma, beta = (
+        read_only((1 + 2 * r.standard_normal(shape)).astype(dtype), layout)
+        for shape in ((N, *between, groups * D), groups * D, groups * D)
+    )
+    # what SiLU leaves of a number far below 0 is small, and rstd is at most 1 / sqrt(eps)
+    size = np.abs(normalise.plain(x, gamma, beta, groups, 0.1, False)[0]).max()
+    sizes = {"term": size, "slope": (1 + size) * (1 + np.abs(gamma).max() / math.sqrt(0.1))}
+    close_op(normalise, x, gamma, beta, groups, 0.1, silu, dtype=dtype, digits=8, g=r.standard_normal, **sizes)
+
+
+@pytest.mark.parametrize("fits", [True, False])
+@given(dtype=FLOATS, seed=SEEDS, layout=LAYOUTS, N=st.integers(1, 2), H=st.integers(8, 20), W=st.integers(8, 20),
+       C=st.integers(8, 12), O=st.integers(8, 12), bias=st.booleans(), stride=st.integers(1, 2),
+       kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)), pads=st.tuples(*[st.integers(0, 2)] * 4))  # fmt: skip
+def test_convolve(fits, dtype, seed, layout, N, H, W, C, O, bias, stride, kernel, pads):
+    """Those of 3x3 that Winograd's way fits, within 1e-5 of the largest, and any others."""
+    if fits:
+        N, dtype, stride, kernel, pads = 2, "float32", 1, (3, 3), (1, 1, 1, 1)
+    r, pad = np.random.default_rng(seed), (pads[:2], pads[2:])
+    x, w, b = (
+        read_only(r.standard_normal(shape).astype(dtype), layout) for shape in ((N, H, W, C), (*kernel, C, O), (O,))
+    )
+    fast = winograd.fits(x, w, stride, pad)
+    assert fast or not fits
+    digits = 1e-5 / np.finfo("float32").eps / 4 if fast else 0  # the others are those of the plain way, to the bit
+    close_op(
+        convolve, x, w, b if bias else None, stride, pad, "float32", dtype=dtype, digits=digits, g=r.standard_normal
+    )
+
+
+SIZES = st.integers(1, 50) | st.sampled_from([cpu.PART - 1, cpu.PART, cpu.PART + 1, 3 * cpu.PART + 5])
+
+
+@given(dtype=FLOATS, seed=SEEDS, size=SIZES, n=st.integers(1, 2000), decay=st.sampled_from([0.0, 0.1]),
+       lr=st.sampled_from([1e-4, 1e-2]), betas=st.sampled_from([(0.9, 0.999), (0.0, 0.5)]),
+       finite=st.booleans())  # fmt: skip
+def test_adam_update(dtype, seed, size, n, decay, lr, betas, finite):
+    r = np.random.default_rng(seed)
+    theta, gradient, m = (0.1 * r.standard_normal((3, size))).astype(dtype)
+    v = (m * m * r.uniform(1, 2, size)).astype(dtype)
+    if not finite:
+        gradient[0] = np.nan
+    gradient, results = read_only(gradient), []
+    for update in (cpu.adam_update, adam_update.plain):
+        vectors = theta.copy(), m.copy(), v.copy()
+        update(vectors[0], gradient, *vectors[1:], lr, *betas, 1e-8, decay, n)
+        results.append(vectors)
+    (ours, *_), (plain, *_) = results
+    close(ours, plain, dtype, 4, term=np.abs(theta).max())
+    np.testing.assert_array_equal(results[0][1:], results[1][1:])  # m and v, to the bit
+    for ours, before in zip(results[0], (theta, m, v)):
+        assert (ours != before).any() == finite
+
+
+@given(dtype=FLOATS, seed=SEEDS, size=SIZES, d=st.floats(0, 0.9999))
+def test_ema_update(dtype, seed, size, d):
+    average, theta = np.random.default_rng(seed).standard_normal((2, size)).astype(dtype)
+    ours, plain, theta = average.copy(), average.copy(), read_only(theta)
+    cpu.ema_update(ours, theta, d), ema_update.plain(plain, theta, d)
+    close(ours, plain, dtype, 0)
+    assert (ours != average).any()
+
+
+@given(dtype=FLOATS, size=st.integers(1, 10_000))
+def test_new_vector(dtype, size):
+    p = read_only(np.zeros((3, 2), dtype))
+    ours, plain = cpu.new_vector(p, size), new_vector.plain(p, size)
+    assert type(ours) is type(plain) is np.ndarray and ours.shape == plain.shape == (size,)
+    assert ours.dtype == plain.dtype == np.dtype(dtype) and ours.flags.writeable and ours.flags.c_contiguous
+    ours[:] = 1
+
+
+def test_new_vectors_are_shared_with_processes_that_begin_later():
+    ours = cpu.new_vector(np.zeros(1), 3)
+
+    def write(i):
+        ours[i] = i
+
+    with worker_processes(write, 2) as run:
+        list(run(range(3)))
+    assert ours.tolist() == [0, 1, 2]
+
+
+def test_a_paired_function_of_an_array_is_its_twin(monkeypatch):
+    """Those above were called by hand."""
+    for function in (column_sums, normalise, convolve, adam_update, ema_update, new_vector):
+        monkeypatch.setitem(cpu.TWINS, function.__name__, lambda *inputs: ("twin", inputs))
+        x = np.zeros(2)
+        assert function(x, 1, 2) == ("twin", (x, 1, 2))
+    assert paired(lambda x: x)(x) is x  # what has none is itself

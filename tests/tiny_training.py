@@ -1,0 +1,37 @@
+"""A training so small that it takes milliseconds, and copies of this process that may end as they like."""
+
+import json
+import multiprocessing
+import sys
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from tinyddpm import Diffusion, UNet, make_schedule, train
+
+TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
+DIFFUSION = Diffusion(make_schedule("linear", 20, beta_end=0.6))
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (23, 4, 4, 1)).astype(np.float32)
+SETTINGS = dict(batch=11, micro_batch=4, lr=0.01, warmup_steps=3, decay_steps=3, seed=3)
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are copied there only")
+
+
+def training(path, steps=8, *, unet=None, rng=0, diffusion=DIFFUSION, images=IMAGES, **changes):
+    """A network and the training of it that goes on from `path`."""
+    unet = unet or UNet(**TINY, rng=rng)
+    return unet, train(unet, diffusion, images, steps, resume=path, **SETTINGS | changes)
+
+
+def step_in(path):
+    """The step that a checkpoint says it is of."""
+    with safe_open(path, "numpy") as file:
+        return json.loads(file.metadata()["training"])["step"]
+
+
+def in_a_copy(function):
+    """Run `function` in a copy of this process and return how that ended: 0, its exit status, or minus a signal."""
+    process = multiprocessing.get_context("fork").Process(target=function)
+    process.start()
+    process.join(120)
+    return process.exitcode
