@@ -74,7 +74,7 @@ def normalise(x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu
         dx = rstd * (dxhat - mean(dxhat) - h * mean(dxhat * h))
         return dx.reshape(x.shape), (dz * xhat).sum(axis=everywhere), dz.sum(axis=everywhere)
 
-    return z * s, pull
+    return z * s if silu else z, pull
 
 
 @op
