@@ -20,10 +20,11 @@ from tinyddpm.files.pictures import grid, noising_strip, page, save_gif
 
 def make_model(args, images, labels):
     """Return the diffusion process, and a network that has learned nothing yet."""
-    # The forward process: T steps, each adding a little noise, until nothing else is left. Images are halved (Chen
-    # 2023), so that noise hides them sooner and more of the steps are those in which a digit takes shape. The network
-    # predicts the image behind the noise. Ho et al.'s predicts the noise, from which the image follows; but then errors
-    # in the image hardly count where there is much noise. Digits take shape there, and it would learn that later.
+    # The forward process: T steps, each adding a little noise, until nothing else is left. Pixels are multiplied by 0.5
+    # (Chen 2023), so that noise hides them sooner and more of the steps are those in which a digit takes shape. The
+    # network predicts the image behind the noise. Ho et al.'s predicts the noise, from which the image follows; but
+    # then errors in the image hardly count where there is much noise. Digits take shape there, and it would learn that
+    # later.
     diffusion = Diffusion(make_schedule("cosine", args.timesteps, input_scale=0.5), args.objective)
     # The U-Net, with attention in the middle only. It is told the class of nine images in ten: so it learns p(x |
     # digit) and p(x), and sampling can be guided away from the latter (Ho & Salimans 2022).
@@ -45,6 +46,7 @@ def draw(args, diffusion, unet, n, workers, labels=None, **settings):
 
 
 def train_and_sample(run):
+    """run, a `cli.TrainingRun`, has the options, the data and the folder, and does what is not about diffusion."""
     args = run.args
     images, labels = run.load_data()  # (M, H, W, C) floats in [-1, 1], and (M,) integers or None
     diffusion, unet = make_model(args, images, labels)

@@ -562,16 +562,20 @@ class TestRunTraining:
 
     def test_an_error_in_one_ends_all_in_a_line(self, ranks, tmp_path, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["program.py"])
+        (tmp_path / "model.safetensors").write_text("")
 
         def fails(run):
             warnings.warn("nearly", UserWarning, stacklevel=1)
             raise FloatingPointError("step 3: the loss is nan")
 
         for settings, name in (({}, "program.py"), ({"prog": "python -m that"}, "python -m that")):
-            with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                cli.run_training(fails, None, [f"--out={tmp_path}"], **settings)
-            assert ended.value.code == f"{name}: step 3: the loss is nan" == ranks.ended.pop()
+            for more in ([], ["--digits=1"]):
+                with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    cli.run_training(fails, None, [f"--out={tmp_path}", *more], **settings)
+                assert ended.value.code == f"{name}: step 3: the loss is nan"
+                assert ranks.ended == ([] if more else [ended.value.code])  # nobody waits for who draws digits
+                ranks.ended.clear()
             assert warnings.formatwarning("odd", UserWarning, "file.py", 3) == f"\n{name}: odd\n"
 
     def test_what_is_wrong_before_there_are_ranks_is_said_in_a_line_too(self, monkeypatch, tmp_path):

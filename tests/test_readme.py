@@ -207,7 +207,7 @@ def newcomer(tmp_path, monkeypatch):
 
 
 def is_trained(names, monkeypatch):
-    assert load_model("digits.safetensors")[0].config["channels"] == (16, 32, 64)
+    assert load_model("digits.safetensors")[0].config["channels"] == (8, 16, 8)
     with Image.open("digits.png") as picture:
         assert picture.size == (2 * (4 * 30 + 2), 2 * (4 * 30 + 2))
 
@@ -253,7 +253,7 @@ def is_tracked(names, monkeypatch):
     assert set(names["gradients"]) == set(names["unet"].parameters())
     assert [(step, metrics["step"]) for step, metrics in tracked] == [(1, 1), (2, 2)]
     assert tracked[0][1].keys() == {"step", "loss", "grad_norm", "lr", "images_per_second", "seconds"}
-    assert load_model("digits.safetensors")[0].config["channels"] == (16, 32, 64)
+    assert load_model("digits.safetensors")[0].config["channels"] == (8, 16, 8)
 
 
 def is_a_page_of_uses(names, monkeypatch):
@@ -273,7 +273,10 @@ OUTCOMES = {
 }
 # which snippet another one goes on from
 BEFORE = {"def test_cubic(": "def cubic("}
-FEWER = {"steps=10_000": "steps=2", "steps=2_000": "steps=2", "steps=50": "steps=2"}
+FEWER = {
+    "steps=10_000": "steps=2", "steps=2_000": "steps=2", "steps=50": "steps=2", "steps=20": "steps=5",
+    "channels=(16, 32, 64)": "channels=(8, 16, 8)", "UNet()": "UNet(channels=(8, 16, 8))",
+}  # fmt: skip
 
 
 def snippet_with(line):

@@ -31,7 +31,7 @@ def draw(unet: UNet, diffusion: Diffusion, n: int, labels: list[int] | None, gui
     config = unet.config
     if config["classes"]:
         settings["labels"] = np.resize(range(config["classes"]) if labels is None else labels, n)
-        settings["guidance"] = guidance if config["label_dropout"] else None
+        settings["guidance"] = (1.5 if guidance is None else guidance) if config["label_dropout"] else None
     return sample(diffusion, unet, shape=(n, *config["image_size"], config["in_channels"]), **settings)
 
 
@@ -76,11 +76,11 @@ def sample_from_model(argv: list[str], prog: str) -> None:
     """Draw images from a model in a file or a folder."""
     parser = Options("Draw images from a model, in a grid.", prog=prog)
     add = parser.add
-    kinds = "of save_model, of a training, of diffusers (a folder), or with Ho et al.'s names [that of the package]"
-    add("model", nargs="?", type=pathlib.Path, default=DIGITS_MODEL, help=f"a file {kinds}")
+    kinds = "save_model's file, a training's checkpoint or folder, diffusers' folder, or a file with Ho et al.'s names"
+    add("model", nargs="?", type=pathlib.Path, default=DIGITS_MODEL, help=f"{kinds} [the model that comes along]")
     add("--samples", type=int, default=40, least=1, help="how many images [%(default)s]")
-    add("--labels", type=int, nargs="+", help="their classes, over and over [each in turn]")
-    add("--guidance", type=float, help="how clearly they are to be those, such as 2 [as in the data]")
+    add("--labels", type=int, nargs="+", help="their classes, repeated to fill --samples [each in turn]")
+    add("--guidance", type=float, help="how clearly they are to be those; 1, as in the data [1.5, if it can be guided]")
     add("--method", default="ddpm", choices=SAMPLERS, help="the sampler [%(default)s]")
     add("--steps", type=int, default=25, least=1, help="of the sampler [%(default)s]")
     add("--size", type=int, least=1, help="height and width of the images [those of the model]")
@@ -111,6 +111,8 @@ def sample_from_model(argv: list[str], prog: str) -> None:
 
 def opened(path: pathlib.Path, variant: str | None) -> tuple[UNet, Diffusion]:
     """The network and the diffusion at a path, whoever wrote them."""
+    if (path / MODEL).is_file():  # the folder of a training
+        path = path / MODEL
     if path.is_dir():
         return load_diffusers(path, variant)
     if variant is not None:

@@ -65,7 +65,7 @@ def on_device(device: str) -> contextlib.AbstractContextManager:
     """Within this block, in this thread, new arrays of CuPy are made on `device`, and its kernels run there.
 
     CuPy has a current device, "cuda:0" at first, and its functions want their arrays there. `train`, `sample` and
-    `bits_per_dim` see to that themselves. Of "cpu" nothing comes. Raises as `to_device` does.
+    `bits_per_dim` see to that themselves. For "cpu" this does nothing. Raises as `to_device` does.
     """
     if not isinstance(device, str) or not re.fullmatch("cpu|cuda(:[0-9]+)?", device):
         raise ValueError(f"device: {device!r} is unknown; use 'cpu', 'cuda' or 'cuda:N' with N = 0, 1, ...")
@@ -124,7 +124,7 @@ _mode = _Mode()
 
 @contextlib.contextmanager
 def plain() -> Iterator[None]:
-    """Within this block, in this thread, no function has a twin: all is computed in the plain way, in one thread.
+    """Within this block, in this thread, no function has a twin: all is computed in the plain way, without workers.
 
     It is slower, and the same up to rounding. For who wants to follow a computation in a debugger, or doubts a twin.
     On a GPU it takes float32 or float64, for the narrower products of `Module.to` are twins.
@@ -137,10 +137,10 @@ def plain() -> Iterator[None]:
 
 
 def paired(function: Callable) -> Callable:
-    """Let `function` have faster twins, of its name, which take the same arguments at least: in speed/cpu.py for what
-    is on a CPU, in speed/cuda.py for a GPU, as its first argument is, an array or a model. `function.plain` is itself.
+    """Have a faster function of the same name, its twin, run in place of `function` if there is one: from speed/cpu.py
+    or speed/cuda.py, by where the first argument, an array or a model, is. `function.plain` is the function itself.
 
-    Twins compute the same, up to rounding. This is the one place where they are chosen.
+    A twin takes the same arguments at least, and computes the same, up to rounding. Here alone they are chosen.
     """
 
     @functools.wraps(function)
@@ -162,4 +162,6 @@ def _kind(x: Any) -> str:
 
 @functools.cache
 def _twins(kind: str) -> dict[str, Callable]:
-    return importlib.import_module(f"{__package__}.speed.{kind}").TWINS  # not before: it imports what has the twins
+    return importlib.import_module(
+        f"{__package__}.speed.{kind}"
+    ).TWINS  # at first use: it imports the modules that have paired functions

@@ -159,7 +159,12 @@ def training_options(text: str | None, **settings: Any) -> Options:
     add("--channels", type=int, nargs="+", default=[32, 64], help="of the U-Net's levels [32 64]")
     add("--blocks", type=int, default=1, help="residual blocks per level [%(default)s]")
     add("--timesteps", type=int, default=1000, help="T, the number of diffusion steps [%(default)s]")
-    add("--objective", default="x0", choices=OBJECTIVES, help="what the network predicts [%(default)s]")
+    add(
+        "--objective",
+        default="x0",
+        choices=OBJECTIVES,
+        help="what the network predicts: noise, image or a blend [%(default)s]",
+    )
     add("--no-labels", action="store_true", help="do not tell the network what is in an image [it is told]")
     add("--digits", help="draw these, such as 2026, by the model in the folder; nothing is trained [none]")
     add("--guidance", type=float, default=1.5, help="how clearly images show what they are to be [%(default)s]")
@@ -220,9 +225,10 @@ def run_training(main: Callable[[TrainingRun], None], text: str | None, argv: li
         warnings.formatwarning = lambda message, *_: f"\n{parser.prog}: {message}\n"
         ranks = Ranks(args.mpi)
         args = ranks.gathered(args)[0]  # which may have found the options of before
-        if args.digits is None or ranks.rank == 0:
-            with ranks.abort_on_error(), errors_in_a_line(settings.get("prog")):
-                main(TrainingRun(args, ranks))
+        if args.digits is not None:  # which the first draws alone, so that nobody waits for it
+            return main(TrainingRun(args, ranks)) if ranks.rank == 0 else None
+        with ranks.abort_on_error(), errors_in_a_line(settings.get("prog")):
+            main(TrainingRun(args, ranks))
 
 
 class TrainingRun:

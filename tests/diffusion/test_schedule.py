@@ -318,7 +318,7 @@ class TestBadInput:
                 make_schedule(name, 10, **{parameter: value})
 
     def test_name_and_T(self):
-        known = "linear, quadratic, sigmoid_beta, cosine, cosine_logsnr, sigmoid, sigmoid_logsnr, linear_gamma"
+        known = ", ".join(SCHEDULES)
         with pytest.raises(ValueError, match=f"name: unknown schedule 'liner'; known: {known}"):
             make_schedule("liner")
         with pytest.raises(ValueError, match=r"name: unknown schedule array.*\(of your own: Schedule\(beta\)\)"):

@@ -196,13 +196,17 @@ def kinds(tmp_path_factory):
     original = with_weights(UNet(1, 1, (32, 32), 1, (False, True), groups=32))
     tensors = laid_out(original.state_dict(), lambda name, ndim: original_layout(name, ndim, 2))
     save_file({name: np.ascontiguousarray(w) for name, w in tensors.items()}, folder / "original.safetensors")
+    (folder / "run").mkdir()  # the folder of a training, whose model is the one to take
+    save_model(folder / "run" / "model.safetensors", plain, DIFFUSION)
     for state in training(None, 5)[1]:
         state.save(folder / "checkpoint.safetensors")
+    shutil.copy(folder / "checkpoint.safetensors", folder / "run")
     (folder / "damaged.safetensors").write_bytes(b"nothing of the kind")
     return {
         "plain.safetensors": (folder, plain, DIFFUSION),
         "classes.safetensors": (folder, told, DIFFUSION),
         "diffusers": (folder, told, DIFFUSION),
+        "run": (folder, plain, DIFFUSION),
         "original.safetensors": (folder, original, Diffusion(make_schedule("linear", 1000), variance="large")),
         "checkpoint.safetensors": (folder, state.ema.model, TRAINED),
     }
@@ -229,12 +233,14 @@ class TestSample:
     def test_the_digits_that_come_along(self, tmp_path, capsys):
         unet, diffusion = load_model()
         labels = np.arange(12) % 10
-        expected = sample(diffusion, unet, (12, 28, 28, 1), "ddpm", 2, rng=0, labels=labels, workers=1)
-        drawn = self.drawn(tmp_path, capsys, "--steps=2", "--samples=12")
-        np.testing.assert_array_equal(drawn, np.asarray(grid(expected, columns=10)))
-        how = {"method": "dpm++", "steps": 3, "rng": 7, "guidance": 1.5, "workers": 1}
+        for options, guidance in (([], 1.5), (["--guidance=1"], None)):
+            how = {"labels": labels, "guidance": guidance, "workers": 1}
+            expected = sample(diffusion, unet, (12, 28, 28, 1), "ddpm", 2, rng=0, **how)
+            drawn = self.drawn(tmp_path, capsys, "--steps=2", "--samples=12", *options)
+            np.testing.assert_array_equal(drawn, np.asarray(grid(expected, columns=10)))
+        how = {"method": "dpm++", "steps": 3, "rng": 7, "guidance": 2.5, "workers": 1}
         expected = sample(diffusion, unet, (5, 28, 28, 1), labels=np.array([3, 8, 3, 8, 3]), **how)
-        options = ["--samples=5", "--labels", "3", "8", "--guidance=1.5", "--method=dpm++", "--steps=3", "--seed=7"]
+        options = ["--samples=5", "--labels", "3", "8", "--guidance=2.5", "--method=dpm++", "--steps=3", "--seed=7"]
         np.testing.assert_array_equal(self.drawn(tmp_path, capsys, *options), np.asarray(page(expected, 10)))
 
     @pytest.mark.parametrize(
@@ -245,6 +251,7 @@ class TestSample:
             ("diffusers", None),
             ("original.safetensors", 8),
             ("checkpoint.safetensors", 4),
+            ("run", None),
         ],
     )
     def test_a_model_of_any_kind(self, kinds, tmp_path, capsys, name, size):

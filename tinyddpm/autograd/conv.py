@@ -5,7 +5,8 @@ A convolution is one matrix product. `im2col` lays the kh x kw x C pixels that e
 for the filters, im2col(x)^T times the gradient; for the image, with stride 1, a convolution of the gradient with the
 filters turned by 180 degrees, input and output channels exchanged (Dumoulin & Visin 2016).
 
-So `correlate` and its two gradients are all there is to it. Next: fused.py.
+So `correlate` and its two gradients are all there is to it; where there is a faster way to the same numbers,
+`convolve` has a twin. Next: fused.py.
 """
 
 from __future__ import annotations
@@ -79,8 +80,14 @@ def correlate_grad_w(x: Array, g: Array, shape: tuple[int, ...], stride: int, pa
 
 
 def correlate_grad_x(g: Array, w: Array, stride: int, pad: Padding, shape: tuple[int, ...]) -> Array:
-    """Gradient of `correlate` for x, from dL/dy = g. With stride 1 it is g convolved with w turned around; in general,
-    what each output owes to the pixels under its filter, g w^T, added up where they lie."""
+    """Gradient of `correlate` for x, from dL/dy = g. Pixel (p, q) meets w[u, v] in the output (i, j) for which
+    p = i*stride + u - top and q = j*stride + v - left, so that with stride 1
+
+    dx[n, p, q, c] = sum_{u, v, o} g[n, p + top - u, q + left - v, o] w[u, v, c, o]
+
+    which is g convolved with w turned around. In general it is what each output owes to the pixels under its filter,
+    g w^T, added up where they lie.
+    """
     kh, kw, C, O = w.shape
     (N, H, W, _), ((top, bottom), (left, right)) = shape, pad
     if stride == 1 and max(top, bottom) < kh and max(left, right) < kw:  # else the padding below would be negative

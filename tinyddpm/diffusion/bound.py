@@ -3,9 +3,9 @@
     -log p(x_0) <= L_T + L_{T-1} + ... + L_0                                                            (equation 5)
 
 L_T is what the last x_t still knows of the picture, L_t how far the model's step back is from the true one, each a KL
-divergence of two Gaussians, and L_0 the log-likelihood of the 8-bit grey levels. In bits for each number in the picture
-it can be compared with other ways of compressing it. Gradients pass, so that a variance can be learned from it. Before
-this file: process.py; next: sample.py.
+divergence of two Gaussians, and L_0 the negative log-likelihood of the 8-bit grey levels. In bits for each number in
+the picture it can be compared with other ways of compressing it. Gradients pass, so that a variance can be learned from
+it. Before this file: process.py; next: clipping.py.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ def vlb_terms(
         t > 0    L_t = KL(q(x_{t-1} | x_t, x_0) || p_theta(x_{t-1} | x_t))
         t = 0    L_0 = -ln p_theta(x_0 | x_t), of the grey levels      (see `discretised_gaussian`)
 
-    both over ln 2. (Our t is the paper's t - 1, and so our L_t is its L_{t-1}.) Args: x0, x_t: (N, H, W, C), x0 of
-    8-bit levels k as k / 127.5 - 1. t: (N,). prediction, spread: what the model returned for x_t, split in two if
-    the variance is learned. clip: see `limit`, which takes arrays only.
+    both over ln 2. (They are numbered as in the paper, which writes L_{t-1} for the term of its x_t, our x_{t-1}.)
+    Args: x0, x_t: (N, H, W, C), x0 of 8-bit levels k as k / 127.5 - 1. t: (N,). prediction, spread: what the model
+    returned for x_t, split in two if the variance is learned. clip: see `limit`, which takes arrays only.
     """
     b = diffusion.schedule.input_scale
     mean = diffusion.posterior_mean(limit(diffusion.predict_x0(x_t, t, prediction), clip), x_t, t)
@@ -86,8 +86,8 @@ def vlb_terms(
     nats = gaussian_kl(true_mean, true_log_variance, mean, log_variance)
     if (t == 0).any():  # there the grey levels of the image itself are scored, so b is taken out again
         first = diffusion.gather(np.arange(diffusion.T) == 0, t, x0)
-        levels = discretised_gaussian(x0, mean / b, log_variance - 2 * math.log(b))
-        nats = (1 - first) * nats - first * levels
+        log_p = discretised_gaussian(x0, mean / b, log_variance - 2 * math.log(b))
+        nats = (1 - first) * nats - first * log_p
     return _bits_per_image(nats)
 
 

@@ -6,7 +6,7 @@ The bound (Ho et al. 2020, equation 5) asks that mu_theta be close to mu_tilde, 
 Without its weight, which is greatest where there is least noise, the pictures are better: that is the simple loss
 (equation 14), `Diffusion.loss`.
 
-Each is a function of the diffusion, the images x0 and their noise eps (N, H, W, C), t (N,), x_t, and what the network
+Each is a function of the diffusion, the images x0 and x_t (N, H, W, C), t (N,), the noise eps, and what the network
 made of x_t: its prediction and, if the variance is learned, the spread (else None). ||.||^2 is a mean over all
 elements. `Diffusion.loss_at` calls the one that is its `loss_type`. Before this file: process.py; next: bound.py.
 """

@@ -46,8 +46,8 @@ class Diffusion:
     Args:
         schedule: from `make_schedule`.
         objective: what the model returns: "eps", the noise in x_t (Ho et al.), "x0", the image, or "v", a blend of both
-            (Salimans & Ho 2022, section 4). An error in x_0 then counts SNR, 1 or 1 + SNR times (if b is 1): with eps,
-            the noisiest steps, where a picture takes shape, hardly count.
+            (Salimans & Ho 2022, section 4). In terms of x_0, the squared error is then weighted by SNR, 1 or 1 + SNR
+            (if b is 1): with eps, the noisiest steps, where a picture takes shape, hardly count.
         variance: sigma_t^2 of the reverse step: "small", beta_tilde_t, or "large", beta_t (Ho et al., section 3.2), or
             "learned_range", between the two: the model then returns twice the channels, the second half, the
             "spread", saying where (Nichol & Dhariwal 2021, section 3.1). Its U-Net has out_channels = 2 in_channels.
@@ -81,8 +81,8 @@ class Diffusion:
         return len(self.schedule)
 
     def gather(self, table: np.ndarray, t: np.ndarray, x: Array) -> Array:
-        """table[t] as (N, 1, 1, 1), of the dtype and on the device of the images x; of several tables (n, T), n of
-        them, which reach the device together. Raises TypeError or ValueError if t does not fit x or T."""
+        """table[t] as (N, 1, 1, 1), of the dtype and on the device of the images x; of n tables (n, T), which reach the
+        device together, (n, N, 1, 1, 1). Raises TypeError or ValueError if t does not fit x or T."""
         check_timesteps(t, x, self.T)
         return like(table[..., t].reshape(*table.shape[:-1], -1, *[1] * (x.ndim - 1)), x)
 
@@ -143,9 +143,9 @@ class Diffusion:
         Args: x_t, prediction: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
         check_shape("prediction", prediction, x_t)
-        signal, noise = self.signal_and_noise(t, x_t)
         if self.objective == "x0":
             return prediction
+        signal, noise = self.signal_and_noise(t, x_t)
         if self.objective == "eps":
             return (x_t - noise * prediction) / (self.schedule.input_scale * signal)
         return (signal * x_t - noise * prediction) / self.schedule.input_scale
@@ -161,9 +161,9 @@ class Diffusion:
         check_shape("prediction", prediction, x_t)
         if self.objective == "x0":
             return self.eps_from_x0(x_t, t, prediction)
-        signal, noise = self.signal_and_noise(t, x_t)
         if self.objective == "eps":
             return prediction
+        signal, noise = self.signal_and_noise(t, x_t)
         return signal * prediction + noise * x_t
 
     def eps_from_x0(self, x_t: Array, t: np.ndarray, x0: Array | Tensor) -> Array | Tensor:
@@ -265,7 +265,7 @@ class Diffusion:
         shape, TypeError for anything but floats; warns if x0 is far outside of [-1, 1].
         """
         check_images(x0)
-        if isinstance(x0, np.ndarray):  # on a GPU the look would wait for all that is under way
+        if isinstance(x0, np.ndarray):  # on a GPU this check would wait for all that is under way
             warn_if_out_of_range("x0", x0)
         if not isinstance(rng, np.random.Generator):
             raise TypeError(f"rng: expected a generator from numpy.random.default_rng, got {type(rng).__name__}")

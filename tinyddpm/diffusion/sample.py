@@ -40,7 +40,7 @@ def ddpm(diffusion: Diffusion, model: Callable, x: Array, noise: Callable, clip:
     """
     for t in reversed(range(diffusion.T)):
         mean, log_variance, x0 = diffusion.p_mean_variance(model, x, np.full(len(x), t), clip)
-        x = mean + np.exp(0.5 * log_variance) * noise() if t > 0 else mean
+        x = (mean + np.exp(0.5 * log_variance) * noise()) if t > 0 else mean
         yield t, x, x0
 
 

@@ -19,7 +19,7 @@ from .micro_batches import batch_gradient
 from .shards import in_parts
 from .workers import shared_array
 
-PART = 2**15  # numbers, which stay in the cache from one operation to the next
+PART = 2**15  # numbers, 128 KiB of float32, which stay in the cache from one operation to the next
 
 
 def column_sums(x: Array) -> Array:
@@ -28,7 +28,7 @@ def column_sums(x: Array) -> Array:
 
 
 def convolve(x: Array, w: Array, b: Array | None, stride: int, pad: tuple, precision: str) -> tuple[Array, Callable]:
-    """Most convolutions of a U-Net are 3x3 with stride 1: these with a quarter of the multiplications."""
+    """Most convolutions of a U-Net are 3x3 with stride 1: these in Winograd's way."""
     if winograd.fits(x, w, stride, pad):
         return winograd.conv3x3(x, w, b)
     return conv.convolve.plain(x, w, b, stride, pad, precision)
@@ -51,7 +51,7 @@ def adam_update(
 
 
 def ema_update(average: Array, theta: Array, d: float) -> None:
-    """Likewise."""
+    """Part after part, as `adam_update`."""
     for part in _parts(theta):
         a = average[part]
         a += (1 - d) * (theta[part] - a)

@@ -21,7 +21,7 @@ from ..backend import Array, array_module, on_device
 from .ranks import Ranks
 from .workers import ahead, shared_array, worker_processes
 
-GROUPS = 16  # of micro-batches, at most, since each has a gradient in memory; there is work for as many workers
+GROUPS = 16  # of micro-batches, at most: each has a gradient in memory, and there is work for as many workers
 READ_AHEAD = 4  # steps: so many batches of a folder's pictures are in memory
 
 
@@ -41,7 +41,10 @@ def batch_gradient(
     pixels = batches.size * math.prod(batches.images.shape[1:])
     scale = 2.0 ** round(math.log2(pixels)) if model.precision == "fp16" else 1.0
     with on_device(model.device):
-        p, shape = model.parameters()[0].data, (len(groups), model.size + 1)  # one more, for the loss of all ranks
+        p, shape = (
+            model.parameters()[0].data,
+            (len(groups), model.size + 1),
+        )  # one more: the loss rides along when ranks add up
         rows = shared_array(shape, p.dtype) if on_cpu else array_module(p).empty(shape, p.dtype)
     gradients = rows[:, :-1]
 
@@ -63,7 +66,8 @@ def batch_gradient(
         return total
 
     def draw_and_differentiate(step: int) -> tuple[Array, Array]:
-        loss, gradient = sum(work(list(enumerate(next(given))), step)), gradients[0]
+        loss = sum(work(list(enumerate(next(images_of_steps))), step))
+        gradient = gradients[0]  # and its memory: it is good until the next step
         for other in gradients[1:]:
             gradient += other
         if ranks.size > 1:
@@ -77,7 +81,7 @@ def batch_gradient(
 
     with contextlib.ExitStack() as stack:
         work = stack.enter_context(worker_processes(of_group, workers, len(groups) if on_cpu else 1))
-        given = itertools.repeat([None] * len(groups))
+        images_of_steps = itertools.repeat([None] * len(groups))
         if not isinstance(batches.images, np.ndarray):
-            given = stack.enter_context(ahead(read, steps, READ_AHEAD))
+            images_of_steps = stack.enter_context(ahead(read, steps, READ_AHEAD))
         yield draw_and_differentiate

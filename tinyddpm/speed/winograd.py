@@ -10,10 +10,10 @@ constant matrices they take 6:
 likewise.) Where they come from (Toom 1963, Cook 1966): a polynomial is known by its values. Let E_n take the n
 coefficients of one to its values at six points, infinity among them (its value there is its last coefficient). The
 values of a product are the products of the values, so the product of two that have four and three coefficients, a and
-w, is E_6^-1 ((E_4 a) * (E_3 w)). A correlation is that product transposed,
-so that G = E_3, A = E_4 and B^T is the inverse of E_6, transposed. In two dimensions each is applied down and across,
-Lavin & Gray's F(4x4, 3x3): 36 multiplications in place of 144 for a tile of 4x4 outputs, from 6x6 inputs, neighbours of
-which overlap by two. At each of the 36 pairs of points the sum over channels remains, a matrix product.
+w, is E_6^-1 ((E_4 a) * (E_3 w)). A correlation is that product transposed, so that G = E_3, A = E_4 and B^T is the
+inverse of E_6, transposed. In two dimensions each is applied down and across, Lavin & Gray's F(4x4, 3x3): 36
+multiplications in place of 144 for a tile of 4x4 outputs, from 6x6 inputs, neighbours of which overlap by two. At each
+of the 36 pairs of points the sum over channels remains, a matrix product.
 
 A row of tiles is transformed at once, by a matrix D that holds B^T once for each tile, and back by S, which holds A^T.
 They are mostly zeros, but leave out what lies outside of the image, add up the overlaps when transposed, and BLAS is

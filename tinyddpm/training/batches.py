@@ -12,13 +12,13 @@ import functools
 
 import numpy as np
 
-PURPOSES = ("order", "noise", "flip")
+PURPOSES = ("order", "noise", "flip")  # their order is part of what a seed means
 
 
 @dataclasses.dataclass(frozen=True)
 class Batches:
-    """The batches of a training: of `size` of the images (M, H, W, C), each its `label` if there are `labels` (M,), in
-    micro-batches; if `flip`, half of the images are mirrored, anew each time."""
+    """The batches of a training: `size` of the images (M, H, W, C) each step, and of the labels (M,) if there are any,
+    cut into micro-batches; if `flip`, half of the images are mirrored, anew each time."""
 
     images: np.ndarray  # or what is indexed like one, see `files.folder.ImageFolder`
     labels: np.ndarray | None
@@ -37,7 +37,7 @@ class Batches:
         return batch_indices(len(self.images), step, self.size, self.seed)[start : start + self.micro_batch]
 
     def read(self, step: int, start: int) -> np.ndarray:
-        """These images, as they are."""
+        """These images, as they are: to read them ahead of `draw`."""
         return self.images[self.indices(step, start)]
 
     def draw(

@@ -1,7 +1,7 @@
 """Algorithm 1 of Ho, Jain & Abbeel 2020, training:
 
     repeat
-        x_0 ~ q(x_0),  t ~ Uniform({1 ... T}),  eps ~ N(0, I)
+        x_0 ~ q(x_0),  t ~ Uniform({1 ... T}),  eps ~ N(0, I)                     (in the code t counts from 0)
         take a gradient step on  grad_theta ||eps - eps_theta(sqrt(alpha_bar_t) x_0 + sqrt(1 - alpha_bar_t) eps, t)||^2
     until converged
 
@@ -47,9 +47,9 @@ def descend(
     draw_and_differentiate(step): the loss of a batch, x_0, t and eps, that is drawn for this step, and its gradient for
     all parameters (P,); see `batch_gradient`. rate(step): the learning rate.
     """
-    for step in range(optimizer.n, steps):
+    for step in range(optimizer.n, steps):  # n: taken before an interruption, or 0
         loss, gradient = draw_and_differentiate(step)
-        norm = clip_norm(gradient, max_norm)
+        norm = clip_norm(gradient, max_norm)  # in place; the norm is that of before
         outcome, lr = check(step + 1, loss, norm), rate(step)
         optimizer.step(gradient, lr)
         ema.update(optimizer.theta)
@@ -60,17 +60,17 @@ def micro_batch_gradient(model: Callable, diffusion: Any, batches: Batches) -> C
     """Return a function of (step, start) that draws a micro-batch and differentiates: its loss, and the gradient for
     all parameters in one vector (P,), both weighted so that those of all micro-batches add up to the batch's mean.
 
-    It also takes the images if they have been read, a factor for both, and a vector for the gradient to be written to.
+    It also takes x0, the images if they have been read, `scale`, a factor for both, and `out`, for the gradient.
     """
     parameters = model.parameters()
     drops = getattr(model, "dropout", 0) or getattr(model, "label_dropout", 0)
 
     def differentiate(step: int, start: int, x0: Array | None = None, scale: float = 1.0, out: Array | None = None):
-        x0, labels, rng = batches.draw(step, start, x0)  # x_0 ~ q(x_0)
+        x0, labels, rng = batches.draw(step, start, x0)  # in place of x_0 ~ q(x_0), the next in a random order
         settings = ({"rng": rng} if drops else {}) | ({} if labels is None else {"labels": labels})
         net = functools.partial(model, **settings) if settings else model
         loss = diffusion.loss(net, to_device(x0, model.device), rng)  # draws t ~ Uniform and eps ~ N(0, I)
-        loss = loss * (scale * len(x0) / batches.size)
+        loss = loss * (scale * len(x0) / batches.size)  # a mean, which counts by its share of the batch
         return loss.data, flat_gradient(backward(loss, copy=False), parameters, out)
 
     return differentiate
@@ -90,8 +90,8 @@ def batch_gradient(
     def draw_and_differentiate(step: int) -> tuple[Array, Array]:
         loss = gradient = 0
         for start in batches.starts:
-            of_part = differentiate(step, start)
-            loss, gradient = loss + of_part[0], gradient + of_part[1]
+            part_loss, part_gradient = differentiate(step, start)
+            loss, gradient = loss + part_loss, gradient + part_gradient
         return loss, gradient
 
     yield draw_and_differentiate

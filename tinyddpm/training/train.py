@@ -172,7 +172,7 @@ def train(
             it is indexed, such as an `ImageFolder`, which is then done ahead of use.
         batch: images per step.
         micro_batch: images a worker takes at a time, with noise of their own; None for that of the run that goes on, or
-            else for what `speed.shards.shard_size` says on a CPU, the whole batch on a GPU, its part on each of some.
+            else for what `speed.shards.shard_size` says on a CPU, for all on a GPU, a part on each of several.
         lr: Adam's learning rate, to which it rises over the first `warmup_steps` and from which it falls towards 0 over
             the last `decay_steps`.
         max_norm: longest gradient. ema_decay: of the moving average.
@@ -225,13 +225,15 @@ def train(
             for _ in rest:
                 began = time.monotonic()
                 run.recent.append(0.0)
-                with on_device(model.device):  # not around the loop: what is done between the steps is none of it
-                    step, now, outcome = next(taken)
+                with on_device(
+                    model.device
+                ):  # anew each step, so that the caller's code between the steps keeps its own
+                    step, lr_now, outcome = next(taken)
                     last = any(ranks.gathered(stop is not None and bool(stop()))) or step == steps
                     if last:
                         run.raise_unless_finite()
                 spent = run.spend(time.monotonic() - began)
-                yield TrainState(step, now, ema, optimizer, outcome, last, *spent, run)
+                yield TrainState(step, lr_now, ema, optimizer, outcome, last, *spent, run)
                 if last:
                     break
 
@@ -297,7 +299,7 @@ def _begun(
                 error = refused
         facts, error = ranks.gathered((facts, error))[0]  # so that no rank waits for one that has failed
         if error is not None:
-            flatten(parameters)  # out of the memory that processes share
+            flatten(parameters)  # move them out of the memory that processes share
             raise error
         for vector in (ema.average, *_vectors(optimizer).values()):
             ranks.broadcast(vector)
@@ -307,4 +309,4 @@ def _begun(
         yield optimizer, ema, run, facts
     finally:
         if model.device == "cpu" and not run.moved():
-            flatten(parameters)  # out of the memory that processes share
+            flatten(parameters)  # move them out of the memory that processes share
