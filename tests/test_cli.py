@@ -235,7 +235,7 @@ class TestErrorsInALine:
         assert self.left_by(error, needs="that, pip install that") == (
             "program.py: No module named 'that'; that needs that, pip install that"
         )
-        assert self.left_by(error, "it") == "it: No module named 'that'; that needs a package"
+        assert self.left_by(error, "it") == "it: No module named 'that'"
 
     def test_too_little_memory(self):
         advice = "out of memory, of which fewer --workers or a smaller --batch need less: "

@@ -89,14 +89,14 @@ def picture_path(path: str) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def errors_in_a_line(name: str | None = None, needs: str = "a package") -> Iterator[None]:
+def errors_in_a_line(name: str | None = None, needs: str = "") -> Iterator[None]:
     """Of an error that says what was wrong, no more is shown than that, after the `name` of the program, and what it
     `needs` that is not there. Ctrl-C ends it as a shell expects."""
     name = name or pathlib.Path(sys.argv[0]).name
     try:
         yield
     except ImportError as error:
-        sys.exit(f"{name}: {error}; that needs {needs}")
+        sys.exit(f"{name}: {error}{'; that needs ' * bool(needs)}{needs}")
     except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
         sys.exit(f"{name}: {error}")
     except MemoryError as error:
