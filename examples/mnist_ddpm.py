@@ -58,8 +58,9 @@ def train_and_sample(run):
 
     run.rehearse(training, unet)  # how many steps --minutes are
     run.open_folder()
-    four = images[np.linspace(0, len(images) - 1, 4).astype(int)]
-    run.save(noising_strip(diffusion, four, np.random.default_rng(args.seed)), "noising.png")
+    if run.first:  # of several processes
+        four = images[np.linspace(0, len(images) - 1, 4).astype(int)]
+        run.save(noising_strip(diffusion, four, np.random.default_rng(args.seed)), "noising.png")
 
     def draw_some(state):  # now and then, from the averaged weights, always starting from the same noise
         drawn = draw(args, diffusion, state.ema.model, 20, run.workers)

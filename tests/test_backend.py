@@ -173,8 +173,15 @@ class TestPaired:
 
     def test_or_a_model_by_its_device(self, double):
         for device, kind in (("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda")):
-            assert double(types.SimpleNamespace(device=device)) == (kind, 2)
+            model = lambda x, t: x
+            model.device = device
+            assert double(model) == (kind, 2)
         assert double(lambda x, t: x) == ("cpu", 2)  # any function is one
+
+    @pytest.mark.parametrize("x", [3.0, [1.0], "cpu", None])
+    def test_nothing_else(self, double, x):
+        with pytest.raises(TypeError, match="expected a NumPy or CuPy array, got"):
+            double(x)
 
     def test_a_function_without_a_twin_is_itself(self, double):
         single = backend.paired(lambda x: x)

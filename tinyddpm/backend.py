@@ -155,13 +155,14 @@ def paired(function: Callable) -> Callable:
 
 def _kind(x: Any) -> str:
     """Which twins there may be for an array, or for a model, by its `device`, if it has one: "cpu" or "cuda"."""
-    if isinstance(x, np.ndarray):
+    if isinstance(x, (np.ndarray, np.generic)):
         return "cpu"
-    return "cuda" if is_array(x) or str(getattr(x, "device", "cpu")) != "cpu" else "cpu"
+    if callable(x):
+        return "cpu" if getattr(x, "device", "cpu") == "cpu" else "cuda"
+    return "cpu" if array_module(x) is np else "cuda"
 
 
 @functools.cache
 def _twins(kind: str) -> dict[str, Callable]:
-    return importlib.import_module(
-        f"{__package__}.speed.{kind}"
-    ).TWINS  # at first use: it imports the modules that have paired functions
+    # at first use, since it imports the very modules that have paired functions
+    return importlib.import_module(f"{__package__}.speed.{kind}").TWINS

@@ -96,7 +96,9 @@ def errors_in_a_line(name: str | None = None, needs: str = "") -> Iterator[None]
     try:
         yield
     except ImportError as error:
-        sys.exit(f"{name}: {error}{'; that needs ' * bool(needs)}{needs}")
+        if not needs:
+            raise  # a fault of ours
+        sys.exit(f"{name}: {error}; that needs {needs}")
     except (ValueError, TypeError, ArithmeticError, RuntimeError, OSError) as error:
         sys.exit(f"{name}: {error}")
     except MemoryError as error:

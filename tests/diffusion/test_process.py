@@ -481,6 +481,23 @@ class TestDiffusionBadInput:
             with pytest.raises(TypeError, match=f"t: expected a NumPy array of integers, got {named}"):
                 self.d.q_sample(self.x, bad, self.x)
 
+    @pytest.mark.parametrize("objective", OBJECTIVES)
+    @pytest.mark.parametrize("method", ["predict_x0", "predict_eps", "target", "posterior_mean", "eps_from_x0"])
+    def test_timesteps_whatever_is_predicted(self, method, objective):
+        """Also where they are not needed for the numbers."""
+        diffusion, x = Diffusion(make_schedule("linear", 10, beta_end=0.9), objective), np.zeros((2, 4, 4, 1))
+        call = getattr(diffusion, method)
+        bad = [
+            ([1, 2], TypeError),
+            (np.array([0.5, 1]), TypeError),
+            (np.array([1]), ValueError),
+            (np.array([1, 10]), ValueError),
+        ]
+        for t, error in bad if method != "target" or objective == "v" else []:
+            arguments = (x, x, t) if method == "posterior_mean" else (x, t, x)
+            with pytest.raises(error, match="t: "):
+                call(*arguments)
+
     def test_noise_of_another_shape(self):
         with pytest.raises(ValueError, match=r"eps: expected the shape of the images, \(2, 4, 4, 1\), got \(4, 4, 1\)"):
             self.d.q_sample(self.x, np.array([0, 1]), self.x[0])

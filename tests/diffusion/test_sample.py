@@ -13,6 +13,7 @@ from strategies import SEEDS, schedules
 
 from tinyddpm import Diffusion, Schedule, UNet, backend, make_schedule, sample
 from tinyddpm.autograd.tensor import Parameter, Tensor
+from tinyddpm.backend import plain
 from tinyddpm.diffusion.checks import OBJECTIVES, SPACINGS
 from tinyddpm.diffusion.sample import SAMPLERS, ddim, ddpm, dpm_solver, guided, respace, timesteps
 from tinyddpm.diffusion.schedule import linear
@@ -400,7 +401,25 @@ def test_guidance_of_networks_with_a_learned_variance():
     assert not hasattr(guided(zeros, zeros, 1), "dtype")
 
 
+class Foreign:
+    """What a model of another framework returns: no array, but NumPy can make one of it."""
+
+    def __init__(self, values):
+        self.values, self.shape = values, values.shape
+
+    def __array__(self, dtype=None, copy=None):
+        return self.values
+
+
 class TestSample:
+    @pytest.mark.parametrize("way", [contextlib.nullcontext, plain])
+    def test_a_model_may_return_what_numpy_takes(self, way):
+        diffusion, model = Diffusion(make_schedule("linear", 20, beta_end=0.5)), lambda x, t: 0.1 * x
+        settings = dict(shape=(9, 4, 4, 1), steps=3, rng=0)
+        with way():
+            drawn = sample(diffusion, lambda x, t: Foreign(model(x, t)), **settings)
+            np.testing.assert_array_equal(drawn, sample(diffusion, model, **settings))
+
     d = Diffusion(Schedule(linear(30, beta_start=1e-4, beta_end=0.5)))
 
     def test_it_starts_from_standard_normal_noise(self):

@@ -92,13 +92,8 @@ def attention(q, k, v, *, heads: int = 1, precision: str = "float32"):
 
     Returns (N, L, C). Raises ValueError where the shapes do not fit each other.
     """
-    if q.ndim != 3 or k.shape != v.shape or k.ndim != 3 or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
-        raise ValueError(f"q, k, v: expected (N, L, C), (N, S, C), (N, S, C), got {q.shape}, {k.shape}, {v.shape}")
-    if q.size == 0 or k.size == 0:
-        raise ValueError(f"q, k, v: expected none of them empty, got {q.shape}, {k.shape}, {v.shape}")
+    _check_attention(q, k, v, heads)
     C = q.shape[2]
-    if not isinstance(heads, numbers.Integral) or heads < 1 or C % heads:
-        raise ValueError(f"heads: {heads} does not divide the {C} channels of q; use a divisor of {C}")
     scale = 1 / math.sqrt(C // heads)
 
     def split(x: Array) -> Array:  # (N, L, C) -> (N, heads, L, d)
@@ -122,3 +117,14 @@ def attention(q, k, v, *, heads: int = 1, precision: str = "float32"):
         )
 
     return merge(product(p, v, precision)), pull
+
+
+def _check_attention(q: Array, k: Array, v: Array, heads: int) -> None:
+    """Raise ValueError unless the arguments of `attention` fit each other."""
+    if q.ndim != 3 or k.shape != v.shape or k.ndim != 3 or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
+        raise ValueError(f"q, k, v: expected (N, L, C), (N, S, C), (N, S, C), got {q.shape}, {k.shape}, {v.shape}")
+    if q.size == 0 or k.size == 0:
+        raise ValueError(f"q, k, v: expected none of them empty, got {q.shape}, {k.shape}, {v.shape}")
+    C = q.shape[2]
+    if not isinstance(heads, numbers.Integral) or heads < 1 or C % heads:
+        raise ValueError(f"heads: {heads} does not divide the {C} channels of q; use a divisor of {C}")

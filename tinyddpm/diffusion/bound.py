@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ..autograd.functional import at_least, normal_cdf
 from ..autograd.tensor import Tensor, as_array, exp, log
 from ..backend import Array, on_device, to_device, to_numpy
-from .checks import check_images, checked_labels
+from .checks import check_levels, checked_labels
 from .clipping import Clip, limit
 from .evaluation import in_parts
 
@@ -154,13 +154,7 @@ def bits_per_dim(
     Raises ValueError for no images, labels for others, another shape or values between the levels, TypeError for
     anything but floats.
     """
-    check_images(x0)
-    levels = 127.5 * (x0 + 1)
-    if not (np.all(np.abs(levels - np.round(levels)) < 0.01) and -0.01 < levels.min() and levels.max() < 255.01):
-        raise ValueError(
-            "x0: expected the levels k / 127.5 - 1 of 8-bit images, for others have no bits per dimension; got "
-            f"values from {x0.min():.3g} to {x0.max():.3g}"
-        )
+    check_levels(x0)
     labels = checked_labels(labels, len(x0))
     dtype, device = getattr(model, "dtype", x0.dtype), getattr(model, "device", "cpu")
     clip = diffusion.clip if clip is None else clip

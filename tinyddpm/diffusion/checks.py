@@ -73,6 +73,17 @@ def check_images(x0: Array) -> None:
         raise TypeError(f"x0: expected float32 or float64 images in [-1, 1], got {x0.dtype}")
 
 
+def check_levels(x0: np.ndarray) -> None:
+    """Raise unless x0 is a batch of the levels k / 127.5 - 1 of 8-bit images."""
+    check_images(x0)
+    levels = 127.5 * (x0 + 1)
+    if not (np.all(np.abs(levels - np.round(levels)) < 0.01) and -0.01 < levels.min() and levels.max() < 255.01):
+        raise ValueError(
+            "x0: expected the levels k / 127.5 - 1 of 8-bit images, for others have no bits per dimension; got "
+            f"values from {x0.min():.3g} to {x0.max():.3g}"
+        )
+
+
 def check_timesteps(t: np.ndarray, x: Array, T: int) -> None:
     """Raise unless t (N,) are timesteps 0 ... T-1, one for each of the images x, which are floats."""
     if not isinstance(t, np.ndarray) or t.dtype.kind not in "iu":

@@ -143,6 +143,7 @@ class Diffusion:
         Args: x_t, prediction: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
         check_shape("prediction", prediction, x_t)
+        check_timesteps(t, x_t, self.T)
         if self.objective == "x0":
             return prediction
         signal, noise = self.signal_and_noise(t, x_t)
@@ -159,6 +160,7 @@ class Diffusion:
         Args: x_t, prediction: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
         check_shape("prediction", prediction, x_t)
+        check_timesteps(t, x_t, self.T)
         if self.objective == "x0":
             return self.eps_from_x0(x_t, t, prediction)
         if self.objective == "eps":
@@ -282,4 +284,5 @@ class Diffusion:
             return mse(prediction, self.target(x0, t, eps))
         return losses.OTHERS[self.loss_type](self, x0, x_t, t, eps, prediction, spread)
 
-    bits_per_dim = bound.bits_per_dim  # as a method: how many bits the model needs at most to store images
+    # the variational bound, as methods
+    vlb_terms, prior_terms, bits_per_dim = bound.vlb_terms, bound.prior_terms, bound.bits_per_dim

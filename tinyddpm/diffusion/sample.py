@@ -230,7 +230,7 @@ def sample(
     TypeError for an unknown setting, FloatingPointError if what comes out is not finite.
     """
     sampler = checked_sampler(diffusion, method, settings)
-    labels = checked_images(shape, labels, guidance, start)
+    labels = checked_request(shape, labels, guidance, start)
     T = diffusion.T
     ts = timesteps(T, T if steps is None else steps, diffusion.spacing if spacing is None else spacing)
     if len(ts) < T:
@@ -244,7 +244,7 @@ def sample(
 
     def predict(x: Array, t: np.ndarray, labels: np.ndarray | None) -> Array:
         of_class = {} if labels is None else {"labels": labels}
-        return as_array(predictor(x, ts[t], **of_class))
+        return array_module(x).asarray(as_array(predictor(x, ts[t], **of_class)))  # it may be of PyTorch, say
 
     with on_device(device), in_parts(model, shape, workers) as run:
         x = noise()  # whether needed or not: the numbers drawn later are the same
@@ -277,7 +277,7 @@ def checked_sampler(diffusion: Diffusion, method: str | Callable, settings: dict
     return sampler
 
 
-def checked_images(
+def checked_request(
     shape: Sequence[int], labels: np.ndarray | None, guidance: float | None, start: Array | None
 ) -> np.ndarray | None:
     """The labels as an array of NumPy, if all that is said of the images to make fits, or ValueError."""

@@ -73,7 +73,7 @@ def rounded(x: Array, precision: str) -> Array:
     return to_bf16(x) if precision == "bf16" else x.astype(np.float16, order="C").view(np.int16)
 
 
-def plain(*arrays: Array) -> tuple[Array, ...]:
+def contiguous(*arrays: Array) -> tuple[Array, ...]:
     """The arrays contiguous, as kernels take them, which are told but an address. TypeError unless float32 or
     float64."""
     for x in arrays:
@@ -101,7 +101,7 @@ def product(
     real = "d" if a.dtype.char == "d" else "f"
     y = cupy.empty((*a.shape[:-1], m), real) if out is None else out
     if not {a.dtype.char, b.dtype.char} <= TYPES.keys():
-        plain(a, b)  # raises
+        contiguous(a, b)  # raises
     (a, a_turned), (b, b_turned) = _stored(a, precision), _stored(b, precision)
     compute = COMPUTE_64F if real == "d" else COMPUTE_32F_FAST_TF32 if precision == "tf32" else COMPUTE_32F
     alpha, beta = _number(scale, real), _number(float(accumulate), real)
@@ -159,7 +159,7 @@ def convolve(x: Array, w: Array, b: Array | None, stride: int, pad: tuple, preci
     pointwise = (kh, kw, stride, pad) == (1, 1, 1, ((0, 0), (0, 0)))  # the columns are x itself
     dtype, images = x.dtype, N if pointwise else max(1, COLUMNS // max(OH * OW * K, H * W * C))
     parts = [slice(start, min(start + images, N)) for start in range(0, N, images)]
-    (x, w), (b,) = plain(x, w), (None,) if b is None else plain(b)
+    (x, w), (b,) = contiguous(x, w), (None,) if b is None else contiguous(b)
     x, filters = rounded(x, precision), rounded(w.reshape(K, O), precision)
 
     def rows(y: Array, part: slice) -> Array:
@@ -186,7 +186,7 @@ def convolve(x: Array, w: Array, b: Array | None, stride: int, pad: tuple, preci
         y += b
 
     def pull(g):
-        (g,) = plain(g)
+        (g,) = contiguous(g)
         factor = rounded(g, precision)
 
         def dx():
@@ -217,14 +217,14 @@ def convolve(x: Array, w: Array, b: Array | None, stride: int, pad: tuple, preci
 def normalise(x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu: bool) -> tuple[Array, Callable]:
     """One kernel forward, and two back: the second adds up the gradients of gamma and beta over the images."""
     N, C = x.shape[0], x.shape[-1]
-    (x, gamma, beta), y, L = plain(x, gamma, beta), cupy.empty(x.shape, x.dtype), x.size // (N * C)
+    (x, gamma, beta), y, L = contiguous(x, gamma, beta), cupy.empty(x.shape, x.dtype), x.size // (N * C)
     means, rstds = cupy.empty((2, N * groups), x.dtype)
     blocks, arrays = ((N * groups,), (THREADS,)), (x, gamma, beta, y, means, rstds)
     kernel("group_norm", "normalise", x.dtype)(*blocks, (*arrays, L, C, groups, float(eps), int(silu)))
 
     def pull(g):
         dx, of_images = cupy.empty(x.shape, x.dtype), cupy.empty((2, N, C), x.dtype)
-        arrays = x, *plain(g), gamma, beta, means, rstds, dx, *of_images
+        arrays = x, *contiguous(g), gamma, beta, means, rstds, dx, *of_images
         kernel("group_norm", "normalise_grad", x.dtype)(*blocks, (*arrays, L, C, groups, int(silu)))
         dgamma, dbeta = of_images.sum(axis=1)
         return dx, dgamma, dbeta
@@ -238,14 +238,14 @@ def normalise(x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu
 def softmax_rows(x: Array, out: Array | None = None) -> Array:
     """One kernel. `out` is contiguous."""
     y = cupy.empty(x.shape, x.dtype) if out is None else out
-    _in_warps("softmax_rows", *plain(x), y)
+    _in_warps("softmax_rows", *contiguous(x), y)
     return y
 
 
 def softmax_rows_grad(y: Array, g: Array, out: Array | None = None) -> Array:
     """One kernel. `out` is contiguous."""
     dx = cupy.empty(y.shape, y.dtype) if out is None else out
-    _in_warps("softmax_rows_grad", *plain(y, g), dx)
+    _in_warps("softmax_rows_grad", *contiguous(y, g), dx)
     return dx
 
 
@@ -307,7 +307,7 @@ def silu(x: Array) -> tuple[Array, Callable]:
 
 def squared_norm(vector: Array) -> Array:
     """cuBLAS's dot. CuPy's own leaves all of it to a single block of threads."""
-    (vector,) = plain(vector)
+    (vector,) = contiguous(vector)
     return cupy.cublas.dot(vector, vector)
 
 

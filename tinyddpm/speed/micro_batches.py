@@ -19,7 +19,7 @@ import numpy as np
 
 from ..backend import Array, array_module, on_device
 from .ranks import Ranks
-from .workers import ahead, shared_array, worker_processes
+from .workers import ahead, is_shared, shared_array, worker_processes
 
 GROUPS = 16  # of micro-batches, at most: each has a gradient in memory, and there is work for as many workers
 READ_AHEAD = 4  # steps: so many batches of a folder's pictures are in memory
@@ -27,24 +27,24 @@ READ_AHEAD = 4  # steps: so many batches of a folder's pictures are in memory
 
 @contextlib.contextmanager
 def batch_gradient(
-    model: Any, differentiate: Callable, batches: Any, steps: range, workers: int, ranks: Ranks
+    model: Any, differentiate: Callable, batches: Any, steps: range, workers: int = 1, ranks: Ranks | None = None
 ) -> Iterator[Callable]:
     """The twin of `training.loop.batch_gradient`: with `workers` processes on a CPU, see `worker_processes`, and
-    `ranks`. Images that are not in memory, such as a folder's, are read up to `READ_AHEAD` steps ahead.
+    `ranks`. Processes would not see how parameters change that lie elsewhere than in `new_vector`'s memory, so then the
+    workers are threads. Images that are not in memory, such as a folder's, are read up to `READ_AHEAD` steps ahead.
 
     Products in "fp16" (see `Module.to`) lose gradients below 6e-8, and a mean over many pixels makes them small. So the
     loss is then multiplied by about the number of pixels before it is differentiated, and the gradient divided
     (Micikevicius et al. 2018).
     """
+    ranks = ranks or Ranks()
     on_cpu, starts = model.device == "cpu", ranks.share(batches.starts)
     groups = np.array_split(starts, min(GROUPS, len(starts)) or 1) if on_cpu else [starts]
     pixels = batches.size * math.prod(batches.images.shape[1:])
     scale = 2.0 ** round(math.log2(pixels)) if model.precision == "fp16" else 1.0
     with on_device(model.device):
-        p, shape = (
-            model.parameters()[0].data,
-            (len(groups), model.size + 1),
-        )  # one more: the loss rides along when ranks add up
+        # one number more than parameters: the loss rides along when ranks add up
+        p, shape = model.parameters()[0].data, (len(groups), model.size + 1)
         rows = shared_array(shape, p.dtype) if on_cpu else array_module(p).empty(shape, p.dtype)
     gradients = rows[:, :-1]
 
@@ -80,7 +80,8 @@ def batch_gradient(
         return loss, gradient
 
     with contextlib.ExitStack() as stack:
-        work = stack.enter_context(worker_processes(of_group, workers, len(groups) if on_cpu else 1))
+        threads = on_cpu and not all(is_shared(p.data) for p in model.parameters())
+        work = stack.enter_context(worker_processes(of_group, workers, len(groups) if on_cpu else 1, threads))
         images_of_steps = itertools.repeat([None] * len(groups))
         if not isinstance(batches.images, np.ndarray):
             images_of_steps = stack.enter_context(ahead(read, steps, READ_AHEAD))

@@ -9,6 +9,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 from ..backend import Array, device_of, to_device, to_numpy
 from .workers import cpu_count
 
@@ -62,6 +64,14 @@ class Ranks:
         result is the same to the bit on every rank and in every run. What is on a GPU passes through the host's memory.
         """
         self._in_host_memory(vector, lambda host: self.world.Allreduce(self.mpi.IN_PLACE, host))
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's `flag` is true."""
+        if self.size == 1:
+            return flag
+        count = np.array([flag], np.int32)
+        self.allreduce(count)
+        return bool(count[0])
 
     def broadcast(self, vector: Array) -> None:
         """Have each rank's `vector` replaced by that of rank 0."""

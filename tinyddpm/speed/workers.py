@@ -89,7 +89,9 @@ def ahead(function: Callable, items: Iterable, depth: int) -> Iterator[Iterator]
 
 
 @contextlib.contextmanager
-def worker_processes(function: Callable, count: int | None = None, most: int | None = None) -> Iterator[Callable]:
+def worker_processes(
+    function: Callable, count: int | None = None, most: int | None = None, threads: bool = False
+) -> Iterator[Callable]:
     """Within this block, have `count` processes (None: one per CPU), but no more than `most`, that are copies of this
     one as it is when the block begins; yields `run(items, *same)`, which has them compute function(item, *same) for
     each item.
@@ -97,12 +99,12 @@ def worker_processes(function: Callable, count: int | None = None, most: int | N
     What goes to a process and what it returns is pickled; all else that the function changes stays with the process,
     except for arrays from `shared_array`. Results come in the order of the items; an exception in a worker is raised
     where its result is taken. A single worker is this thread. Where processes cannot be copied, or not safely (Windows,
-    macOS, a daemon of multiprocessing, a rank of MPI), the workers are threads.
+    macOS, a daemon of multiprocessing, a rank of MPI), or if `threads`, the workers are threads.
     Raises ValueError unless `count` is an integer >= 1; `run` raises RuntimeError if a worker is killed.
     """
     count = _worker_count(count, most)
     alone = multiprocessing.current_process().daemon or "mpi4py.MPI" in sys.modules
-    if count == 1 or sys.platform != "linux" or alone:
+    if count == 1 or threads or sys.platform != "linux" or alone:
         with worker_threads(count) as run:
             yield lambda items, *same: run(lambda item: function(item, *same), items)
         return
@@ -124,6 +126,13 @@ def shared_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Zeros that `worker_processes` started later share with this process: what one writes, all see."""
     size, dtype = math.prod(shape), np.dtype(dtype)
     return np.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype).reshape(shape)
+
+
+def is_shared(x: np.ndarray) -> bool:
+    """Whether an array is of memory from `shared_array`."""
+    while isinstance(x, np.ndarray):
+        x = x.base
+    return isinstance(x, (mmap.mmap, memoryview))
 
 
 def _become_worker(function: Callable) -> None:

@@ -48,7 +48,7 @@ def descend(
     all parameters (P,); see `batch_gradient`. rate(step): the learning rate.
     """
     for step in range(optimizer.n, steps):  # n: taken before an interruption, or 0
-        loss, gradient = draw_and_differentiate(step)
+        loss, gradient = draw_and_differentiate(step)  # x_0, t, eps, and the loss: see `micro_batch_gradient`
         norm = clip_norm(gradient, max_norm)  # in place; the norm is that of before
         outcome, lr = check(step + 1, loss, norm), rate(step)
         optimizer.step(gradient, lr)
@@ -79,7 +79,7 @@ def micro_batch_gradient(model: Callable, diffusion: Any, batches: Batches) -> C
 @paired
 @contextlib.contextmanager
 def batch_gradient(
-    model: Callable, differentiate: Callable, batches: Batches, steps: range, workers: int, ranks: Any
+    model: Callable, differentiate: Callable, batches: Batches, steps: range, workers: int = 1, ranks: Any = None
 ) -> Iterator[Callable]:
     """Within this block, what comes of it is called for each of `steps`, in order: it draws and differentiates a batch,
     one micro-batch after the other, by `differentiate`, and returns the sum of the losses and that of the gradients.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import numbers
 import time
@@ -101,7 +102,7 @@ class Run:
     """What the states of a training have in common: what it was begun with, time, and whether all is well."""
 
     def __init__(self, model: Module, diffusion: Diffusion, config: dict, seconds: float):
-        self.model, self.diffusion = model, diffusion
+        self.model, self.diffusion, self.last = model, diffusion, False
         self.config = config  # with which a checkpoint has to agree, for the run to go on from it
         self.seconds = seconds  # of training
         self.recent = collections.deque(maxlen=LOOK_EVERY)  # of which each of the last steps took so many
@@ -115,10 +116,11 @@ class Run:
         self.recent[-1] += seconds
         return self.seconds, self.config["batch"] * len(self.recent) / sum(self.recent)
 
-    def check(self, step: int, loss: Array, norm: Array) -> list[Array | float]:
-        """Loss and norm, as numbers if the model is on a CPU; see `descend`."""
+    def check(self, is_last: Callable[[int], bool], step: int, loss: Array, norm: Array) -> list[Array | float]:
+        """Loss and norm, as numbers if the model is on a CPU or this is the last step; see `descend`."""
         self.unseen.append((step, outcome := [loss, norm]))
-        if self.model.device == "cpu" or len(self.unseen) == LOOK_EVERY:
+        self.last = is_last(step)
+        if self.model.device == "cpu" or len(self.unseen) == LOOK_EVERY or self.last:
             self.raise_unless_finite()
         if self.moved():
             raise RuntimeError(f"step {step}: the model's parameters were moved or replaced while it trains")
@@ -127,8 +129,9 @@ class Run:
     def raise_unless_finite(self) -> None:
         """Look at all steps that nobody has looked at."""
         for step, outcome in self.unseen:
+            outcome[:] = map(float, outcome)
             try:
-                outcome[:] = check_finite(step, *outcome)
+                check_finite(step, *outcome)
             except FloatingPointError as error:
                 fp16 = ", or a precision other than fp16" if self.config["precision"] == "fp16" else ""
                 advice = f"if all images are finite, try a lower lr than {self.config['lr']}{fp16}"
@@ -221,20 +224,18 @@ def train(
         workers = ranks.cpus if workers is None else workers
         with batch_gradient(model, differentiate, batches, rest, workers, ranks) as draw_and_differentiate:
             rate = lambda step: learning_rate(lr, step, steps, warmup_steps, decay_steps)
-            taken = descend(draw_and_differentiate, optimizer, ema, steps, rate, max_norm, run.check)
+            is_last = lambda step: ranks.any(stop is not None and bool(stop())) or step == steps
+            check = functools.partial(run.check, is_last)
+            taken = descend(draw_and_differentiate, optimizer, ema, steps, rate, max_norm, check)
             for _ in rest:
                 began = time.monotonic()
                 run.recent.append(0.0)
-                with on_device(
-                    model.device
-                ):  # anew each step, so that the caller's code between the steps keeps its own
+                # anew each step, so that the caller's code between the steps keeps its own device
+                with on_device(model.device):
                     step, lr_now, outcome = next(taken)
-                    last = any(ranks.gathered(stop is not None and bool(stop()))) or step == steps
-                    if last:
-                        run.raise_unless_finite()
                 spent = run.spend(time.monotonic() - began)
-                yield TrainState(step, lr_now, ema, optimizer, outcome, last, *spent, run)
-                if last:
+                yield TrainState(step, lr_now, ema, optimizer, outcome, run.last, *spent, run)
+                if run.last:
                     break
 
 
