@@ -17,7 +17,7 @@ import time
 import numpy as np
 
 from . import Diffusion, UNet, load_diffusers, load_model, load_original, make_schedule, sample, save_model, train
-from .cli import MODEL, Options, TrainingRun, errors_in_a_line, run_training, trained_model
+from .cli import GUIDANCE, MODEL, Options, TrainingRun, errors_in_a_line, run_training, trained_model
 from .diffusion.sample import SAMPLERS
 from .files.model import DIGITS_MODEL
 from .files.pictures import grid, page
@@ -31,7 +31,7 @@ def draw(unet: UNet, diffusion: Diffusion, n: int, labels: list[int] | None, gui
     config = unet.config
     if config["classes"]:
         settings["labels"] = np.resize(range(config["classes"]) if labels is None else labels, n)
-        settings["guidance"] = (1.5 if guidance is None else guidance) if config["label_dropout"] else None
+        settings["guidance"] = (GUIDANCE if guidance is None else guidance) if config["label_dropout"] else None
     return sample(diffusion, unet, shape=(n, *config["image_size"], config["in_channels"]), **settings)
 
 
@@ -80,7 +80,7 @@ def sample_from_model(argv: list[str], prog: str) -> None:
     add("model", nargs="?", type=pathlib.Path, default=DIGITS_MODEL, help=f"{kinds} [the model that comes along]")
     add("--samples", type=int, default=40, least=1, help="how many images [%(default)s]")
     add("--labels", type=int, nargs="+", help="their classes, repeated to fill --samples [each in turn]")
-    add("--guidance", type=float, help="how clearly they are to be those; 1, as in the data [1.5, if it can be guided]")
+    add("--guidance", type=float, help=f"how clearly they are to be those; 1, as in the data [{GUIDANCE}, if it can]")
     add("--method", default="ddpm", choices=SAMPLERS, help="the sampler [%(default)s]")
     add("--steps", type=int, default=25, least=1, help="of the sampler [%(default)s]")
     add("--size", type=int, least=1, help="height and width of the images [those of the model]")

@@ -31,6 +31,7 @@ from .files.run_folder import CHECKPOINT, OPTIONS, begin_folder, recorded
 from .speed.ranks import Ranks, ranks_started
 from .speed.workers import blas_name
 
+GUIDANCE = 1.5  # unless another is asked for
 MODEL = "model.safetensors"  # in the folder of a run
 PICTURES = "noising.png", "step_*.png", "samples.png", "denoising.gif", "digits.png"  # as well, in the end
 
@@ -169,7 +170,7 @@ def training_options(text: str | None, **settings: Any) -> Options:
     )
     add("--no-labels", action="store_true", help="do not tell the network what is in an image [it is told]")
     add("--digits", help="draw these, such as 2026, by the model in the folder; nothing is trained [none]")
-    add("--guidance", type=float, default=1.5, help="how clearly images show what they are to be [%(default)s]")
+    add("--guidance", type=float, default=GUIDANCE, help="how clearly images show what they are to be [%(default)s]")
     add("--sampling-steps", type=int, default=25, help="of T, on the way back from noise [%(default)s]")
     add("--samples", type=int, default=64, help="images in the final grid [%(default)s]")
     add("--sample-every", type=int, default=500, help="training steps between sample grids [%(default)s]")
