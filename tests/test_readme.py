@@ -376,6 +376,7 @@ def test_commands_run(command, newcomer, monkeypatch, capsys):
         if script == "-m":
             module, *subcommand = name.split()
             monkeypatch.setattr(sys, "argv", [module, *subcommand, *arguments])
+            monkeypatch.delitem(sys.modules, f"{module}.__main__", raising=False)  # as another test may have left it
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         else:
             monkeypatch.setattr(sys, "argv", [str(ROOT / script), *arguments])
