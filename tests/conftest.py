@@ -7,6 +7,7 @@ Tests marked `gpu` are about a GPU itself, and use it as users do: `pytest -m gp
 gpu --cuda emulated` on any. With `--cuda null` the imitated GPU computes nothing and counts: test_cuda_counts.py.
 """
 
+import contextlib
 import functools
 import runpy
 import signal
@@ -108,6 +109,29 @@ def through_cupy(raw):
         return to_numpy(y), pull_through
 
     return on_cuda
+
+
+@pytest.fixture
+def on_second_gpu(monkeypatch):
+    """on_second_gpu(file) returns a model that says it is on cuda:1; a list of the devices to which a file of
+    tinyddpm/diffusion then moves arrays, or where it computes, which are none; and one of the shapes that the model is
+    given."""
+    from tinyddpm import backend
+    from tinyddpm.speed.shards import in_parts
+
+    def arrange(file):
+        went, shapes, own = [], [], backend._twins
+        moved = lambda x, device: went.append(device) or x
+        monkeypatch.setattr(f"tinyddpm.diffusion.{file}.to_device", moved)
+        there = lambda device: went.append(device) or contextlib.nullcontext()
+        monkeypatch.setattr(f"tinyddpm.diffusion.{file}.on_device", there)
+        # a GPU's twins need CuPy, but for this one
+        monkeypatch.setattr(backend, "_twins", lambda kind: {"in_parts": in_parts} if kind == "cuda" else own(kind))
+        model = lambda x, t: shapes.append(x.shape) or 0 * x
+        model.device = "cuda:1"
+        return model, went, shapes
+
+    return arrange
 
 
 @pytest.fixture

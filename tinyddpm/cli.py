@@ -73,6 +73,11 @@ class Options(argparse.ArgumentParser):
         if not (digits.isascii() and digits.isdecimal()):
             self.error(f"--digits must be digits such as 2026, got {digits!r}")
 
+    def check_guidance(self, guidance: float) -> None:
+        """Refuse --guidance that is infinite or no number."""
+        if not math.isfinite(guidance):
+            self.error(f"--guidance must be a number, got {guidance}")
+
 
 def picture_path(path: str) -> pathlib.Path:
     """`path`, if a picture can be written there, for argparse: better to know that before the work than after.
@@ -205,8 +210,7 @@ def training_arguments(parser: Options, argv: list[str] | None = None) -> argpar
         args.data = os.path.abspath(args.data)
     if args.digits is not None:
         parser.check_digits(args.digits)
-    if not math.isfinite(args.guidance):
-        parser.error(f"--guidance must be a number, got {args.guidance}")
+    parser.check_guidance(args.guidance)
     if args.digits and not (args.out / MODEL).exists():
         parser.error(f"--digits: there is no model in {args.out.resolve()} yet; without --digits, one is trained")
     if not args.mpi and ranks_started() > 1:

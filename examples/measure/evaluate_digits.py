@@ -22,7 +22,6 @@ package, or with --data mnist all 10,000, which take part in no training.
 """
 
 import json
-import math
 import pathlib
 import zipfile
 
@@ -240,7 +239,7 @@ def parse_arguments():
     add("--data", default="digits", choices=("digits", "mnist"), help="what the model learned from [%(default)s]")
     add("--method", default="ddpm", choices=SAMPLERS, help="the sampler, of a model [%(default)s]")
     add("--steps", type=int, default=25, least=1, help="of the sampler, at most T [%(default)s]")
-    add("--guidance", type=float, default=1.5, help="of the sampler, if the model knows labels [%(default)s]")
+    add("--guidance", type=float, default=cli.GUIDANCE, help="of the sampler, if the model knows labels [%(default)s]")
     add("--seed", type=int, default=0, least=0, help="the same one gives the same numbers [%(default)s]")
     add("--workers", type=int, least=1, help="how many work side by side [one per CPU]")
     add("--classifier", type=pathlib.Path, default=CLASSIFIER, help="another than the one that comes along")
@@ -254,8 +253,7 @@ def parse_arguments():
         parser.error(f"there is no {args.source}")
     if not 10 <= args.samples <= 2000:  # of real digits, five times as many are needed
         parser.error(f"--samples must be from 10 to 2000, got {args.samples}")
-    if not math.isfinite(args.guidance):
-        parser.error(f"--guidance must be a number, got {args.guidance}")
+    parser.check_guidance(args.guidance)
     for name in ("json", "train"):  # better to know now than after the work
         path = getattr(args, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):

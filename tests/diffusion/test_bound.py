@@ -1,6 +1,5 @@
 """The variational bound: its Gaussians and grey levels, its terms against numerical integration, bits per dimension."""
 
-import contextlib
 import math
 
 import numpy as np
@@ -11,12 +10,11 @@ from hypothesis import strategies as st
 from ideal import ideal_denoiser
 from strategies import SEEDS, make
 
-from tinyddpm import Diffusion, Schedule, UNet, backend, backward, make_schedule
+from tinyddpm import Diffusion, Schedule, UNet, backward, make_schedule
 from tinyddpm.autograd.tensor import Parameter
 from tinyddpm.diffusion.bound import BitsPerDim, discretised_gaussian, gaussian_kl, prior_terms, vlb_terms
 from tinyddpm.diffusion.checks import OBJECTIVES
 from tinyddpm.diffusion.schedule import linear
-from tinyddpm.speed.shards import in_parts
 
 LEVELS = np.arange(256) / 127.5 - 1
 moderate = st.floats(-3, 3)
@@ -302,24 +300,10 @@ class TestBitsPerDim:
         with pytest.raises(ValueError, match="labels: expected 100, one for each image, got shape"):
             bits(told, [0, 1])
 
-    def test_it_is_computed_where_the_model_is_and_there_in_one_batch(self, monkeypatch):
-        went, shapes = [], []
-        monkeypatch.setattr("tinyddpm.diffusion.bound.to_device", lambda x, device: went.append(device) or x)
-        monkeypatch.setattr(
-            "tinyddpm.diffusion.bound.on_device", lambda device: went.append(device) or contextlib.nullcontext()
-        )
-        own = backend._twins  # a GPU's need CuPy, but for this one
-        monkeypatch.setattr(backend, "_twins", lambda kind: {"in_parts": in_parts} if kind == "cuda" else own(kind))
-
-        class Model:
-            device = "cuda:1"
-
-            def __call__(self, x, t):
-                shapes.append(x.shape)
-                return 0 * x
-
+    def test_it_is_computed_where_the_model_is_and_there_in_one_batch(self, on_second_gpu):
+        model, went, shapes = on_second_gpu("bound")
         d, x0 = Diffusion(make("linear", 3)), np.ones((11, 2, 2, 1))
-        d.bits_per_dim(Model(), x0, progress=False)
+        d.bits_per_dim(model, x0, progress=False)
         assert set(went) == {"cuda:1"} and set(shapes) == {x0.shape}
         shapes.clear()
         d.bits_per_dim(lambda x, t: shapes.append(x.shape) or 0 * x, x0, progress=False)

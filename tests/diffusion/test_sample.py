@@ -11,13 +11,12 @@ from hypothesis import strategies as st
 from ideal import ideal_denoiser
 from strategies import SEEDS, schedules
 
-from tinyddpm import Diffusion, Schedule, UNet, backend, make_schedule, sample
+from tinyddpm import Diffusion, Schedule, UNet, make_schedule, sample
 from tinyddpm.autograd.tensor import Parameter, Tensor
 from tinyddpm.backend import plain
 from tinyddpm.diffusion.checks import OBJECTIVES, SPACINGS
 from tinyddpm.diffusion.sample import SAMPLERS, ddim, ddpm, dpm_solver, guided, respace, timesteps
 from tinyddpm.diffusion.schedule import linear
-from tinyddpm.speed.shards import in_parts
 
 
 def zeros(x, t):
@@ -495,23 +494,9 @@ class TestSample:
         assert sample(self.d, Model(), (1, 2, 2, 1)).dtype == np.float64
         assert sample(self.d, zeros, (1, 2, 2, 1)).dtype == np.float32
 
-    def test_images_are_made_where_the_model_is_and_there_in_one_batch(self, monkeypatch):
-        went, shapes = [], []
-        monkeypatch.setattr("tinyddpm.diffusion.sample.to_device", lambda x, device: went.append(device) or x)
-        monkeypatch.setattr(
-            "tinyddpm.diffusion.sample.on_device", lambda device: went.append(device) or contextlib.nullcontext()
-        )
-        own = backend._twins  # a GPU's need CuPy, but for this one
-        monkeypatch.setattr(backend, "_twins", lambda kind: {"in_parts": in_parts} if kind == "cuda" else own(kind))
-
-        class Model:
-            device = "cuda:1"
-
-            def __call__(self, x, t):
-                shapes.append(x.shape)
-                return 0 * x
-
-        sample(self.d, Model(), (11, 2, 2, 1))
+    def test_images_are_made_where_the_model_is_and_there_in_one_batch(self, on_second_gpu):
+        model, went, shapes = on_second_gpu("sample")
+        sample(self.d, model, (11, 2, 2, 1))
         assert set(went) == {"cuda:1"} and set(shapes) == {(11, 2, 2, 1)}
         shapes.clear()
         sample(self.d, lambda x, t: shapes.append(x.shape) or 0 * x, (11, 2, 2, 1))
