@@ -110,6 +110,11 @@ def device_of(x: Array) -> str:
     return "cpu" if array_module(x) is np else f"cuda:{x.device.id}"
 
 
+def address(x: Array) -> int:
+    """Where the numbers of `x` begin in memory."""
+    return x.__array_interface__["data"][0] if array_module(x) is np else x.data.ptr
+
+
 def like(values: np.ndarray, x: Array) -> Array:
     """Return the NumPy array `values` with the dtype of `x`, on the device of `x`."""
     return to_device(values.astype(x.dtype, copy=False), device_of(x))

@@ -11,7 +11,8 @@ import time
 
 import numpy as np
 import pytest
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
+from tqdm import tqdm
 
 from tinyddpm.speed.workers import ahead, blas_name, cpu_count, shared_array, worker_processes, worker_threads
 
@@ -52,6 +53,17 @@ class TestThreads:
             with pytest.raises(ZeroDivisionError):
                 list(run(lambda i: 1 / i, [0]))
             assert blas_threads() == before
+
+    @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first in, first out", "first in, last out"])
+    def test_who_leaves_last_gives_blas_its_threads_back(self, order):
+        """Of several that compute at a time, in whichever order they end, one of them with an error."""
+        with threadpool_limits(2, "blas"), worker_threads(2) as run, worker_threads(1) as other:
+            at_work = run(lambda i: 1 / (2 - i), range(3)), other(lambda i: 1 / (2 - i), range(3))
+            assert [next(results) for results in at_work] == [0.5, 0.5] and blas_threads() == {1}
+            for i, left in zip(order, ({1}, {2})):
+                with pytest.raises(ZeroDivisionError):
+                    list(at_work[i])
+                assert blas_threads() == left
 
     def test_an_exception_surfaces_and_the_threads_end(self):
         before = threading.active_count()
@@ -246,6 +258,33 @@ def test_where_a_process_cannot_be_copied_they_are_threads(monkeypatch):
 
     with worker_processes(work, 2) as run:
         assert list(run(range(4), 1)) == [(i + 1, os.getpid()) for i in range(4)]
+
+
+@on_linux
+class TestInAProcessThatHasThreads:
+    """A copy made while one of them is in a matrix product would never end, nor the making of it."""
+
+    def test_the_workers_are_threads_and_it_is_said(self):
+        end, a = threading.Event(), np.ones((700, 700), np.float32)
+
+        def multiply():
+            while not end.is_set():
+                a @ a
+
+        other = threading.Thread(target=multiply, name="another")
+        other.start()
+        try:
+            with pytest.warns(UserWarning, match=r"workers: they are threads, .* \(another\)"):
+                with worker_processes(lambda i: os.getpid(), 2) as run:
+                    assert list(run(range(4))) == [os.getpid()] * 4
+        finally:
+            end.set()
+            other.join()
+
+    @pytest.mark.parametrize("idle", [lambda: tqdm(range(3), leave=False), lambda: worker_processes(abs, 2)])
+    def test_those_that_compute_nothing_do_not_count(self, idle):
+        with idle(), worker_processes(lambda i: os.getpid(), 2) as run:
+            assert threading.active_count() > 1 and os.getpid() not in list(run(range(2)))
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import numbers
 import threading
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from ..backend import Array, array_module, device_of, is_array
+from ..backend import Array, address, array_module, device_of, is_array
 
 # ---------------------------------------------------------------------------------------------------------- tensors
 
@@ -148,6 +149,19 @@ class Parameter(Tensor):
     for itself, beside the nodes, and like these it is told from others by identity."""
 
     __slots__ = ()
+
+    def __reduce__(self):
+        """Copied or pickled with the vector of which it is a view, if `training.optim.flatten` made it one: it is a
+        view of that one's copy then, too."""
+        vector = self.data.base
+        if not is_array(vector) or vector.ndim != 1 or vector.dtype != self.dtype or not self.data.flags.c_contiguous:
+            return type(self), (self.data,)
+        start = (address(self.data) - address(vector)) // self.dtype.itemsize
+        return _view, (type(self), vector, start, self.shape)
+
+
+def _view(kind: type, vector: Array, start: int, shape: tuple[int, ...]) -> Parameter:
+    return kind(vector[start : start + math.prod(shape)].reshape(shape))
 
 
 def no_scalar(x):

@@ -25,6 +25,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -52,11 +53,10 @@ def worker_threads(count: int | None = None, most: int | None = None) -> Iterato
     Raises ValueError unless `count` is an integer >= 1.
     """
     count = _worker_count(count, most)
-    blas = ThreadpoolController()
     with contextlib.nullcontext() if count == 1 else ThreadPoolExecutor(count) as pool:
 
         def run(function: Callable, items: Iterable) -> Iterator:
-            with blas.limit(limits=1, user_api="blas"):  # a setting of the whole process, so only while we need it
+            with one_blas_thread():  # a setting of the whole process, so only while we need it
                 if pool:
                     yield from pool.map(function, items)
                 else:
@@ -64,6 +64,27 @@ def worker_threads(count: int | None = None, most: int | None = None) -> Iterato
                         yield function(item)
 
         yield run
+
+
+_blas_lock, _blas_users, _blas_before = threading.Lock(), 0, None
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Within this block, BLAS computes with one thread, in all of the process; so of the threads that are within, the
+    first sees to that, and the last to leave has it as the first found it."""
+    global _blas_users, _blas_before
+    with _blas_lock:
+        if _blas_users == 0:
+            _blas_before = ThreadpoolController().limit(limits=1, user_api="blas")
+        _blas_users += 1
+    try:
+        yield
+    finally:
+        with _blas_lock:
+            _blas_users -= 1
+            if _blas_users == 0:
+                _blas_before.restore_original_limits()
 
 
 @contextlib.contextmanager
@@ -99,12 +120,22 @@ def worker_processes(
     What goes to a process and what it returns is pickled; all else that the function changes stays with the process,
     except for arrays from `shared_array`. Results come in the order of the items; an exception in a worker is raised
     where its result is taken. A single worker is this thread. Where processes cannot be copied, or not safely (Windows,
-    macOS, a daemon of multiprocessing, a rank of MPI), or if `threads`, the workers are threads.
+    macOS, a daemon of multiprocessing, a rank of MPI), or if `threads`, the workers are threads; and so they are while
+    other threads of this process may compute, for a copy that is made in the midst of a matrix product of theirs never
+    ends: then a warning says so.
     Raises ValueError unless `count` is an integer >= 1; `run` raises RuntimeError if a worker is killed.
     """
     count = _worker_count(count, most)
-    alone = multiprocessing.current_process().daemon or "mpi4py.MPI" in sys.modules
-    if count == 1 or threads or sys.platform != "linux" or alone:
+    threads = threads or multiprocessing.current_process().daemon or "mpi4py.MPI" in sys.modules
+    threads = threads or sys.platform != "linux" or count == 1
+    if not threads and (others := _busy_threads()):
+        warnings.warn(
+            f"workers: they are threads, which are slower here than processes, for other threads of this program are "
+            f"alive ({', '.join(others)}), and a process cannot be copied while one of them is in a matrix product",
+            stacklevel=2,
+        )
+        threads = True
+    if threads:
         with worker_threads(count) as run:
             yield lambda items, *same: run(lambda item: function(item, *same), items)
         return
@@ -122,10 +153,23 @@ def worker_processes(
         yield run
 
 
+# whose threads wait for others and compute nothing: progress bars, notebooks, debuggers, our pools of processes
+_IDLE = (
+    "tqdm.", "ipykernel.", "IPython.", "zmq.", "debugpy.", "pydevd", "_pydevd", "multiprocessing.queues",
+    "concurrent.futures.process",
+)  # fmt: skip
+
+
+def _busy_threads() -> list[str]:
+    """The names of this process's other threads that may compute, as far as Python knows of them."""
+    code = lambda thread: (getattr(thread, "_target", None) or type(thread)).__module__ or ""
+    others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
+    return [thread.name for thread in others if not code(thread).startswith(_IDLE)]
+
+
 def shared_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Zeros that `worker_processes` started later share with this process: what one writes, all see."""
-    size, dtype = math.prod(shape), np.dtype(dtype)
-    return np.frombuffer(mmap.mmap(-1, size * dtype.itemsize), dtype).reshape(shape)
+    return np.ndarray(shape, dtype, buffer=mmap.mmap(-1, math.prod(shape) * np.dtype(dtype).itemsize))
 
 
 def is_shared(x: np.ndarray) -> bool:
