@@ -179,8 +179,8 @@ def test_the_budget_of_lines():
     """For thought, not a golf score: no line is made denser to meet it."""
     sizes = {file: lines_of_code(PACKAGE / file) for file in FILES}
     read = sum(count for file, count in sizes.items() if room(file) in SHELVES)
-    assert read < 2300, read
-    assert sum(sizes.values()) - read < 2600, sizes
+    assert read < 2400, read
+    assert sum(sizes.values()) - read < 3000, sizes
     assert max(sizes.values()) < 300, sizes
 
 

@@ -550,17 +550,36 @@ class TestDiffusionBadInput:
         with pytest.raises(ValueError, match="min_snr_gamma: expected a number > 0, got"):
             Diffusion(linear(10), min_snr_gamma=gamma)
 
-    def test_images_far_out_of_range_are_warned_about(self):
-        rng, x0 = np.random.default_rng(0), np.linspace(0, 255, 32).reshape(2, 4, 4, 1)
+    @pytest.mark.parametrize(
+        ("low", "high", "remedy"),
+        [
+            (0, 1, "; if black is 0 and white is 1, take x0 / 0.5 - 1"),
+            (0, 0.3, "; if black is 0 and white is 1, take x0 / 0.5 - 1"),
+            (0, 255, "; if black is 0 and white is 255, take x0 / 127.5 - 1"),
+            (0, 2e4, "; if black is 0 and white is 65535, take x0 / 32767.5 - 1"),
+            (-0.5, 0.5, ""),
+            (-0.42, 2.82, ""),
+            (-2.1, 0, ""),
+            (-1e9, 0.5, ""),
+        ],
+    )
+    def test_images_on_another_scale_are_warned_about_once(self, low, high, remedy):
+        """With the range that was seen, and what is to be done; it points to the caller."""
+        rng, x0, d = np.random.default_rng(0), np.linspace(low, high, 1024).reshape(4, 16, 16, 1), Diffusion(linear(9))
         with pytest.warns(UserWarning) as seen:
-            for scale in (1, -2.1 / 255, 2.1 / 255):
-                self.d.loss(zeros, scale * x0, rng)
-        message = "x0: images are expected in [-1, 1], but these range from {} to {}"
-        ranges = ((0, 255), (-2.1, "-0"), (0, 2.1))
-        assert [str(w.message) for w in seen] == [message.format(*r) for r in ranges]
-        assert {w.filename for w in seen} == {__file__}  # it points to the caller
-        for scale in (2 / 255, -2 / 255):  # that is not far
-            self.d.loss(zeros, scale * x0, rng)
+            for batch in (x0, x0, 0.9 * x0):
+                d.loss(zeros, batch, rng)
+        expected = f"x0: expected images in [-1, 1], got values from {low:.3g} to {high:.3g}{remedy}"
+        assert [(str(w.message), w.filename) for w in seen] == [(expected, __file__)]
+
+    @pytest.mark.parametrize(
+        "x0",
+        [np.zeros((2, 32, 32, 1)), np.linspace(0, 1, 32).reshape(2, 4, 4, 1), np.linspace(-0.6, 0.1, 2048)],
+        ids=len,
+    )
+    def test_images_that_may_be_as_they_are_are_not(self, x0):
+        """Of one colour, too few to tell, dark."""
+        Diffusion(linear(9)).loss(zeros, x0.reshape(2, 4, -1, 1), np.random.default_rng(0))
 
     def test_images_that_are_no_array(self):
         for images in (self.x.tolist(), Tensor(self.x)):

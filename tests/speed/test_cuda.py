@@ -585,9 +585,9 @@ def test_ranks_exchange_vectors_through_the_host():
     assert alone.loss != at_once[0]  # which was twice that of the first half of the batch
 
 
-def test_images_far_out_of_range_are_warned_about():
+def test_images_on_another_scale_are_warned_about():
     diffusion, _, unet = process("eps", "small", "simple")
-    with pytest.warns(UserWarning, match="images are expected in"):
+    with pytest.warns(UserWarning, match="images: expected images in"):
         next(train(unet, diffusion, 5 + digits(4), 1, batch=4))
 
 

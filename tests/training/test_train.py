@@ -119,11 +119,11 @@ class TestTrain:
     def test_each_image_is_learned_with_its_own_label(self, label_dropout):
         """Which is drawn on it; a generator comes along if labels are to be dropped."""
         seen, labels = [], np.arange(len(IMAGES)) % 5
-        images = np.zeros_like(IMAGES) + labels.reshape(-1, 1, 1, 1).astype(np.float32) / 5
+        images = np.zeros_like(IMAGES) + labels.reshape(-1, 1, 1, 1).astype(np.float32) / 2 - 1
 
         class Look:
             def loss(self, model, x0, rng):
-                np.testing.assert_allclose(x0[:, 0, 0, 0], model.keywords["labels"] / 5, rtol=1e-6)
+                np.testing.assert_allclose(x0[:, 0, 0, 0], model.keywords["labels"] / 2 - 1, rtol=1e-6)
                 assert model.keywords.get("rng") is (rng if label_dropout else None)
                 seen.extend(model.keywords["labels"])
                 return DIFFUSION.loss(model, x0, rng)
@@ -164,14 +164,14 @@ class TestTrain:
             training = train(unet, DIFFUSION, folder, 6, 11, micro_batch=4, seed=3, workers=workers, flip=True)
             losses = [next(training).loss]
             deadline = time.monotonic() + 10
-            while len(folder.asked) < 1 + 3 * (1 + READ_AHEAD) and time.monotonic() < deadline:
+            while len(folder.asked) < 2 + 3 * (1 + READ_AHEAD) and time.monotonic() < deadline:
                 time.sleep(0.01)
             time.sleep(0.05)  # and no more
             ahead = [list(batch_indices(23, step, 11, 3)[start : start + 4]) for step in range(1 + READ_AHEAD)
                      for start in (0, 4, 8)]  # fmt: skip
-            assert sorted(folder.asked[1:]) == sorted(ahead)  # the first were for the checkpoint to recognise them
+            assert sorted(folder.asked[2:]) == sorted(ahead)  # the first were to look at, and for the checkpoint
             losses += [state.loss for state in training]
-            assert losses == [state.loss for state in states] and threading.get_ident() not in folder.readers[1:]
+            assert losses == [state.loss for state in states] and threading.get_ident() not in folder.readers[2:]
             assert threading.active_count() == before
             for name, value in whole.state_dict().items():
                 np.testing.assert_array_equal(value, unet.state_dict()[name], err_msg=name)
@@ -196,13 +196,13 @@ class TestTrain:
     @pytest.mark.parametrize("workers", [1, 2])
     def test_half_of_the_images_are_flipped_anew_each_time(self, workers):
         """Left to right, and none of those that are in memory."""
-        images, seen = np.zeros((6, 4, 4, 1), np.float32), []
+        images, seen = np.full((6, 4, 4, 1), -1, np.float32), []
         images[:, 0, 0, 0] = 0.1 + np.arange(6) / 10  # a light in the upper left corner that tells which it is
         before = images.copy()
 
         class Look:
             def loss(self, model, x0, rng):
-                assert ((x0 != 0).sum(axis=(1, 2, 3)) == 1).all() and (x0[:, 0, [0, 3], 0].sum(axis=1) > 0).all()
+                assert ((x0 > -1).sum(axis=(1, 2, 3)) == 1).all() and (x0[:, 0, [0, 3], 0].max(axis=1) > -1).all()
                 return DIFFUSION.loss(model, x0, rng) * 0 + float((x0[:, 0, 3, 0] > 0).sum())
 
         for seed in (0, 0, 1):
@@ -405,13 +405,43 @@ class TestTrain:
             next(train(UNet(**TINY), DIFFUSION, **arguments))
 
 
-def test_images_far_out_of_range_are_warned_about(monkeypatch):
-    with pytest.warns(UserWarning, match=r"x0: images are expected in \[-1, 1\], but these range from -9.\.. to 9"):
-        next(train(UNet(**TINY), DIFFUSION, 100 * IMAGES, steps=1, batch=23, micro_batch=23))
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
+def test_images_on_another_scale_are_warned_about_once(workers, again, capfd):
+    """And not by each worker, for each batch; but by each training."""
+    images, message = (
+        np.repeat(IMAGES, 4, axis=0) / 2 + 0.5,
+        r"images: expected images in \[-1, 1\], got values from 0\.00",
+    )
+    with pytest.warns(UserWarning, match=message) as seen:
+        for _ in range(1 + again):
+            unet = UNet(**TINY)
+            list(train(unet, DIFFUSION, images, steps=3, batch=23, micro_batch=6, workers=workers))
+    assert len(seen) == 1 + again and capfd.readouterr().err == ""
+
+
+def test_images_on_another_scale_are_warned_about_before_they_go_to_a_device(monkeypatch):
     monkeypatch.setattr(UNet, "device", "nowhere")
-    with pytest.warns(UserWarning, match=r"images: images are expected in \[-1, 1\], but these range from -9"):
-        with pytest.raises(ValueError, match="device: 'nowhere' is unknown"):  # before anything goes to the device
+    with pytest.warns(UserWarning, match=r"images: expected images in \[-1, 1\], got values from -9"):
+        with pytest.raises(ValueError, match="device: 'nowhere' is unknown"):
             next(train(UNet(**TINY), DIFFUSION, 100 * IMAGES, steps=1))
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("last", [False, True], ids=["saved on the way", "the last step"])
+def test_weights_that_are_not_finite_are_noticed_before_they_are_kept(last, workers, tmp_path):
+    """A step may be taken too far though loss and gradient are finite. What was saved before stays, and it is said what
+    to do."""
+    path, unet = tmp_path / "run.safetensors", UNet(**TINY)
+    next(train(unet, DIFFUSION, IMAGES, 1, 8)).save(path)
+    before = path.read_bytes()
+    settings = dict(batch=8, lr=1e38, warmup_steps=0, workers=workers)
+    message = "step 1: it has left numbers in average that are not finite; if all images are finite, try a lower lr"
+    with pytest.raises(FloatingPointError, match=message), np.errstate(over="ignore", invalid="ignore"):
+        for state in train(unet, DIFFUSION, IMAGES, 1 if last else 5, **settings):
+            assert not last
+            state.save(path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+import weakref
+from collections.abc import Hashable
 
 import numpy as np
 
@@ -106,10 +108,20 @@ def checked_labels(labels: np.ndarray | None, count: int) -> np.ndarray | None:
     return labels
 
 
-def warn_if_out_of_range(name: str, images: np.ndarray) -> None:
-    """Warn, naming the range seen, if images that should be in [-1, 1] reach beyond twice that."""
-    low, high = images.min(), images.max()
-    if low < -2 or high > 2:
-        warnings.warn(
-            f"{name}: images are expected in [-1, 1], but these range from {low:.3g} to {high:.3g}", stacklevel=3
-        )
+_looked_at: weakref.WeakSet = weakref.WeakSet()  # diffusions of which images have been looked at
+
+
+def warn_of_scale(diffusion: object, name: str, images: Array, again: bool = False) -> None:
+    """Warn, naming the range seen and what to do, if images that should fill [-1, 1] seem to be on another scale: of
+    those that a diffusion is given at first, or of these too if `again`; so that there is one warning and not many."""
+    if not again and diffusion in _looked_at:
+        return
+    if isinstance(diffusion, Hashable):
+        _looked_at.add(diffusion)
+    low, high = float(images.min()), float(images.max())
+    one_sided_or_faint = low >= 0 or max(-low, high) <= 0.5
+    if not low < high or (-2 <= low and high <= 2 and not (one_sided_or_faint and images.size >= 1000)):
+        return
+    white = next((white for white in (1, 255, 65535) if 0 <= low and high <= white), None)
+    remedy = f"; if black is 0 and white is {white}, take {name} / {white / 2:g} - 1" if white else ""
+    warnings.warn(f"{name}: expected images in [-1, 1], got values from {low:.3g} to {high:.3g}{remedy}", stacklevel=3)

@@ -34,7 +34,7 @@ from ..autograd.functional import mse
 from ..autograd.tensor import Tensor, as_array, no_grad
 from ..backend import Array, like
 from . import bound, losses
-from .checks import check_diffusion, check_images, check_output, check_shape, check_timesteps, warn_if_out_of_range
+from .checks import check_diffusion, check_images, check_output, check_shape, check_timesteps, warn_of_scale
 from .clipping import Clip, checked_clip, limit
 from .schedule import Schedule
 
@@ -264,11 +264,10 @@ class Diffusion:
 
         Args: model: callable (x_t, t) -> (N, H, W, C), or with 2 C channels if the variance is learned. x0: (N, H, W,
         C) in [-1, 1]. Returns a scalar tensor. Raises ValueError for an empty batch or a model output of another
-        shape, TypeError for anything but floats; warns if x0 is far outside of [-1, 1].
+        shape, TypeError for anything but floats; warns, the first time, of images that seem to be on another scale.
         """
         check_images(x0)
-        if isinstance(x0, np.ndarray):  # on a GPU this check would wait for all that is under way
-            warn_if_out_of_range("x0", x0)
+        warn_of_scale(self, "x0", x0)
         if not isinstance(rng, np.random.Generator):
             raise TypeError(f"rng: expected a generator from numpy.random.default_rng, got {type(rng).__name__}")
         t = rng.integers(0, self.T, size=len(x0))

@@ -103,7 +103,7 @@ def run_config(model: Module, diffusion: Any, images: Any, labels: np.ndarray | 
         "types": [type(model).__qualname__, type(diffusion).__qualname__],
         "dtype": str(model.dtype),
         "precision": model.precision,
-        "images": [list(images.shape), getattr(images, "fingerprint", None) or checksum(_some(images))],
+        "images": [list(images.shape), getattr(images, "fingerprint", None) or checksum(a_hundred(images))],
         "labels": None if labels is None else checksum(labels.astype(np.int64)),
     }
     return json.loads(json.dumps(config | settings, default=_plain))
@@ -121,6 +121,6 @@ def checksum(x: np.ndarray) -> str:
     return f"{zlib.crc32(np.ascontiguousarray(x)):08x}"
 
 
-def _some(images: np.ndarray) -> np.ndarray:
-    """A hundred of them, for all may be more than fit into memory."""
+def a_hundred(images: Any) -> np.ndarray:
+    """A hundred of them, evenly spaced, for all may be more than fit into memory."""
     return images[np.linspace(0, len(images) - 1, 100).astype(int)]

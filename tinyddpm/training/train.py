@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 
 from ..backend import Array, is_array, on_device
-from ..diffusion.checks import checked_labels, warn_if_out_of_range
+from ..diffusion.checks import checked_labels, warn_of_scale
 from ..diffusion.process import Diffusion
-from ..files.checkpoint import differences, read_checkpoint, run_config, write_checkpoint
+from ..files.checkpoint import a_hundred, differences, read_checkpoint, run_config, write_checkpoint
 from ..files.tensors import Path
 from ..network.nn import Module
 from ..speed.ranks import Ranks
@@ -93,9 +93,13 @@ class TrainState:
                 f"save: the training is at step {self.optimizer.n}, and this state of {self.step} is gone"
             )
         self.look()
-        self.run.raise_unless_finite()
+        self.raise_unless_finite()
         facts = self.metrics() | {"seconds": self.seconds, "config": self.run.config}
         write_checkpoint(path, self.ema.model, self.run.diffusion, _vectors(self.optimizer), facts)
+
+    def raise_unless_finite(self) -> None:
+        """Raise FloatingPointError unless all that the steps so far have computed is finite."""
+        self.run.raise_unless_finite(self.step, average=self.ema.average, **_vectors(self.optimizer))
 
 
 class Run:
@@ -126,16 +130,19 @@ class Run:
             raise RuntimeError(f"step {step}: the model's parameters were moved or replaced while it trains")
         return outcome
 
-    def raise_unless_finite(self) -> None:
-        """Look at all steps that nobody has looked at."""
-        for step, outcome in self.unseen:
-            outcome[:] = map(float, outcome)
-            try:
-                check_finite(step, *outcome)
-            except FloatingPointError as error:
-                fp16 = ", or a precision other than fp16" if self.config["precision"] == "fp16" else ""
-                advice = f"if all images are finite, try a lower lr than {self.config['lr']}{fp16}"
-                raise FloatingPointError(f"{error}; {advice}") from None
+    def raise_unless_finite(self, step: int = 0, **vectors: Array) -> None:
+        """Look at all steps that nobody has looked at, and at `vectors` as `step` has left them."""
+        try:
+            for number, outcome in self.unseen:
+                outcome[:] = map(float, outcome)
+                check_finite(number, *outcome)
+            for name, vector in vectors.items():
+                if not np.isfinite(vector).all():
+                    raise FloatingPointError(f"step {step}: it has left numbers in {name} that are not finite")
+        except FloatingPointError as error:
+            fp16 = ", or a precision other than fp16" if self.config["precision"] == "fp16" else ""
+            advice = f"if all images are finite, try a lower lr than {self.config['lr']}{fp16}"
+            raise FloatingPointError(f"{error}; {advice}") from None
         self.unseen.clear()
 
     def moved(self) -> bool:
@@ -197,14 +204,15 @@ def train(
     is of the wrong type or out of range, or a checkpoint is damaged or of another run, FloatingPointError if the loss
     or the gradient is not finite, RuntimeError if the model's parameters are moved or replaced while it trains, or a
     worker is killed. A gradient that is not finite never touches the parameters; on a GPU it is noticed within
-    `LOOK_EVERY` steps, unless the training is closed before. Images far outside of [-1, 1] are warned about.
+    `LOOK_EVERY` steps, unless the training is closed before. Images that seem to be on another scale than [-1, 1] are
+    warned about, and a number of workers that processes cannot be copied for.
     """
     steps, batch = _integers(1, steps=steps, batch=batch)
     warmup_steps, decay_steps, seed = _integers(0, warmup_steps=warmup_steps, decay_steps=decay_steps, seed=seed)
     lr, max_norm, ema_decay = _floats(lr=lr, max_norm=max_norm, ema_decay=ema_decay)
     labels, ranks = _checked_data(model, images, labels), ranks or Ranks()
-    if model.device != "cpu" and isinstance(images, np.ndarray):  # there `loss` does not look, it would have to wait
-        warn_if_out_of_range("images", images)
+    if not hasattr(images, "fingerprint"):  # those of a folder are on the scale that they should be on
+        warn_of_scale(diffusion, "images", a_hundred(images), again=True)
     settings = {"batch": batch, "lr": lr, "warmup_steps": warmup_steps, "decay_steps": decay_steps, "seed": seed}
     settings |= {"max_norm": max_norm, "ema_decay": ema_decay, "flip": bool(flip)}
     if micro_batch is not None:
@@ -234,7 +242,10 @@ def train(
                 with on_device(model.device):
                     step, lr_now, outcome = next(taken)
                 spent = run.spend(time.monotonic() - began)
-                yield TrainState(step, lr_now, ema, optimizer, outcome, run.last, *spent, run)
+                state = TrainState(step, lr_now, ema, optimizer, outcome, run.last, *spent, run)
+                if run.last:  # no step is left that would notice
+                    state.raise_unless_finite()
+                yield state
                 if run.last:
                     break
 
