@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tinyddpm import Adam, Diffusion, Schedule, UNet, backward, make_schedule, sample, train
+from tinyddpm import Adam, Diffusion, Schedule, UNet, backward, load_model, make_schedule, sample, save_model, train
 from tinyddpm.autograd.functional import mse
 from tinyddpm.autograd.tensor import Parameter, Tensor, op
 from tinyddpm.network.nn import Linear, Module
@@ -403,6 +403,20 @@ class TestTrain:
         arguments = dict(images=IMAGES, steps=1, batch=4) | change
         with pytest.raises(ValueError, match=message):
             next(train(UNet(**TINY), DIFFUSION, **arguments))
+
+
+def test_a_model_that_has_learned_learns_more(tmp_path):
+    """Of a file, say, from other images: it begins with the weights that it has, and so does their average."""
+    settings = dict(batch=23, lr=1e-9, warmup_steps=0)
+    for state in train(UNet(**TINY), DIFFUSION, IMAGES, 30, batch=23, lr=0.01, warmup_steps=0):
+        last = state
+    save_model(tmp_path / "first.safetensors", last.ema.model, DIFFUSION)
+    unet, diffusion = load_model(tmp_path / "first.safetensors")
+    state = next(train(unet, diffusion, IMAGES, 1, **settings))
+    anew = next(train(UNet(**TINY), DIFFUSION, IMAGES, 1, **settings))
+    assert state.loss < 0.9 * anew.loss
+    np.testing.assert_allclose(state.ema.average, last.ema.average, atol=1e-7)
+    next(train(unet, diffusion, -IMAGES[:9].repeat(2, axis=1), 1, **settings))  # other images, of another size
 
 
 @pytest.mark.parametrize("workers", [1, 2])

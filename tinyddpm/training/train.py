@@ -136,9 +136,10 @@ class Run:
             for number, outcome in self.unseen:
                 outcome[:] = map(float, outcome)
                 check_finite(number, *outcome)
-            for name, vector in vectors.items():
-                if not np.isfinite(vector).all():
-                    raise FloatingPointError(f"step {step}: it has left numbers in {name} that are not finite")
+            with on_device(self.model.device):
+                for name, vector in vectors.items():
+                    if not np.isfinite(vector).all():
+                        raise FloatingPointError(f"step {step}: it has left numbers in {name} that are not finite")
         except FloatingPointError as error:
             fp16 = ", or a precision other than fp16" if self.config["precision"] == "fp16" else ""
             advice = f"if all images are finite, try a lower lr than {self.config['lr']}{fp16}"
@@ -177,7 +178,8 @@ def train(
     """Train `model` in place with Adam, yielding a `TrainState` after each of `steps` steps.
 
     Args:
-        model: a Module (x_t, t) -> prediction; if it has dropout, of labels or otherwise, called with rng=..., too.
+        model: a Module (x_t, t) -> prediction; if it has dropout, of labels or otherwise, called with rng=..., too. It
+            begins with the weights that it has: those of a trained one, see `load_model`, if it is to learn more.
         images: (M, H, W, C) floats in [-1, 1], of the model's dtype: an array, or what looks like one and is read when
             it is indexed, such as an `ImageFolder`, which is then done ahead of use.
         batch: images per step.
