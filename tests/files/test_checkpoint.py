@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tiny_training import DIFFUSION, IMAGES, TINY, in_a_copy, on_linux, step_in, training
 
-from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule
+from tinyddpm import Diffusion, ImageFolder, Schedule, UNet, load_model, make_schedule
+from tinyddpm.files.checkpoint import differences, run_config
 from tinyddpm.files.replacing import previous
 from tinyddpm.files.run_folder import MetricsLog
 from tinyddpm.files.tensors import Stored
@@ -181,15 +183,15 @@ class TestResume:
             (dict(ema_decay=0.9), "ema_decay: 0.995 there, 0.9 here"),
             (dict(seed=4), "seed: 3 there, 4 here"),
             (dict(flip=True), "flip: False there, True here"),
-            (dict(labels=[0] * 23), "labels: None there"),
-            (dict(images=IMAGES[:22]), "images: [[23, 4, 4, 1], "),
-            (dict(images=-IMAGES), "images: [[23, 4, 4, 1], "),
+            (dict(labels=[0] * 23), "labels: None there, some here; and no more"),
+            (dict(images=IMAGES[:22]), "images: 23 of 4 x 4 x 1 there, 22 of 4 x 4 x 1 here; and no more"),
+            (dict(images=-IMAGES), "images: as many there as here, but others, or in another order; and no more"),
             (dict(unet=UNet(**TINY | dict(channels=(4, 6)))), "unet.channels: [4, 8] there, [4, 6] here"),
             (dict(unet=UNet(**TINY, dropout=0.1)), "unet.dropout: 0.0 there, 0.1 here"),
             (dict(unet=UNet(**TINY).to(precision="tf32")), "precision: 'float32' there, 'tf32' here"),
             (dict(unet=Linear(1, 1, np.random.default_rng(0))), "types: ['UNet', 'Diffusion'] there, ['Linear', 'Dif"),
             (dict(diffusion=Own(DIFFUSION.schedule)), "types: ['UNet', 'Diffusion'] there, ['UNet', 'Own'] here"),
-            (dict(diffusion=Diffusion(Schedule([0.1] * 20))), "beta: "),
+            (dict(diffusion=Diffusion(Schedule([0.1] * 20))), "beta: None there, some here"),
             (dict(diffusion=Diffusion(DIFFUSION.schedule, "v")), "diffusion.objective: 'eps' there, 'v' here"),
             (dict(diffusion=Diffusion(make_schedule("linear", 21, beta_end=0.6))), "T: 20 there, 21 here; and no more"),
             (dict(diffusion=Diffusion(make_schedule("linear", 20, beta_end=0.5))),
@@ -209,6 +211,26 @@ class TestResume:
         assert not field.endswith("; and no more") or "; " not in str(error.value).split(field[:4], 1)[1]
         assert_same(before, unet.state_dict())
         states.close()
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            (lambda folder: (folder / "5.png").rename(folder / "9.png"), "as many there as here, but files with other"),
+            (lambda folder: (folder / "5.png").unlink(), "6 of 4 x 4 x 3 there, 5 of 4 x 4 x 3 here"),
+            (lambda folder: 5, "6 of 4 x 4 x 3 there, 6 of 5 x 5 x 3 here"),
+        ],
+    )
+    def test_a_folder_that_has_changed_is_refused_in_words(self, tmp_path, change, reason):
+        for i in range(6):
+            Image.new("L", (4, 4)).save(tmp_path / f"{i}.png")
+        unet, labels = UNet(**TINY), np.arange(6) % 2
+        config = run_config(unet, DIFFUSION, ImageFolder(tmp_path, 4), labels)
+        size = change(tmp_path)
+        images = ImageFolder(tmp_path, size if size == 5 else 4)
+        (line,) = differences(config, run_config(unet, DIFFUSION, images, labels))
+        assert line.startswith(f"images: {reason}")
+        (line,) = differences(config, config | {"labels": run_config(unet, DIFFUSION, images, 1 - labels)["labels"]})
+        assert line == "labels: others there than here"
 
     def test_all_fields_that_differ_are_named(self, tmp_path):
         _, states = training(tmp_path / "run")

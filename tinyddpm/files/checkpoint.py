@@ -88,7 +88,24 @@ def differences(first: Any, second: Any, name: str = "", where: tuple[str, str] 
         keys = sorted(first.keys() | second.keys())
         parts = [differences(first.get(k), second.get(k), f"{name}.{k}" if name else k, where) for k in keys]
         return [line for part in parts for line in part]
-    return [] if first == second else [f"{name}: {first!r} {where[0]}, {second!r} {where[1]}"]
+    return [] if first == second else [f"{name}: {_in_words(name, first, second, *where)}"]
+
+
+def _in_words(name: str, first: Any, second: Any, there: str, here: str) -> str:
+    """How a field differs. Of checksums it is said what they mean, for they themselves tell nobody anything."""
+    if name == "images":
+        (shape, checksum), (other_shape, other_checksum) = first, second
+        if shape == other_shape:
+            folders = len(checksum) == len(other_checksum) == 16  # of files' names; arrays have 8 digits
+            how = "files with other names" if folders else "others, or in another order"
+            return f"as many {there} as {here}, but {how}"
+        first, second = (f"{n} of {' x '.join(map(str, size))}" for n, *size in (shape, other_shape))
+        return f"{first} {there}, {second} {here}"
+    if name in ("labels", "beta"):
+        if None not in (first, second):
+            return f"others {there} than {here}"
+        return f"{first and 'some'} {there}, {second and 'some'} {here}"
+    return f"{first!r} {there}, {second!r} {here}"
 
 
 def run_config(model: Module, diffusion: Any, images: Any, labels: np.ndarray | None, **settings: Any) -> dict:
