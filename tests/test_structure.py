@@ -48,7 +48,7 @@ ONLY_IN = {
     "argparse": {"cli.py"},
     "importlib": {"backend.py"},  # the twins, when they are first needed
     "signal": {"cli.py", "speed/workers.py"},
-    "PIL": {"files/pictures.py", "files/data.py", "files/folder.py", "cli.py"},
+    "PIL": {"files/pictures.py", "files/data.py", "files/decoding.py", "cli.py"},
     "matplotlib": {"files/pictures.py"},
     "safetensors": {"files/tensors.py"},
     "torch": set(),

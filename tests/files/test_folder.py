@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 
+import tinyddpm.files.decoding
 import tinyddpm.files.folder
 from tinyddpm import ImageFolder, load_digits
 from tinyddpm.files.pictures import to_uint8
@@ -50,6 +51,15 @@ def png_header(width, height):
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
 
 
+def told(folder, size=4):
+    """The folder's images, and what is said about it, without its name."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        images = ImageFolder(folder, size)
+    assert all(warning.category is UserWarning and warning.filename == __file__ for warning in seen)
+    return images, [str(warning.message).removeprefix(f"{folder}: ") for warning in seen]
+
+
 def shown(path, size, channels=3):
     """The bytes that the folder of a single picture gives."""
     return to_uint8(ImageFolder(path.parent, size, channels)[0])
@@ -59,12 +69,16 @@ class TestWhichFiles:
     def test_all_in_an_order_that_is_the_same_everywhere(self, tmp_path):
         for file in ("b/x.png", "a b/1.png", "a/z.png", "a/c/d/1.JPG", "a/B.png", "a.png", "a/10.gif", "a/9.png"):
             put(tmp_path / file)
-        images = ImageFolder(tmp_path, 4)
+        images, said = told(tmp_path)
         # by the parts of the path: as whole strings, "a b/1.png" and "a.png" would stand before "a/..."
         in_order = ["a/10.gif", "a/9.png", "a/B.png", "a/c/d/1.JPG", "a/z.png", "a b/1.png", "a.png", "b/x.png"]
         assert images.files == sorted(in_order, key=lambda file: pathlib.PurePosixPath(file).parts)
         assert images.shape == (8, 4, 4, 3) and len(images) == 8 and images.ndim == 4 and images.dtype == np.float32
         assert images.labels is None and images.classes == () and images.skipped == {}
+        assert said == [
+            "there are no classes, since 1 of 8 pictures lie beside the folders a, a b, b: a.png; to have classes, "
+            "move them away, or into a folder"
+        ]
 
     def test_every_format_that_pillow_writes_and_reads_by_itself(self, tmp_path):
         for suffix in ("bmp", "gif", "ico", "jpeg", "jpg", "pgm", "png", "tga", "tif", "tiff", "webp"):
@@ -76,10 +90,34 @@ class TestWhichFiles:
             put(tmp_path / file)
         put(tmp_path / "g.eps")  # needs Ghostscript
         put(tmp_path / "h.pdf")  # is only written
-        for file in ("i.txt", "j.h5", "k", "png"):
+        for file in ("i.txt", "j.h5", "k", "png", "l/m.HEIC", "l/n.heic", "Thumbs.db"):
+            (tmp_path / file).parent.mkdir(exist_ok=True)
             (tmp_path / file).write_bytes(b"text")
-        images = ImageFolder(tmp_path, 4)
+        images, said = told(tmp_path)
         assert images.files == ["a.png"] and not images.skipped
+        assert said == [
+            "7 files are left out for their suffix, with which Pillow reads none: 2 without one (k), 2 .heic "
+            "(l/m.HEIC), 1 .eps (g.eps), ...; if they are pictures, pip install pillow-heif, and call "
+            "pillow_heif.register_heif_opener() first, or convert them"
+        ]
+        (tmp_path / "a.png").unlink()
+        with pytest.raises(
+            ValueError, match="in folders in it, but there is none; 7 files are left out for their suff"
+        ):
+            ImageFolder(tmp_path, 4)
+
+    def test_a_format_that_has_been_registered_with_pillow(self, tmp_path, monkeypatch):
+        class Heif(PngImagePlugin.PngImageFile):
+            format = "HEIF"
+
+        (tmp_path / "a").mkdir()
+        put(tmp_path / "a.png").rename(tmp_path / "a.HEIC")
+        for table in ("ID", "OPEN", "EXTENSION"):
+            monkeypatch.setattr(Image, table, getattr(Image, table).copy())
+        Image.register_open("HEIF", Heif)
+        Image.register_extension("HEIF", ".heic")
+        monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "PNG"])
+        assert ImageFolder(tmp_path, 4)[0].max() < 0
 
     def test_no_file_is_given_to_ghostscript_whatever_its_name(self, tmp_path):
         put(tmp_path / "a.png")
@@ -106,21 +144,48 @@ class TestWhichFiles:
     def test_a_folder_of_its_own_for_each_class(self, tmp_path):
         for file in ("dogs/b/1.png", "cats/3.png", "cats/1.png", "dogs/a.png", "dogs/b.png"):
             put(tmp_path / file)
-        (tmp_path / "empty").mkdir()
         (tmp_path / "read me.txt").touch()
         images = ImageFolder(tmp_path, 4)
         assert images.classes == ("cats", "dogs") and images.labels.tolist() == [0, 0, 1, 1, 1]
         assert images.labels.dtype == load_digits()[1].dtype
         put(tmp_path / "z.png")
-        assert ImageFolder(tmp_path, 4).labels is None
+        assert told(tmp_path)[0].labels is None
 
     def test_where_no_picture_can_be_read_there_is_no_class(self, tmp_path):
         put(tmp_path / "cats/1.png")
         (tmp_path / "above.png").touch()
-        (tmp_path / "apes").mkdir()
+        for name in ("apes", "bats", ".bees"):
+            (tmp_path / name).mkdir()
         (tmp_path / "apes/1.png").touch()
-        with pytest.warns(UserWarning, match="2 of 3 files are left out: above.png: empty; apes/1.png: empty$"):
-            assert ImageFolder(tmp_path, 4).classes == ("cats",)
+        images, said = told(tmp_path)
+        assert images.classes == ("cats",) and said == [
+            "2 of 3 files are left out: above.png: empty; apes/1.png: empty",
+            "no classes, for want of a picture that can be read: apes, bats",
+        ]
+
+    @pytest.mark.parametrize(
+        "files, classes, inside",
+        [
+            ("train/cats/1 train/dogs/2 train/dogs/3 test/cats/4", "test, train", "train"),
+            ("Train/1 val/2 val/3", "Train, val", "val"),
+            ("pets/cats/1 pets/dogs/2", "pets", "pets"),
+            ("2019/cats/1 2020/cats/2 2020/dogs/3 2021/x/y/4", "2019, 2020, 2021", "2020"),
+            ("cats/1 dogs/a/2", "", None),
+            ("cats/a/1 dogs/b/2", "", None),
+            ("cats/a/1 cats/2 dogs/a/3 dogs/b/4", "", None),
+            ("cow/1 train/1", "", None),
+            ("cats/1", "", None),
+            ("cats/a/1", "", None),
+        ],
+    )
+    def test_folders_that_may_be_parts_of_a_data_set_are_said_to_be_classes(self, tmp_path, files, classes, inside):
+        for file in files.split():
+            put(tmp_path / f"{file}.png")
+        expected = [
+            f"the classes are the folders {classes}; if these are parts of a data set, and the classes are the folders "
+            f"in them, give {tmp_path}/{inside}"
+        ]
+        assert told(tmp_path)[1] == expected * bool(classes)
 
     def test_the_fingerprint_is_that_of_names_order_and_shape(self, tmp_path):
         def made(folder, *files, size=4, channels=3):
@@ -151,7 +216,7 @@ class TestWhichFiles:
     def test_a_bar_if_there_are_many(self, tmp_path, capsys, monkeypatch):
         put(tmp_path / "a.png")
         ImageFolder(tmp_path, 4)
-        monkeypatch.setattr(tinyddpm.files.folder, "_find", lambda folder, suffixes: ["a.png"] * 1000)
+        monkeypatch.setattr(tinyddpm.files.folder, "find", lambda folder: ["a.png"] * 1000)
         ImageFolder(tmp_path, 4, progress=False)
         assert capsys.readouterr().err == ""
         ImageFolder(tmp_path, 4)
@@ -315,7 +380,7 @@ class TestWhatIsShown:
         put(tmp_path / "a.png")
         put(tmp_path / "b.tif", np.zeros((4, 4), np.float32))
         put(tmp_path / "c.tif", np.zeros((4, 4), np.int32))
-        with pytest.warns(UserWarning, match="b.tif: 32 bits a pixel, .*; c.tif: 32 bits a pixel, "):
+        with pytest.warns(UserWarning, match="b.tif: numbers of more than 8 bits, .*; c.tif: numbers of more"):
             assert ImageFolder(tmp_path, 4).files == ["a.png"]
 
     @pytest.mark.parametrize("channels", [1, 3])
@@ -343,7 +408,10 @@ class TestWhatIsShown:
         for name in ("gif", "tif", "png", "webp"):
             how = {"lossless": True} if name == "webp" else {}
             put(tmp_path / name / f"a.{name}", frames[0], save_all=True, append_images=frames[1:], **how)
-            assert (shown(tmp_path / name / f"a.{name}", 8) == 30).all(), name
+            images, said = told(tmp_path / name, 8)
+            assert (to_uint8(images[:]) == 30).all() and said == [
+                f"of 1 files with several frames or pages, the first is taken: a.{name}"
+            ]
 
 
 TURNED = {  # stored with this orientation -> as it is to be seen (the EXIF standard, tag 274)
@@ -449,9 +517,9 @@ class TestDamage:
         put(tmp_path / "b.png", Image.new("L", (10, 11)))
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
         with pytest.warns() as seen:
-            np.testing.assert_array_equal(images[0], images[2])
-        ours = [warning for warning in seen if warning.category is not Image.DecompressionBombWarning]
-        assert [warning.category for warning in ours] == [UserWarning] * 2
+            np.testing.assert_array_equal(images[:2], images[[2, 2]])
+        ours = {warning.category for warning in seen if warning.category is not Image.DecompressionBombWarning}
+        assert ours == {UserWarning}
         assert "10000000000 pixels" in images.skipped["a.png"]
         assert images.skipped["b.png"] == "110 pixels, more than the 100 of PIL.Image.MAX_IMAGE_PIXELS"
 
@@ -470,7 +538,7 @@ class TestDamage:
             (tmp_path / name).unlink()
         return images, whole
 
-    def test_the_next_of_its_class_stands_in(self, damaged):
+    def test_another_one_of_its_class_stands_in(self, damaged):
         images, whole = damaged
         with pytest.warns(UserWarning) as seen:
             got = images[:]
@@ -479,7 +547,9 @@ class TestDamage:
         assert "truncated" in images.skipped["a/1.png"] and images.skipped["b/5.png"] == "No such file or directory"
         assert images.skipped["a/2.png"] == "in no format that Pillow reads"
         assert len(seen) == 6 and all(warning.filename == __file__ for warning in seen)
-        assert "a/1.png is replaced by the next picture: image file is truncated" in str(seen[0].message)
+        said = {str(warning.message).removeprefix(f"{images._folder}: ") for warning in seen}
+        assert "a/2.png is replaced by another picture from now on: in no format that Pillow reads" in said
+        assert "a/3.png is replaced by another picture this time: No such file or directory" in said
         np.testing.assert_array_equal(images[:], got)  # and is not warned of again
 
     def test_in_whatever_order_they_are_asked_for(self, damaged):
@@ -488,37 +558,41 @@ class TestDamage:
             got = np.stack([images[i] for i in (7, 3, 5, 1, 2, 4)])
         np.testing.assert_array_equal(got, whole[[6, 0, 6, 0, 0, 6]])
 
-    def test_without_classes_the_next_in_the_folder_and_after_the_last_the_first(self, tmp_path):
-        for i in range(4):
-            put(tmp_path / f"{i}.png", noise(9, 9, seed=i))
+    def test_without_classes_any_other_and_always_the_same(self, tmp_path):
+        for i in range(40):
+            put(tmp_path / f"{i:02}.png", noise(9, 9, seed=i))
         images = ImageFolder(tmp_path, 9)
         whole = images[:]
-        for damaged, shows in ((1, 2), (3, 0)):
-            cut_short(tmp_path / f"{damaged}.png")
-            with pytest.warns(UserWarning, match=f"{damaged}.png is replaced by the next picture"):
-                np.testing.assert_array_equal(images[damaged], whole[shows])
+        for i in range(20):
+            cut_short(tmp_path / f"{i:02}.png")
+        with pytest.warns(UserWarning):
+            got = images[:20]
+        chosen = [int(np.flatnonzero((whole == picture).all((1, 2, 3)))[0]) for picture in got]
+        assert min(chosen) >= 20 and len(set(chosen)) > 8  # and not one for all twenty
+        np.testing.assert_array_equal(images[:20], got)
 
-    def test_what_was_replaced_once_stays_so(self, damaged):
+    def test_what_is_damaged_stays_so_and_what_is_gone_may_come_back(self, damaged):
         images, whole = damaged
         with pytest.warns(UserWarning):
-            before = images[4:]
-        put(pathlib.Path(images._folder) / "b/5.png", noise(20, 20, 3, seed=5))
-        np.testing.assert_array_equal(images[4:], before)
+            images[4:]
+        for i, name in ((5, "b/5.png"), (7, "b/7.png")):
+            put(pathlib.Path(images._folder) / name, noise(20, 20, 3, seed=i))
+        np.testing.assert_array_equal(images[[5, 6]], whole[[5, 6]])
+        assert any((images[7] == picture).all() for picture in whole[[5, 6]])
 
     def test_a_class_of_which_nothing_is_left(self, damaged):
         images, whole = damaged
         (pathlib.Path(images._folder) / "a/0.png").unlink()
-        with (
-            pytest.warns(UserWarning),
-            pytest.raises(OSError, match="no picture of class 'a' of .* can be read any more; a/2.png: in no format"),
-        ):
-            images[2]
-        np.testing.assert_array_equal(images[6], whole[6])
+        for _ in range(2):
+            with pytest.raises(OSError, match="no picture of class 'a' of .* can be read any more; a/2.png: in no for"):
+                images[2]
+        with pytest.warns(UserWarning):
+            np.testing.assert_array_equal(images[7], whole[6])
 
     def test_a_folder_of_which_nothing_is_left(self, tmp_path):
         images = ImageFolder(put(tmp_path / "a.png").parent, 4)
-        (tmp_path / "a.png").unlink()
-        with pytest.warns(UserWarning), pytest.raises(OSError, match=f"no picture of {tmp_path} can be read any more"):
+        (tmp_path / "a.png").write_text("something else")
+        with pytest.raises(OSError, match=f"no picture of {tmp_path} can be read any more; a.png: in no format"):
             images[0]
 
     def test_of_threads_that_stumble_over_the_same_file_one_warns(self, damaged, monkeypatch):
@@ -530,12 +604,83 @@ class TestDamage:
 
         images, whole = damaged
         images.skipped = Slow()
-        together, reason = threading.Barrier(4, timeout=5), tinyddpm.files.folder._reason
-        monkeypatch.setattr(tinyddpm.files.folder, "_reason", lambda error: (together.wait(), reason(error))[1])
+        together, reason = threading.Barrier(4, timeout=5), tinyddpm.files.folder.reason
+        monkeypatch.setattr(tinyddpm.files.folder, "reason", lambda error: (together.wait(), reason(error))[1])
         with concurrent.futures.ThreadPoolExecutor(4) as pool, pytest.warns(UserWarning) as seen:
             got = list(pool.map(images.__getitem__, [5] * 4))
-        assert len(seen) == 1
+        assert len(seen) == len(images.skipped)
         np.testing.assert_array_equal(got, whole[[6] * 4])
+
+
+class TestFaultsOfTheMedium:
+    """Of a drive or a network, and not of the pictures."""
+
+    @pytest.fixture
+    def drive(self, tmp_path, monkeypatch):
+        """Two classes of thirty pictures, and a dictionary of files that cannot be opened: how often, and the error."""
+        for i in range(60):
+            put(tmp_path / f"{'ab'[i // 30]}/{i}.png", noise(4, 4, seed=i))
+        away = {}
+
+        def failing(path, mode):
+            name = pathlib.Path(path).name
+            times, code = away.get(name, (0, None))
+            if times == 0:
+                return open(path, mode)
+            away[name] = (times - 1, code)
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(tinyddpm.files.decoding, "open", failing, raising=False)
+        return tmp_path, away
+
+    @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT, errno.EACCES])
+    def test_they_pass_and_the_pictures_come_back(self, drive, code):
+        folder, away = drive
+        images = ImageFolder(folder, 4)
+        whole = images[:]
+        away |= {name.split("/")[1]: (1, code) for name in images.files[5:25]}
+        with pytest.warns(UserWarning, match=f"a/.* is replaced by another picture this time: {os.strerror(code)}"):
+            got = images[5:25]
+        chosen = [int(np.flatnonzero((whole == picture).all((1, 2, 3)))[0]) for picture in got]
+        assert max(chosen) < 30 and len(set(chosen)) > 8
+        np.testing.assert_array_equal(images[:], whole)
+
+    def test_of_many_not_all_are_told(self, drive):
+        folder, away = drive
+        images = ImageFolder(folder, 4)
+        away |= {name.split("/")[1]: (1, errno.EIO) for name in images.files[::2]}
+        with pytest.warns(UserWarning) as seen:
+            images[::2]
+        assert len(seen) == 20 and len(images.skipped) >= 25
+        ends = [str(warning.message).endswith("; further ones are in `skipped`, and not shown") for warning in seen]
+        assert ends == [False] * 19 + [True]
+
+    def test_a_folder_that_is_away_for_a_moment_is_one_line(self, drive):
+        folder, _ = drive
+        images = ImageFolder(folder, 4)
+        whole = images[:]
+        folder.rename(folder.with_name("away"))
+        with pytest.raises(
+            OSError, match=f"^{folder}: 10 pictures in a row cannot be read, the last one a/.*: No such"
+        ):
+            images[:]
+        folder.with_name("away").rename(folder)
+        np.testing.assert_array_equal(images[:], whole)
+
+    def test_at_the_start_they_cost_no_picture(self, drive):
+        folder, away = drive
+        away |= {f"{i}.png": (1, errno.EIO) for i in (3, 40)} | {"50.png": (1, errno.EACCES)}
+        images, said = told(folder)
+        assert said == [
+            "1 of 60 files are left out: b/50.png: Permission denied",
+            "2 of 60 files cannot be read now, and are tried again later: a/3.png: Input/output error; b/40.png: "
+            "Input/output error",
+        ]
+        assert len(images) == 59 and images.skipped.keys() == {"a/3.png", "b/40.png", "b/50.png"}
+        assert len(images[:]) == 59  # without a warning
+        away |= {f"{i}.png": (1, errno.ESTALE) for i in range(60)}
+        with pytest.raises(OSError, match=f"^{folder}: 10 pictures in a row cannot be read, the last one a/.*: Stale"):
+            ImageFolder(folder, 4)
 
     def test_too_many_open_files_are_no_fault_of_a_picture(self, tmp_path, monkeypatch):
         images = ImageFolder(put(tmp_path / "a.png").parent, 4)
@@ -545,12 +690,14 @@ class TestDamage:
             def fails(path, mode, wrong=wrong):
                 raise wrong
 
-            monkeypatch.setattr(tinyddpm.files.folder, "open", fails, raising=False)
+            monkeypatch.setattr(tinyddpm.files.decoding, "open", fails, raising=False)
             for read in (lambda: images[0], lambda: ImageFolder(tmp_path, 4)):
                 with pytest.raises(type(wrong), match="Too many open files|none"):
                     read()
         assert not images.skipped
 
+
+class TestClosing:
     @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="open files are not listed here")
     def test_files_are_closed_at_once(self, tmp_path):
         for suffix in ("png", "jpg", "tif", "gif", "webp", "bmp", "ico"):
