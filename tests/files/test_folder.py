@@ -612,6 +612,27 @@ class TestDamage:
         np.testing.assert_array_equal(got, whole[[6] * 4])
 
 
+def test_two_that_are_opened_at_a_time_leave_warnings_as_they_were(tmp_path, monkeypatch):
+    """Which of them are shown is a matter of the whole process."""
+    put(tmp_path / "first/1.png"), put(tmp_path / "second/1.png")
+    opened, begun = tinyddpm.files.decoding.opened, {"first": threading.Event(), "second": threading.Event()}
+    before, ends = list(warnings.filters), threading.Event()
+
+    def slowly(path):
+        name = pathlib.Path(path).parent.name
+        begun[name].set()
+        (begun["second"] if name == "first" else ends).wait(0.3)
+        return opened(path)
+
+    monkeypatch.setattr(tinyddpm.files.folder, "opened", slowly)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(lambda: (ImageFolder(tmp_path / "first", 4), ends.set()))
+        begun["first"].wait(10)
+        second = pool.submit(ImageFolder, tmp_path / "second", 4)
+        first.result(), second.result()
+    assert warnings.filters == before
+
+
 class TestFaultsOfTheMedium:
     """Of a drive or a network, and not of the pictures."""
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tiny_training import DIFFUSION, IMAGES, TINY, training
 
-from tinyddpm import EMA, Adam, Parameter, UNet, load_model, sample, train
+from tinyddpm import EMA, Adam, ImageFolder, Parameter, UNet, load_model, sample, train
+from tinyddpm.files.pictures import grid
 from tinyddpm.training.optim import flatten
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x))}
@@ -90,3 +91,9 @@ def test_a_model_draws_the_same(copied):
         second, process = copied((unet, diffusion))
         drawn = [sample(d, u, (1, 8, 8, 1), steps=2) for u, d in ((unet, diffusion), (second, process))]
         np.testing.assert_array_equal(*drawn)
+
+
+def test_a_folder_of_pictures_shows_the_same(copied, tmp_path):
+    grid(IMAGES[:3]).save(tmp_path / "1.png")
+    images = ImageFolder(tmp_path, 8)
+    np.testing.assert_array_equal(copied(images)[:], images[:])

@@ -25,6 +25,7 @@ from .layout import find, misleading, not_read, shortly, suffix
 _LASTING = {errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}
 _MOST_FAULTS = 10  # in a row: beyond them it is the folder that cannot be read
 _MOST_WARNINGS = 20  # of single pictures: beyond them nobody reads on
+_quiet = threading.Lock()  # which warnings are shown is a matter of the whole process: one at a time may change it
 
 
 class ImageFolder:
@@ -115,7 +116,7 @@ class ImageFolder:
         left_out, later, more, in_a_row = {}, {}, [], 0
         few = not progress or len(found) < 1000
         bar = tqdm(found, "looking at files", unit="file", dynamic_ncols=True, disable=few)
-        with warnings.catch_warnings():  # Pillow's own, in all threads: what is the matter is said by us
+        with _quiet, warnings.catch_warnings():  # Pillow's own, in all threads: what is the matter is said by us
             warnings.simplefilter("ignore")
             for file in bar:
                 try:
@@ -142,6 +143,13 @@ class ImageFolder:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def __getstate__(self) -> dict:
+        """All but the lock, so that it can be copied and pickled: each copy has its own."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state, _lock=threading.Lock())
 
     def __getitem__(self, indices: int | slice | list[int] | np.ndarray) -> np.ndarray:
         """The images that NumPy would take: (n, H, W, C) for n indices or a slice, (H, W, C) for an integer.
