@@ -7,10 +7,10 @@ every step is a function, and the formulas are those of Ho et al. 2020. Nothing 
 import pathlib
 
 import numpy as np
-from tqdm import tqdm
 
 from tinyddpm import Diffusion, UNet, cli, load_digits, make_schedule, no_grad, sample, train
 from tinyddpm.autograd.tensor import as_array
+from tinyddpm.bar import progress_bar
 from tinyddpm.files.pictures import rows
 
 T = 1000
@@ -138,7 +138,7 @@ anew, and is told t. Each time its parameters are changed a little to make
 smaller; the gradient, which says in which direction, comes from autograd/backward.py. Ho et al. let the network guess
 eps instead; by equation 4 either tells the other, but x_0 is what one can look at.""")
     loop = train(unet, diffusion, threes, steps, 32, lr=4e-3, decay_steps=steps // 2, workers=workers, seed=seed)
-    bar = tqdm(loop, "training", steps, unit="step", dynamic_ncols=True)
+    bar = progress_bar(loop, "training", steps, unit="step")
     for state in bar:
         bar.set_postfix_str(f"loss {state.loss:.3f}", refresh=False)
     return state.ema.model
@@ -229,5 +229,5 @@ if __name__ == "__main__":
     options.add("--steps", type=int, default=300, least=1, help="of training [%(default)s]")
     options.add("--seed", type=int, default=0, least=0, help="another one gives other digits [%(default)s]")
     options.add("--workers", type=int, least=1, help="how many work side by side [one per CPU]")
-    options.add("--out", type=pathlib.Path, default=pathlib.Path("runs/lesson"), help="folder [%(default)s]")
+    options.add("--out", type=cli.any_path, default=pathlib.Path("runs/lesson"), help="folder [%(default)s]")
     cli.run(lambda: main(**vars(options.parse_args())))

@@ -4,10 +4,10 @@ import pathlib
 
 import numpy as np
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
 from tinyddpm import Diffusion, cli, make_schedule, sample, train
 from tinyddpm.autograd.functional import silu
+from tinyddpm.bar import progress_bar
 from tinyddpm.files.pictures import grid, save_gif
 from tinyddpm.network.nn import Linear, Module
 from tinyddpm.network.unet import timestep_encoding
@@ -60,7 +60,7 @@ def main(data, steps, points, workers, seed, out):
     (x0, u), (fresh, u_fresh) = draw_data(data, 5000, rng), draw_data(data, points, rng)
     diffusion = Diffusion(make_schedule("cosine", T, input_scale=b))
     settings = dict(micro_batch=128, lr=8e-3, decay_steps=steps // 2, workers=workers, seed=seed)
-    *_, state = tqdm(train(MLP(rng), diffusion, x0, steps, 256, **settings), "training", steps, unit="step")
+    *_, state = progress_bar(train(MLP(rng), diffusion, x0, steps, 256, **settings), "training", steps, unit="step")
     reverse = sample(diffusion, state.ema.model, (points, 1, 1, 2), rng=seed, workers=workers, trajectory=True)
     forward = [b * fresh]
     for t in range(T):
@@ -89,5 +89,5 @@ if __name__ == "__main__":
     add("--points", type=int, default=2000, least=1, help="how many to generate [%(default)s]")
     add("--workers", type=int, default=1, least=1, help="so small a network is fastest with one [%(default)s]")
     add("--seed", type=int, default=0, least=0, help="the same seed gives the same pictures [%(default)s]")
-    add("--out", type=pathlib.Path, default=pathlib.Path("runs/toy"), help="folder for the results [%(default)s]")
+    add("--out", type=cli.any_path, default=pathlib.Path("runs/toy"), help="folder for the results [%(default)s]")
     cli.run(lambda: main(**vars(options.parse_args())))

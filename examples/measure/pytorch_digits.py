@@ -8,13 +8,12 @@ the second half, as there. It needs the extra `peers`, and MNIST, 11 MB to fetch
 """
 
 import copy
-import pathlib
 import time
 
 import numpy as np
-from tqdm import tqdm
 
 from tinyddpm import cli
+from tinyddpm.bar import progress_bar
 from tinyddpm.files.data import load_mnist
 from tinyddpm.files.replacing import replacing
 
@@ -27,7 +26,7 @@ def parse_arguments():
     add("--samples", type=int, default=500, least=1, help="how many digits to draw [%(default)s]")
     add("--threads", type=int, least=1, help="of PyTorch [as many as it likes]")
     add("--seed", type=int, default=0, least=0, help="another one gives other digits [%(default)s]")
-    add("--out", type=pathlib.Path, default="pytorch_digits.npz", help="the digits [%(default)s]")
+    add("--out", type=cli.any_path, default="pytorch_digits.npz", help="the digits [%(default)s]")
     parser.positive += ["minutes", "lr"]
     return parser.parse_args()
 
@@ -56,7 +55,7 @@ def main():
     optimizer = torch.optim.AdamW(unet.parameters(), lr=args.lr)
 
     began, step, gone = time.monotonic(), 0, 0.0  # `gone`: how much of the time
-    with tqdm(desc="training", unit="step", dynamic_ncols=True) as bar:
+    with progress_bar(desc="training", unit="step") as bar:
         while gone < 1:
             for group in optimizer.param_groups:
                 group["lr"] = args.lr * min(1, 2 * (1 - gone))
@@ -82,7 +81,7 @@ def main():
     with torch.no_grad():
         for count in np.diff([*range(0, args.samples, 100), args.samples]):
             x = torch.randn(int(count), 1, 28, 28)
-            for t in tqdm(ddim.timesteps, "sampling", unit="step", dynamic_ncols=True):
+            for t in progress_bar(ddim.timesteps, "sampling", unit="step"):
                 x = ddim.step(average(x, t).sample, t, x).prev_sample
             digits.append(x.clamp(-1, 1).permute(0, 2, 3, 1).numpy())
     with replacing(args.out) as (unfinished,), open(unfinished, "wb") as file:

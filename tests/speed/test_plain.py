@@ -98,7 +98,8 @@ def test_without_the_rooms_that_are_only_faster_or_practical(tmp_path):
     package = pathlib.Path(tinyddpm.__file__).parent
     (tmp_path / "tinyddpm").mkdir()
     (tmp_path / "tinyddpm" / "__init__.py").touch()
-    shutil.copy(package / "backend.py", tmp_path / "tinyddpm")
+    for file in ("backend.py", "bar.py"):
+        shutil.copy(package / file, tmp_path / "tinyddpm")
     for room in ("autograd", "network", "diffusion", "training"):
         shutil.copytree(
             package / room, tmp_path / "tinyddpm" / room, ignore=shutil.ignore_patterns("train.py", "__py*")
@@ -132,7 +133,7 @@ print(tinyddpm.__file__, *sorted(name for name in sys.modules if name.startswith
     assert result.returncode == 0, result.stderr
     where, *rooms = result.stdout.split()
     assert where == str(tmp_path / "tinyddpm" / "__init__.py")
-    assert rooms == [f"tinyddpm.{name}" for name in ("autograd", "backend", "diffusion", "network", "training")]
+    assert rooms == [f"tinyddpm.{name}" for name in ("autograd", "backend", "bar", "diffusion", "network", "training")]
 
 
 @pytest.mark.gpu

@@ -17,11 +17,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from ..autograd.functional import at_least, normal_cdf
 from ..autograd.tensor import Tensor, as_array, exp, log
 from ..backend import Array, on_device, to_device, to_numpy
+from ..bar import progress_bar
 from .checks import check_levels, checked_labels
 from .clipping import Clip, limit
 from .evaluation import in_parts
@@ -170,7 +170,7 @@ def bits_per_dim(
         return to_numpy(vlb_terms(diffusion, x, x_t, ts, prediction, spread, clip).data)
 
     terms = np.zeros(diffusion.T)
-    bar = tqdm(total=diffusion.T, desc="bits/dim", disable=not progress)
+    bar = progress_bar(total=diffusion.T, desc="bits/dim", disable=not progress)
     with on_device(device), in_parts(model, x0.shape, workers) as run, bar:
         for t in reversed(range(diffusion.T)):
             of_images = run(functools.partial(terms_at, t), x0, streams, labels)

@@ -16,10 +16,10 @@ import numbers
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from ..autograd.tensor import as_array
 from ..backend import Array, array_module, is_array, on_device, to_device
+from ..bar import progress_bar
 from .checks import SPACINGS, checked_labels
 from .clipping import Clip
 from .evaluation import in_parts
@@ -252,7 +252,7 @@ def sample(
             x = to_device(start, device).astype(dtype)
         path, of_images = [x], lambda x, t: run(predict, x, t, labels)
         taken = sampler(diffusion, of_images, x, noise, clip=clip, **settings)
-        for t, x, x0 in tqdm(taken, "sampling", len(ts), unit="step", dynamic_ncols=True, disable=not progress):
+        for t, x, x0 in progress_bar(taken, "sampling", len(ts), unit="step", disable=not progress):
             if callback:
                 callback(int(ts[t]), x, x0)
             if trajectory:

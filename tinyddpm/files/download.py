@@ -18,7 +18,7 @@ import urllib.request
 import zlib
 from collections.abc import Sequence
 
-from tqdm import tqdm
+from ..bar import progress_bar
 
 TIMEOUT = 20  # seconds without a byte after which a server counts as gone
 _CHUNK = 1 << 16  # bytes
@@ -99,7 +99,7 @@ def download(url: str, part: pathlib.Path, limit: int, name: str) -> None:
         total = None if length is None else have + int(length)
         with (
             part.open("r+b" if have else "wb") as file,
-            tqdm(desc=name, initial=have, total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar,
+            progress_bar(desc=name, initial=have, total=total, unit="B", unit_scale=True) as bar,
         ):
             file.seek(have)
             while total is None or have < total:

@@ -16,8 +16,8 @@ import warnings
 from collections.abc import Iterator
 
 import numpy as np
-from tqdm import tqdm
 
+from ..bar import progress_bar
 from .decoding import has_more, opened, pixels, readable_suffixes, reason
 from .layout import find, misleading, not_read, shortly, suffix
 
@@ -115,7 +115,7 @@ class ImageFolder:
         """See by their headers which files are pictures, and return what is to be said about them."""
         left_out, later, more, in_a_row = {}, {}, [], 0
         few = not progress or len(found) < 1000
-        bar = tqdm(found, "looking at files", unit="file", dynamic_ncols=True, disable=few)
+        bar = progress_bar(found, "looking at files", unit="file", disable=few)
         with _quiet, warnings.catch_warnings():  # Pillow's own, in all threads: what is the matter is said by us
             warnings.simplefilter("ignore")
             for file in bar:
