@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import pathlib
+import secrets
 import shutil
-from collections.abc import Iterator
+import socket
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+
+_HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 
 
 @contextlib.contextmanager
 def replacing(*paths: pathlib.Path, keep: bool = False) -> Iterator[list[pathlib.Path]]:
-    """Yield a path beside each of `paths`, with ".part" appended, to write to; at the end, when all are complete and on
-    the disk, they are moved to `paths`. An error before that leaves everything as it was. One writer at a time.
+    """Yield a path beside each of `paths`, that nobody else writes to; at the end, when all are complete and on the
+    disk, they are moved to `paths`. An error before that leaves everything as it was.
 
-    With `keep`, what was at a path stays as its `previous` one. Raises OSError if a file cannot be written.
+    Of several writers the last one wins. What one that was killed has left is removed by the next. With `keep`, what
+    was at a path stays as its `previous` one. Raises OSError if a file cannot be written.
     """
-    unfinished = [path.with_name(path.name + ".part") for path in paths]
+    unfinished = [path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{secrets.token_hex(2)}.part") for path in paths]
     if folders := [str(path) for path in paths if path.is_dir()]:
         raise IsADirectoryError(f"path: cannot write {', '.join(folders)}, which is a folder")
+    _remove_abandoned(paths)
     try:
         yield unfinished
         for part in unfinished:
@@ -35,6 +44,29 @@ def replacing(*paths: pathlib.Path, keep: bool = False) -> Iterator[list[pathlib
     finally:
         for part in unfinished:
             part.unlink(missing_ok=True)
+
+
+def _remove_abandoned(paths: Sequence[pathlib.Path]) -> None:
+    """Remove what was written for `paths` by a process that is no more; if it was on another machine, by one that has
+    not written for an hour."""
+    for path in paths:
+        for part in path.parent.glob(f".{glob.escape(path.name)}.{8 * '[0-9a-f]'}-*-????.part"):
+            with contextlib.suppress(OSError, ValueError):
+                host, pid, _ = part.name[len(path.name) + 2 :].split("-")
+                if time.time() - part.stat().st_mtime > 3600 or host == _HOST and not _is_alive(int(pid)):
+                    part.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    """Whether there is such a process, or that is not known."""
+    try:
+        if os.name == "posix":  # on Windows, the signal would be one
+            os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another user
+        pass
+    return True
 
 
 def _give_second_name(path: pathlib.Path, name: pathlib.Path) -> None:

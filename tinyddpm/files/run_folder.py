@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TextIO
 
 import numpy as np
-from tqdm import tqdm
 
+from ..bar import progress_bar
 from .pictures import save_loss_curve
 from .replacing import previous, replacing
 from .tensors import Path
 
 CHECKPOINT, LOG, OPTIONS, LOSS_CURVE = "checkpoint.safetensors", "metrics.csv", "options.json", "loss.png"
+MODEL = "model.safetensors"  # what the training is for, written by whoever runs it
 
 
 def begin_folder(
@@ -28,17 +29,22 @@ def begin_folder(
     """Write the options of a run, of JSON's types, to options.json in its folder; a run that goes on keeps its own. If
     there is a checkpoint that is not to be resumed, it is moved with its log, loss curve, options and model, and what
     is named like one of the `others`, such as step_*.png, to a folder in this one, earlier-1 or earlier-2 or ..., which
-    is returned. Raises OSError if that cannot be done."""
+    is returned. Only one run may be in a folder, see `alone_in`. Raises OSError if that cannot be done."""
     folder, earlier = pathlib.Path(folder), None
     if (folder / CHECKPOINT).exists():
         if resume and (folder / OPTIONS).exists():
             return None
         if not resume:
-            ours = CHECKPOINT, previous(folder / CHECKPOINT).name, LOG, OPTIONS, LOSS_CURVE, "model.safetensors"
+            ours = CHECKPOINT, previous(folder / CHECKPOINT).name, LOG, OPTIONS, LOSS_CURVE, MODEL
             earlier = set_aside(folder, (*ours, *others))
-    with replacing(folder / OPTIONS) as (unfinished,):
-        unfinished.write_text(json.dumps(options, indent=1) + "\n")
+    write_options(folder, options)
     return earlier
+
+
+def write_options(folder: Path, options: dict[str, Any]) -> None:
+    """Write options.json. Raises OSError if it cannot be written."""
+    with replacing(pathlib.Path(folder, OPTIONS)) as (unfinished,):
+        unfinished.write_text(json.dumps(options, indent=1) + "\n", "utf-8")
 
 
 def recorded(
@@ -48,12 +54,14 @@ def recorded(
     save_every: int = 250,
     draw_every: int = 500,
     draw: Callable[[Any], None] = lambda state: None,
+    options: dict[str, Any] | None = None,
 ) -> Iterator:
     """Yield the states of a training (`train`) of so many steps, and leave in `folder` what is worth keeping.
 
     That is metrics.csv, a line for each step; every `save_every` steps and after the last checkpoint.safetensors;
     every `draw_every` steps and after the last loss.png (if matplotlib is there), and every `draw_every` steps what
-    `draw` makes of the state, such as a grid of samples. What cannot be written, on a full disk perhaps, is no reason
+    `draw` makes of the state, such as a grid of samples. `options` are written to options.json once there is a state,
+    so that they are such as the training has accepted. What cannot be written, on a full disk perhaps, is no reason
     to lose the training: it is told, the first time and after the last step, and tried again the next time. An error in
     the training itself goes on to the caller, who is told of the last checkpoint.
     """
@@ -70,9 +78,12 @@ def recorded(
             troubles.add(what)
             return False
 
-    with tqdm(total=steps, unit="step", desc="training", dynamic_ncols=True) as bar:
+    with progress_bar(total=steps, unit="step", desc="training") as bar:
         try:
             for state in states:
+                if options is not None:
+                    attempt(OPTIONS, write_options, folder, options)
+                    options = None
                 line = f"line in {LOG}"
                 attempt(line, log.write, state)
                 if state.last or state.step % save_every == 0:
@@ -165,13 +176,15 @@ class MetricsLog:
 
     def _begin(self, row: dict[str, float]) -> TextIO:
         """Open the file, with the lines in it that are whole and of steps before that of `row`."""
-        text = self.path.read_text(errors="replace") if self.path.exists() else ""
+        text = self.path.read_text("utf-8", "replace") if self.path.exists() else ""
         header, *lines = text.splitlines(keepends=True) or [""]
         if header not in ("", names := ",".join(row) + "\n"):
             raise FileExistsError(f"path: {self.path} is another file, it begins with {header[:60]!r}")
         with replacing(self.path) as (unfinished,):
-            unfinished.write_text(names + "".join(line for line in lines if _step(line, len(row)) < row["step"]))
-        return self.path.open("a")
+            unfinished.write_text(
+                names + "".join(line for line in lines if _step(line, len(row)) < row["step"]), "utf-8"
+            )
+        return self.path.open("a", encoding="utf-8")
 
 
 def _step(line: str, count: int) -> float:
