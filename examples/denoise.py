@@ -37,6 +37,7 @@ def parse_arguments():
     add("--steps", type=int, default=50, help="of the way back, at most [%(default)s]")
     add("--samples", type=int, default=10, least=1, help="how many digits [%(default)s]")
     parser.add_usual(out="denoise.png", gives="other digits and noise")
+    parser.positive += ["sigma", "steps"]
     return parser.parse_args()
 
 
@@ -48,6 +49,8 @@ def main():
     chosen = rng.choice(len(images), args.samples, replace=False)
     digits, labels = images[chosen], labels[chosen]
     noise = rng.standard_normal(digits.shape, dtype=digits.dtype)
+    for sigma in args.sigma:
+        denoise(diffusion, unet, digits[:1], sigma, steps=1)  # raises if that is too much noise: better to know now
 
     page = {"digit": digits}
     for sigma in args.sigma:

@@ -1,8 +1,8 @@
 """Train a DDPM on handwritten digits and watch them appear: `python examples/mnist_ddpm.py`.
 
 This is the tutorial, to be read from the top. What is not in here is in the package, one idea to a file; options, the
-folder for the results and all else that is not about diffusion are in tinyddpm/cli.py. The network is told which digit
-each image is, so that it can be asked for digits afterwards, as often as you like: --digits 2026.
+folder for the results and all else that is not about diffusion are in tinyddpm/program.py. The network is told which
+digit each image is, so that it can be asked for digits afterwards, as often as you like: --digits 2026.
 
 A run that ended, by Ctrl-C or by a power cut, goes on as if it had not with --resume (and --out, if it was given).
 Images of your own: --data FOLDER, with a folder in it for each class if there are any. On many machines:
@@ -14,7 +14,7 @@ import math
 
 import numpy as np
 
-from tinyddpm import Diffusion, UNet, cli, make_schedule, sample, save_model, train
+from tinyddpm import Diffusion, UNet, make_schedule, program, sample, save_model, train
 from tinyddpm.files.pictures import grid, noising_strip, page, save_gif
 
 
@@ -46,10 +46,10 @@ def draw(args, diffusion, unet, n, workers, labels=None, **settings):
 
 
 def train_and_sample(run):
-    """run, a `cli.TrainingRun`, has the options, the data and the folder, and does what is not about diffusion."""
+    """run, a `program.TrainingRun`, has the options, the data and the folder, and does what is not about diffusion."""
     args = run.args
     images, labels = run.load_data()  # (M, H, W, C) floats in [-1, 1], and (M,) integers or None
-    diffusion, unet = make_model(args, images, labels)
+    diffusion, unet = run.started(images, labels) or make_model(args, images, labels)  # --start says whether
     run.prepare(unet, images)
 
     def training(unet, steps, **settings):  # algorithm 1: a generator that yields its state after every step
@@ -70,7 +70,7 @@ def train_and_sample(run):
         last = state  # its .loss, .grad_norm and so on are in metrics.csv, it is in a checkpoint now and then
     if not run.first:
         return
-    save_model(args.out / cli.MODEL, last.ema.model, diffusion)
+    save_model(args.out / program.MODEL, last.ema.model, diffusion)
     print(f"trained  {last.step:,} steps in {last.seconds / 60:.1f} minutes")
 
     frames, visited = [], itertools.count()
@@ -88,11 +88,11 @@ def train_and_sample(run):
 def main(run):
     if run.args.digits is None:
         return train_and_sample(run)
-    unet, diffusion, labels = cli.trained_model(run.args)
+    unet, diffusion, labels = program.trained_model(run.args)
     digits = draw(run.args, diffusion, unet, len(labels), run.args.workers, labels, progress=True)
     run.save(grid(digits, columns=len(labels), scale=4), "digits.png")
     print(f"look at {run.args.out / 'digits.png'}")
 
 
 if __name__ == "__main__":
-    cli.run_training(main, __doc__)
+    program.run_training(main, __doc__)

@@ -11,7 +11,6 @@ Older versions of the tool are called by `huggingface-cli download ...`. Others 
 et al.'s code.
 """
 
-import pathlib
 import time
 
 import numpy as np
@@ -24,7 +23,7 @@ from tinyddpm.files.pictures import grid
 def parse_arguments():
     parser = cli.Options(__doc__)
     add = parser.add
-    add("folder", metavar="FOLDER", type=pathlib.Path, help="a pipeline or a model that diffusers saved")
+    add("folder", metavar="FOLDER", type=cli.any_path, help="a pipeline or a model that diffusers saved")
     add("--samples", type=int, default=16, least=1, help="how many images [%(default)s]")
     add("--method", default="ddim", choices=SAMPLERS, help="the sampler [%(default)s]")
     add("--steps", type=int, least=1, help="of the sampler [50; all of them for ddpm]")
@@ -52,6 +51,8 @@ def main():
         raise ValueError("--size: this model does not say how large its images are, so it has to be given")
     if args.label is not None and not unet.config["classes"]:
         raise ValueError("--label: this model knows no classes, so leave it out")
+    if args.label is not None and not 0 <= args.label < unet.config["classes"]:
+        raise ValueError(f"--label: this model knows 0 to {unet.config['classes'] - 1}, got {args.label}")
     steps = (diffusion.T if args.method == "ddpm" else min(50, diffusion.T)) if args.steps is None else args.steps
     print(f"network  U-Net {'-'.join(map(str, unet.config['channels']))}, {unet.size:,} parameters")
     print(f"process  {diffusion.schedule}, the network predicts {diffusion.objective}, variance {diffusion.variance}")

@@ -155,3 +155,16 @@ def refusal(monkeypatch, capsys):
         return capsys.readouterr().err + (code if isinstance(code, str) else "")
 
     return run
+
+
+@pytest.fixture
+def said(capsys):
+    """said(parser, *arguments) is the line in which the parser refuses them."""
+
+    def run(parser, *arguments):
+        with pytest.raises(SystemExit) as error:
+            parser.parse_args(arguments)
+        assert error.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    return run

@@ -17,21 +17,24 @@ PACKAGE = pathlib.Path(tinyddpm.__file__).parent
 # The stairs: each room stands on those before it, as far as it names them. A room is a folder, or a file beside them.
 ROOMS = {
     "backend": set(),
+    "bar": set(),
     "autograd": {"backend"},
     "network": {"backend", "autograd"},
-    "diffusion": {"backend", "autograd"},  # a network is any callable
+    "diffusion": {"backend", "bar", "autograd"},  # a network is any callable
     "speed": {"backend", "autograd"},
-    "files": {"backend", "network", "diffusion"},
+    "files": {"backend", "bar", "network", "diffusion"},
     "training": {"backend", "autograd", "network", "diffusion", "speed", "files"},
     "exchange": {"backend", "network", "diffusion", "files", "training"},
-    "cli": {"diffusion", "files", "speed"},
-    "__main__": {"diffusion", "files", "cli", "tinyddpm"},
+    "cli": set(),
+    "options": {"diffusion", "files", "speed", "cli"},
+    "program": {"network", "diffusion", "files", "speed", "exchange", "cli", "options"},
+    "__main__": {"diffusion", "files", "cli", "program", "tinyddpm"},
 }
 # What a learner reads: these files import nothing that is only faster, or only practical. Of training it is the loop
 # and what it needs; train.py, which goes on from checkpoints and hands the work out, is for users.
 SHELVES = ("autograd", "network", "diffusion", "training")
 FOR_USERS = {"training/train.py"}
-PRACTICAL = {"speed", "files", "exchange", "cli", "__main__"}
+PRACTICAL = {"speed", "files", "exchange", "cli", "options", "program", "__main__"}
 
 # other packages, and the only files that may import them
 ONLY_IN = {
@@ -45,7 +48,10 @@ ONLY_IN = {
     "threadpoolctl": {"speed/workers.py"},
     "threading": {"backend.py", "autograd/tensor.py", "speed/winograd.py", "speed/workers.py", "files/folder.py"},
     "mpi4py": {"speed/ranks.py"},
-    "argparse": {"cli.py"},
+    "argparse": {"cli.py", "options.py", "program.py"},
+    "tqdm": {"bar.py"},
+    "fcntl": {"files/lock.py"},
+    "msvcrt": {"files/lock.py"},
     "importlib": {"backend.py"},  # the twins, when they are first needed
     "signal": {"cli.py", "speed/workers.py"},
     "PIL": {"files/pictures.py", "files/data.py", "files/decoding.py", "cli.py"},

@@ -16,12 +16,13 @@ import time
 
 import numpy as np
 
-from . import Diffusion, UNet, load_diffusers, load_model, load_original, make_schedule, sample, save_model, train
-from .cli import GUIDANCE, MODEL, Options, TrainingRun, errors_in_a_line, run_training, trained_model
+from . import Diffusion, UNet, make_schedule, sample, save_model, train
+from .cli import GUIDANCE, Options, any_path, errors_in_a_line
 from .diffusion.sample import SAMPLERS
 from .files.model import DIGITS_MODEL
 from .files.pictures import grid, page
-from .files.tensors import stored_tensors
+from .files.run_folder import MODEL
+from .program import TrainingRun, opened, run_training, trained_model
 
 EVALUATION = pathlib.Path(__file__).parents[1] / "examples" / "measure" / "evaluate_digits.py"
 
@@ -49,8 +50,10 @@ def train_on_images(run: TrainingRun) -> None:
     (_, H, W, C), attention = images.shape, [False] * len(args.channels)
     told = {} if labels is None else {"classes": int(labels.max()) + 1, "label_dropout": 0.1}
     shape = {"image_size": (H, W), "patch": args.patch}
-    unet = UNet(C, C, args.channels, args.blocks, attention, rng=args.seed, **shape, **told)
-    diffusion = Diffusion(make_schedule("cosine", args.timesteps, input_scale=0.5), args.objective)
+    diffusion, unet = run.started(images, labels) or (
+        Diffusion(make_schedule("cosine", args.timesteps, input_scale=0.5), args.objective),
+        UNet(C, C, args.channels, args.blocks, attention, rng=args.seed, **shape, **told),
+    )
     run.prepare(unet, images)
 
     def training(unet: UNet, steps: int, **settings):
@@ -77,7 +80,7 @@ def sample_from_model(argv: list[str], prog: str) -> None:
     parser = Options("Draw images from a model, in a grid.", prog=prog)
     add = parser.add
     kinds = "save_model's file, a training's checkpoint or folder, diffusers' folder, or a file with Ho et al.'s names"
-    add("model", nargs="?", type=pathlib.Path, default=DIGITS_MODEL, help=f"{kinds} [the model that comes along]")
+    add("model", nargs="?", type=any_path, default=DIGITS_MODEL, help=f"{kinds} [the model that comes along]")
     add("--samples", type=int, default=40, least=1, help="how many images [%(default)s]")
     add("--labels", type=int, nargs="+", help="their classes, repeated to fill --samples [each in turn]")
     add("--guidance", type=float, help=f"how clearly they are to be those; 1, as in the data [{GUIDANCE}, if it can]")
@@ -109,19 +112,6 @@ def sample_from_model(argv: list[str], prog: str) -> None:
     print(f"{args.samples} images in {time.monotonic() - began:.1f} seconds: look at {args.out}")
 
 
-def opened(path: pathlib.Path, variant: str | None) -> tuple[UNet, Diffusion]:
-    """The network and the diffusion at a path, whoever wrote them."""
-    if (path / MODEL).is_file():  # the folder of a training
-        path = path / MODEL
-    if path.is_dir():
-        return load_diffusers(path, variant)
-    if variant is not None:
-        raise ValueError(f"--variant: only a folder of diffusers has variants, and {path} is none")
-    with stored_tensors(path) as (_, metadata):
-        ours = "tinyddpm" in metadata
-    return load_model(path) if ours else load_original(path)
-
-
 def evaluate(argv: list[str]) -> None:
     """Run examples/measure/evaluate_digits.py."""
     if not EVALUATION.exists():
@@ -142,7 +132,8 @@ def main(argv: list[str]) -> None:
         with errors_in_a_line(prog):
             evaluate(rest)
     elif command in ("-h", "--help"):
-        print(__doc__)
+        with errors_in_a_line(prog):
+            print(__doc__)
     else:
         sys.exit(f"python -m tinyddpm: unknown command {command!r}; known: train, sample, evaluate")
 

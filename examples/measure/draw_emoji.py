@@ -69,9 +69,9 @@ def draw(character, font, size):
 def main():
     parser = cli.Options(__doc__)
     add = parser.add
-    add("--font", type=pathlib.Path, help="a font file with emoji in colour [that of this computer]")
+    add("--font", type=cli.any_path, help="a font file with emoji in colour [that of this computer]")
     add("--size", type=int, default=32, least=8, help="pixels, high and wide [%(default)s]")
-    add("--out", type=pathlib.Path, default="runs/emoji/pictures", help="folder for the pictures [%(default)s]")
+    add("--out", type=cli.any_path, default="runs/emoji/pictures", help="folder for the pictures [%(default)s]")
     args = parser.parse_args()
     font, count = find_font(args.font), 0
     for kind, ranges in KINDS.items():

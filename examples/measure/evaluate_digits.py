@@ -26,14 +26,15 @@ import pathlib
 import zipfile
 
 import numpy as np
-from tqdm import tqdm
 
 from tinyddpm import ImageFolder, cli, load_digits, load_model, sample, train
 from tinyddpm.autograd.functional import softmax_rows
 from tinyddpm.autograd.tensor import as_array, no_grad, op
+from tinyddpm.bar import progress_bar
 from tinyddpm.diffusion.sample import SAMPLERS
 from tinyddpm.files.data import load_mnist
 from tinyddpm.files.replacing import replacing
+from tinyddpm.files.run_folder import MODEL
 from tinyddpm.files.tensors import stored_tensors, write_tensors
 from tinyddpm.network.nn import Conv2d, GroupNorm, Linear, Module
 from tinyddpm.speed.workers import worker_threads
@@ -79,7 +80,7 @@ class Classifier(Module):
 
         starts = range(0, len(images), 50)
         with worker_threads(workers) as run:
-            parts = tqdm(run(features, starts), what, len(starts), unit="part", dynamic_ncols=True)
+            parts = progress_bar(run(features, starts), what, len(starts), unit="part")
             found = np.concatenate(list(parts))
         with no_grad():
             return found, softmax_rows(as_array(self.out(found)))
@@ -98,7 +99,7 @@ class Shifted:
 def train_classifier(images, labels, steps, seed, workers):
     settings = {"lr": 3e-3, "decay_steps": steps // 2, "labels": labels, "seed": seed, "workers": workers}
     loop = train(Classifier(seed), Shifted, images, steps, **settings)
-    *_, state = tqdm(loop, "training", steps, unit="step", dynamic_ncols=True)
+    *_, state = progress_bar(loop, "training", steps, unit="step")
     return state.ema.model
 
 
@@ -148,7 +149,7 @@ def nearest(images, training, what):
     """How far the pixels of each image are from those of the nearest training image: root mean square, of 0 ... 255."""
     x, y = images.reshape(len(images), -1), training.reshape(len(training), -1)
     y_square, found = (y * y).sum(axis=1), []
-    for start in tqdm(range(0, len(x), 100), what, unit="part", dynamic_ncols=True):
+    for start in progress_bar(range(0, len(x), 100), what, unit="part"):
         part = x[start : start + 100]
         index = (y_square - 2 * part @ y.T).argmin(axis=1)
         found.append(127.5 * np.sqrt(((part - y[index]) ** 2).mean(axis=1)))
@@ -233,7 +234,7 @@ def parse_arguments():
     parser = cli.Options(__doc__)
     add = parser.add
     add(
-        "source", nargs="?", type=pathlib.Path, help="a model or checkpoint, a folder of pictures, or an .npz of images"
+        "source", nargs="?", type=cli.any_path, help="a model or checkpoint, a folder of pictures, or an .npz of images"
     )
     add("--samples", type=int, default=1000, help="how many digits to draw or take [%(default)s]")
     add("--data", default="digits", choices=("digits", "mnist"), help="what the model learned from [%(default)s]")
@@ -242,22 +243,25 @@ def parse_arguments():
     add("--guidance", type=float, default=cli.GUIDANCE, help="of the sampler, if the model knows labels [%(default)s]")
     add("--seed", type=int, default=0, least=0, help="the same one gives the same numbers [%(default)s]")
     add("--workers", type=int, least=1, help="how many work side by side [one per CPU]")
-    add("--classifier", type=pathlib.Path, default=CLASSIFIER, help="another than the one that comes along")
-    add("--json", type=pathlib.Path, help="write the numbers to this file too")
-    add("--train", type=pathlib.Path, metavar="FILE", help="train the classifier anew and write it to this file")
+    add("--classifier", type=cli.any_path, default=CLASSIFIER, help="another than the one that comes along")
+    add("--json", type=cli.any_path, help="write the numbers to this file too")
+    add("--train", type=cli.any_path, metavar="FILE", help="train the classifier anew and write it to this file")
     add("--train-steps", type=int, default=4000, least=1, help="of that [%(default)s]")
     args = parser.parse_args()
     if (args.source is None) == (args.train is None):
         parser.error("expected what to evaluate, or --train FILE")
     if args.source and not args.source.exists():
         parser.error(f"there is no {args.source}")
+    if args.source and (args.source / MODEL).is_file():  # the folder of a training, whose pictures are pages of many
+        args.source /= MODEL
     if not 10 <= args.samples <= 2000:  # of real digits, five times as many are needed
         parser.error(f"--samples must be from 10 to 2000, got {args.samples}")
-    parser.check_guidance(args.guidance)
     for name in ("json", "train"):  # better to know now than after the work
         path = getattr(args, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             parser.error(f"--{name}: cannot write {path}, which is a folder or in none")
+    if args.json and args.json.resolve() == args.source.resolve():
+        parser.error(f"--json: {args.json} is what is to be evaluated")
     return args
 
 

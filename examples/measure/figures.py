@@ -301,7 +301,7 @@ def main():
     parser = cli.Options(f"{__doc__}\n{about}")
     add = parser.add
     add("--only", nargs="+", default=list(FIGURES), choices=FIGURES, metavar="FIGURE", help="some of them [all]")
-    add("--out", type=pathlib.Path, default=pathlib.Path("runs/figures"), help="folder for the pictures [%(default)s]")
+    add("--out", type=cli.any_path, default=pathlib.Path("runs/figures"), help="folder for the pictures [%(default)s]")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     for name in args.only:

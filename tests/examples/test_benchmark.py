@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from tinyddpm.autograd import functional, tensor
-from tinyddpm.cli import training_options
 from tinyddpm.network import nn, unet
+from tinyddpm.program import training_options
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "measure" / "benchmark.py"
 TINY = {"channels": (8, 16), "blocks": 1, "attention": (False, True)}

@@ -1,6 +1,7 @@
 """`python -m tinyddpm`: what it trains is what the example trains, to the bit; it samples from a model of any kind."""
 
 import contextlib
+import json
 import pathlib
 import runpy
 import shutil
@@ -16,7 +17,18 @@ from tiny_training import DIFFUSION as TRAINED
 from tiny_training import step_in, training
 
 import tinyddpm.__main__ as commands
-from tinyddpm import Diffusion, UNet, load_model, make_schedule, sample, save_diffusers, save_model
+from tinyddpm import (
+    Diffusion,
+    UNet,
+    load_digits,
+    load_model,
+    make_schedule,
+    program,
+    sample,
+    save_diffusers,
+    save_model,
+    train,
+)  # fmt: skip
 from tinyddpm.exchange.names import laid_out, original_layout
 from tinyddpm.files import run_folder
 from tinyddpm.files.pictures import grid, page
@@ -146,6 +158,54 @@ class TestTrain:
         assert_same(folder, folders[began], "options.json")
         before, after = ((f / "metrics.csv").read_text().splitlines() for f in (folders[began], folder))
         assert before[:4] == after[:4] and len(after) == 5  # a header, and three steps that are not done again
+
+    @pytest.mark.parametrize("begin", [by_command, by_example])
+    def test_it_begins_with_the_weights_of_a_model(self, folders, tmp_path, begin, monkeypatch, capsys):
+        """As `train` does in Python with what `load_model` gives: the first loss is that of the model, and the average
+        begins at its weights. It goes on with --resume when the model is gone."""
+        model, few = tmp_path / "start.safetensors", ["--batch=4", "--samples=2", "--workers=1", "--seed=5"]
+        shutil.copy(folders[by_command] / "model.safetensors", model)
+        out, options = tmp_path / "out", ["--steps=2", "--save-every=1", f"--start={model}"]
+        begin(out, *few, *options)
+        assert f"start    from {model}\nde" in capsys.readouterr().out
+        (unet, diffusion), (images, labels) = load_model(model), load_digits()
+        before = unet.state_dict()
+        settings = {"lr": 4e-3, "decay_steps": 1, "seed": 5, "labels": labels, "workers": 1}
+        losses, average = [], None
+        for state in train(unet, diffusion, images, 2, 4, **settings):
+            losses.append(state.loss)
+            if average is None:
+                average = state.ema.model.state_dict()
+        np.testing.assert_array_equal(np.loadtxt(out / "metrics.csv", delimiter=",", skiprows=1)[:, 1], losses)
+        again, _ = load_model(out / "model.safetensors")
+        for name, w in again.state_dict().items():
+            np.testing.assert_array_equal(w, state.ema.model.state_dict()[name])
+            assert np.abs(average[name] - before[name]).max() < 5e-3  # the first step's; of new weights, any distance
+        options = json.loads((out / "options.json").read_text())
+        assert options["start"] == str(model) and options["channels"] == [8] and options["timesteps"] == 20
+        assert again.config == unet.config
+
+        model.unlink()
+        (out / "checkpoint.previous.safetensors").replace(out / "checkpoint.safetensors")
+        (out / "model.safetensors").rename(tmp_path / "whole.safetensors")
+        begin(out, "--resume", "--workers=1", f"--start={model}")
+        said = capsys.readouterr()
+        assert "start    the checkpoint in the folder goes on, and has its own weights\n" in said.out
+        assert "resumed  at step 2 of 2" in said.out + said.err
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+    @pytest.mark.parametrize("kind", ["diffusers", "run"])
+    def test_whatever_sample_opens_can_be_begun_with(self, kinds, tmp_path, kind):
+        """On other pictures, larger and of other classes."""
+        for i in range(4):
+            (tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+            Image.new("L", (16, 16), 60 * i).save(tmp_path / "photos" / "ab"[i % 2] / f"{i}.png")
+        folder, unet, _ = kinds[kind]
+        options = ["--steps=1", "--batch=2", "--samples=2", "--sampling-steps=2", "--workers=1", "--size=16", "--grey"]
+        by_command(tmp_path / "out", *options, f"--start={folder / kind}", f"--data={tmp_path / 'photos'}")
+        ours, _ = load_model(tmp_path / "out" / "model.safetensors")
+        changed = {"image_size": (16, 16), "classes": 2, "label_dropout": 0.1}
+        assert ours.config == unet.config | changed and pixels(tmp_path / "out" / "samples.png").shape == (40, 76)
 
     def test_another_run_does_not_lose_the_one_before(self, folders, tmp_path, capsys):
         folder = shutil.copytree(folders[by_command], tmp_path / "run")
@@ -277,9 +337,9 @@ class TestSample:
         assert drawn.shape == (2 * (12 + 4), 2 * (12 + 4))
 
     def test_device_precision_and_variant_arrive(self, models, tmp_path, monkeypatch, capsys):
-        calls, to, load = [], UNet.to, commands.load_diffusers
+        calls, to, load = [], UNet.to, program.load_diffusers
         monkeypatch.setattr(UNet, "to", lambda self, *x, **settings: calls.append((x, settings)) or to(self, "cpu"))
-        monkeypatch.setattr(commands, "load_diffusers", lambda *x: calls.append(x) or load(x[0]))
+        monkeypatch.setattr(program, "load_diffusers", lambda *x: calls.append(x) or load(x[0]))
         options = ["--variant=fp16", "--device=cuda:1", "--precision=bf16", "--steps=1", "--samples=1"]
         self.drawn(tmp_path, capsys, models / "diffusers", *options)
         assert calls == [(models / "diffusers", "fp16"), (("cuda:1",), {"precision": "bf16"})]
@@ -289,7 +349,7 @@ class TestSample:
         [
             (["nowhere.safetensors"], 1, "path: there is no file nowhere.safetensors"),
             (["{models}/damaged.safetensors"], 1, "damaged.safetensors is not a readable safetensors file"),
-            (["{models}"], 1, "config.json, which diffusers saves in a folder with a model"),
+            (["{models}/diffusers/scheduler"], 1, "config.json, which diffusers saves in a folder with a model"),
             (
                 ["{models}/plain.safetensors", "--labels", "1"],
                 1,
@@ -300,7 +360,7 @@ class TestSample:
             (["{models}/classes.safetensors", "--labels", "3"], 1, "--labels: this model knows 0 to 2, got 3"),
             (["--labels", "3", "10"], 1, "--labels: this model knows 0 to 9, got 3 10"),
             (["--labels", "3", "-1"], 1, "--labels: this model knows 0 to 9, got 3 -1"),
-            (["--guidance=nan"], 1, "guidance: expected a number, such as 2, got nan"),
+            (["--guidance=nan"], 2, "error: --guidance must be a number, got nan"),
             (["{models}/original.safetensors"], 1, "--size: this model does not say how large its images are"),
             (["{models}/checkpoint.safetensors"], 1, "--size: this model does not say how large its images are"),
             (["{models}/plain.safetensors", "--size=7"], 1, "x: height and width must be multiples of 2"),

@@ -17,7 +17,17 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import tinyddpm
-from tinyddpm import Diffusion, UNet, cli, load_digits, load_model, make_schedule, sample, save_diffusers, save_model
+from tinyddpm import (
+    Diffusion,
+    UNet,
+    load_digits,
+    load_model,
+    make_schedule,
+    program,
+    sample,
+    save_diffusers,
+    save_model,
+)
 from tinyddpm.exchange.names import laid_out, original_layout
 from tinyddpm.files.pictures import grid
 
@@ -49,11 +59,13 @@ def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path):
     for words in (
         "device   cpu, 2 workers, BLAS",
         "parameters",
-        "10,000 images of 28 x 28 pixels, T = 25",
+        "10,000 images of 28 x 28 pixels, the digits that come along",
+        "parameters, T = 25",
         "training 5 steps, 4 images a step",
     ):
         assert words in result.stdout
     assert str(out) in result.stdout and "images/s" in result.stderr and "loss" in result.stderr
+    assert "\r" not in result.stderr and len(result.stderr.splitlines()) == 4  # in a file, of each bar two lines
     made = {p.name for p in out.iterdir()} - {"loss.png"}  # without matplotlib there is none
     assert made == {
         "options.json",
@@ -127,6 +139,36 @@ def test_ctrl_c_or_sigterm_ends_politely(tmp_path, number):
     assert {p.name for p in tmp_path.iterdir()} >= made
 
 
+@on_posix
+def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(tmp_path):
+    arguments = [sys.executable, str(EXAMPLE), *TINY, "--steps=1000000", f"--out={tmp_path}"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "metrics.csv").exists() and process.poll() is None:
+            time.sleep(0.02)
+        before = {path.name for path in tmp_path.iterdir()}
+        for more in ([], ["--resume"]):
+            second = run(*TINY, *more, f"--out={tmp_path}")
+            assert second.returncode in (1, 2) and f"{tmp_path} is in use by process {process.pid} on " in second.stderr
+        assert {path.name for path in tmp_path.iterdir()} == before
+        process.kill()
+        process.wait()
+    third = run(*TINY, "--seed=1", f"--out={tmp_path}")
+    assert third.returncode == 0 and not (tmp_path / "running.lock").exists(), third.stderr
+
+
+@on_posix
+def test_ctrl_c_that_ends_who_reads_along_too_loses_nothing(tmp_path):
+    """As of `python examples/mnist_ddpm.py 2>&1 | tee log`."""
+    arguments = [sys.executable, str(EXAMPLE), *TINY, "--steps=1000000", f"--out={tmp_path}"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        while not (tmp_path / "metrics.csv").exists() and process.poll() is None:
+            time.sleep(0.02)
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 0
+    assert {"model.safetensors", "samples.png", "denoising.gif"} <= {path.name for path in tmp_path.iterdir()}
+
+
 RESUMED = [*TINY, "--steps=40", "--save-every=1", "--samples=1"]
 
 
@@ -169,8 +211,7 @@ def test_another_run_in_the_folder_does_not_lose_the_checkpoint_of_the_one_befor
     made |= {"options.json", "noising.png", "samples.png", "denoising.gif"}
     assert {p.name for p in (tmp_path / "earlier-1").iterdir()} - {"loss.png"} == made  # that needs matplotlib
     resumed = run(*TINY, "--seed=1", "--resume", f"--out={tmp_path}")
-    assert resumed.returncode == 1 and "Traceback" not in resumed.stderr and "is kept" not in resumed.stderr
-    assert "checkpoint.safetensors is of another run: seed: 2 there, 1 here" in resumed.stderr
+    assert resumed.returncode == 2 and "--seed: a run goes on as it began, with --seed 2; --start " in resumed.stderr
     for folder in (tmp_path, tmp_path / "earlier-1"):  # what was refused has changed nothing
         resumed = run("--resume", f"--out={folder}")
         assert resumed.returncode == 0 and "resumed  at step 5" in resumed.stdout, resumed.stderr
@@ -237,10 +278,23 @@ def test_images_of_ones_own(photos, tmp_path):
     with Image.open(tmp_path / "out" / "samples.png") as picture:
         assert picture.mode == "RGB" and picture.size == (2 * (2 * 18 + 2), 2 * (2 * 18 + 2))
     result = run("--grey", f"--out={tmp_path / 'out'}", "--resume")
-    assert result.returncode == 1 and "unet.in_channels: 3 there, 1 here" in result.stderr
+    assert result.returncode == 2 and "--grey: a run goes on as it began, without --grey; --start " in result.stderr
     assert json.loads((tmp_path / "out" / "options.json").read_text())["data"] == str(photos)
     result = run("--digits=12", f"--out={tmp_path / 'out'}")
     assert result.returncode == 1 and "--digits: this model knows 0 to 1, got 12" in result.stderr
+
+
+@on_posix
+def test_names_that_a_terminal_cannot_show(photos, tmp_path):
+    """Classes in Japanese, and bytes that are no text, where the output is piped on a machine of another encoding."""
+    (photos / "dogs").rename(photos / "\u732b")
+    os.rename(photos / "cats", os.fsencode(photos) + b"/\xff")
+    settings = os.environ | {"PYTHONIOENCODING": "cp1252", "LC_ALL": "C", "PYTHONUTF8": "0"}
+    for more in ([], ["--resume"]):
+        result = run(*TINY, *more, f"--data={photos}", "--size=8", f"--out={tmp_path / 'out'}", env=settings)
+        assert result.returncode == 0, result.stderr
+        assert "\nclasses  0 " in result.stdout and "left out: \\udcff/broken.png: " in result.stderr
+    assert (tmp_path / "out" / "samples.png").exists()
 
 
 def test_the_options_of_before(refusal, photos, tmp_path, monkeypatch):
@@ -306,7 +360,7 @@ def test_data_sets_arrive(monkeypatch, tmp_path):
     images = np.random.default_rng(0).uniform(-1, 1, (12, 28, 28, 1)).astype(np.float32)
     for name in ("load_mnist", "load_fashion_mnist"):
         load = lambda name=name, **settings: asked.append((name, settings)) or (images, np.arange(12) % 6)
-        monkeypatch.setattr(cli, name, load)
+        monkeypatch.setattr(program, name, load)
     for kind in ("mnist", "fashion"):
         with monkeypatch.context() as patch:
             calls = run_here(patch, tmp_path, f"--data={kind}", "--steps=1", "--samples=1")
@@ -523,7 +577,7 @@ def test_help_documents_every_option():
     assert result.returncode == 0
     text = " ".join(result.stdout.split())
     options = set(re.findall(r" --([a-z-]+)", text.partition("options:")[2])) - {"help"}
-    assert len(options) == 27
+    assert len(options) == 28
     for option in options:
         # its meaning, and its default in brackets
         assert re.search(rf"--{option}( \{{\S+\}}| [A-Z_ \[\].]+)? [^-]+\[[^\]]+\]", text), option
@@ -540,7 +594,7 @@ def test_help_documents_every_option():
         (["--workers=0"], "--workers must be greater than 0"),
         (["--data=nowhere"], "--data must be digits, mnist, fashion or a folder, and there is no folder nowhere"),
         (["--timesteps=0"], "--timesteps must be greater than 0, got 0"),
-        (["--channels", "12"], "channels: expected multiples of groups = 8, got [12]"),
+        (["--channels", "16", "12"], "--channels must be multiples of 8, got 12"),
         (["--channels", "8", "8", "8", "8"], "a height and a width that are multiples of 16"),
         (["--patch=0"], "--patch must be greater than 0, got 0"),
         (["--minutes=inf"], "--minutes must be greater than 0, got inf"),
