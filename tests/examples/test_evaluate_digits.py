@@ -4,6 +4,7 @@ import gzip
 import json
 import pathlib
 import runpy
+import shutil
 import subprocess
 import sys
 
@@ -367,6 +368,8 @@ def damaged(digits):
         digits / "colour.safetensors", UNet(3, 3, (8, 8), 1, (False, True)), Diffusion(make_schedule("linear", 1000))
     )
     save_model(digits / "large.safetensors", UNet(image_size=32), Diffusion(make_schedule("linear", 1000)))
+    (digits / "run").mkdir(exist_ok=True)
+    shutil.copy(digits / "large.safetensors", digits / "run" / "model.safetensors")
     content = bytearray(SCRIPT.with_name("digit_classifier.safetensors").read_bytes())
     content[-1] ^= 1
     (digits / "flipped.safetensors").write_bytes(content)
@@ -401,6 +404,8 @@ def damaged(digits):
         (["{digits}/broken.safetensors"], "broken.safetensors"),
         (["{digits}/colour.safetensors"], "expected a model of grey digits of 28 x 28 pixels, got one of 3 channels"),
         (["{digits}/large.safetensors"], "for images of (32, 32)"),
+        (["{digits}/run"], "for images of (32, 32)"),  # of a training's folder, the model and not the pictures
+        (["{digits}/few.npz", "--json={digits}/few.npz"], "few.npz is what is to be evaluated"),
     ],
 )
 def test_bad_input_is_refused_in_a_line(refusal, damaged, arguments, message):

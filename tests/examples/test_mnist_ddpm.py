@@ -708,6 +708,13 @@ class TestSamplePretrained:
         assert message in refusal(example, tmp_path / "model", f"--out={tmp_path / 'p.png'}", *arguments)
         assert not (tmp_path / "p.png").exists()
 
+    @pytest.mark.parametrize("label", [-1, 3])
+    def test_a_class_that_the_model_does_not_know(self, refusal, tmp_path, label):
+        unet = UNet(channels=(8, 8), blocks=1, attention=(False, True), image_size=8, classes=3)
+        save_diffusers(tmp_path, unet, Diffusion(make_schedule("linear", 60, beta_end=0.3)))
+        says = refusal(EXAMPLE.with_name("sample_pretrained.py"), tmp_path, f"--label={label}", "--steps=1")
+        assert f"--label: this model knows 0 to 2, got {label}" in says
+
     def test_a_folder_that_is_no_model(self, tmp_path):
         result = self.run(tmp_path)
         assert result.returncode == 1 and "Traceback" not in result.stderr
