@@ -352,6 +352,20 @@ class TestTheNextMirror:
             assert re.fullmatch(rf"  {re.escape(address + NAME)}: .*({reason}).*", line)
 
 
+def test_a_page_to_log_in_to_a_network(mirror, tmp_path):
+    """However long it is; and what came before it stays."""
+
+    def page(answer, file):
+        answer.head(200, Content_Type="text/html; charset=utf-8", Content_Length=2 * len(FILE))
+        answer.send(b"<html>" + bytes(2 * len(FILE) - 6))
+
+    with pytest.raises(ConnectionError, match=f"{NAME}: the answer is a web page and not the file"):
+        get(tmp_path, mirror(truncated, page))
+    server = mirror(good)
+    assert_whole(tmp_path, server)
+    assert server.asked == [SOME]
+
+
 def test_a_bomb_is_not_unpacked(mirror, tmp_path):
     bomb = gzip.compress(bytes(50_000_000))
     assert len(bomb) < len(FILE)
@@ -504,6 +518,9 @@ def test_unpack_says_what_is_wrong(tmp_path):
         (FILE[:-1], "not a whole gzip file"),
         (FILE[:5], "not a whole gzip file"),
         (FILE[1:], "not a whole gzip file"),
+        (b"<!DOCTYPE html><html>", "not a whole gzip file: it is a web page and not the file: download it again"),
+        (b"Entry not found", "not a whole gzip file: it is text, which begins with 'Entry not found'"),
+        (b"version https://git-lfs.github.com/spec/v1", "not a whole gzip file: it is a pointer of git-lfs"),
         (gzip.compress(CONTENT[1:]), "expected a content of 200000 bytes, got 199999"),
         (gzip.compress(CONTENT[::-1]), f"expected a content with SHA-256 {SAME['sha256']}, got [0-9a-f]{{64}}"),
     ]:

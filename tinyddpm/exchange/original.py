@@ -6,6 +6,7 @@ import itertools
 
 from ..diffusion.process import Diffusion
 from ..diffusion.schedule import make_schedule
+from ..files.mistaken import ORIGINAL, who_reads
 from ..files.model import unet_from
 from ..files.tensors import Path, stored_tensors
 from ..network.unet import UNet
@@ -27,14 +28,13 @@ def load_original(path: Path, variance: str | None = None) -> tuple[UNet, Diffus
     """
     if variance not in (None, "small", "large"):
         raise ValueError(f"variance: expected 'small', 'large' or None, got {variance!r}")
-    with stored_tensors(path) as (stored, _):
+    with stored_tensors(path) as (stored, metadata):
         if all(name.startswith("module.") for name in stored):  # of PyTorch's DataParallel
             stored = {name.removeprefix("module."): tensor for name, tensor in stored.items()}
-        if not {"conv_in.weight", "conv_out.weight", "down.0.block.0.conv1.weight"} <= set(stored):
+        if not ORIGINAL <= set(stored):
             raise ValueError(
-                f"path: {path} does not have the names of Ho et al.'s code: expected conv_in.weight, conv_out.weight, "
-                f"down.0.block.0.conv1.weight and so on, got {', '.join(sorted(stored)[:10]) or 'no tensors'}. What "
-                "save_model wrote load_model reads, and load_diffusers the folders of diffusers"
+                f"path: {path} does not have the names of Ho et al.'s code: expected {', '.join(sorted(ORIGINAL))} and "
+                f"so on, but {who_reads(path, stored, metadata)}"
             )
         levels, blocks = (
             next(n for n in itertools.count() if name.format(n) not in stored)

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 
 from ..bar import progress_bar
 
+from .mistaken import what_it_is
+
 TIMEOUT = 20  # seconds without a byte after which a server counts as gone
 _CHUNK = 1 << 16  # bytes
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # no mirror is to blame
@@ -95,6 +97,8 @@ def download(url: str, part: pathlib.Path, limit: int, name: str) -> None:
             have = 0
         elif not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             raise ValueError(f"asked for bytes from {have}, got {answer.headers.get('Content-Range')}")
+        if answer.headers.get_content_type() == "text/html":  # of a network that wants a login first
+            raise ConnectionError("the answer is a web page and not the file")
         length = answer.headers.get("Content-Length")
         total = None if length is None else have + int(length)
         with (
@@ -123,7 +127,10 @@ def unpack(path: pathlib.Path, sha256: str, size: int) -> bytes:
         with gzip.open(path) as file:
             content = file.read(size + 1)  # and no more: a gzip of some kilobytes can unpack to gigabytes
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"not a whole gzip file: {error}") from error
+        with path.open("rb") as file:
+            start = file.read(1000)
+        known = start[:2] != b"\x1f\x8b" and what_it_is(start)
+        raise ValueError(f"not a whole gzip file: {known or error}") from error
     if len(content) != size:
         got = f"{len(content)}" if len(content) < size else f"more than {size}"
         raise ValueError(f"expected a content of {size} bytes, got {got}")

@@ -16,6 +16,7 @@ import numpy as np
 from ..diffusion.process import Diffusion
 from ..diffusion.schedule import Schedule
 from ..network.unet import UNet
+from .mistaken import who_reads
 from .replacing import replacing
 from .tensors import FORMATS, Path, Stored, stored_tensors, write_tensors
 
@@ -30,7 +31,7 @@ def save_model(path: Path, unet: UNet, diffusion: Diffusion, dtype: np.dtype | s
 
     `dtype` is that of the weights in the file: None, as they are; "float16" halves it, for 3 digits will do to draw
     samples. Raises FileNotFoundError if the folder does not exist, OSError if it cannot be written, ValueError for
-    another dtype than float16, 32 or 64, or weights too large for it.
+    another dtype than float16, 32 or 64, weights too large for it, or weights that are not finite.
     """
     path, dtype = pathlib.Path(path), getattr(dtype, "__name__", dtype)
     if dtype is not None and dtype not in ("float16", "float32", "float64"):
@@ -56,7 +57,7 @@ def configuration(unet: UNet, diffusion: Diffusion) -> dict[str, dict]:
 def _rounded(name: str, w: np.ndarray, dtype: np.dtype | str) -> np.ndarray:
     with np.errstate(over="ignore"):
         rounded = w.astype(dtype)
-    if np.isinf(rounded).any():
+    if (np.isinf(rounded) & np.isfinite(w)).any():
         raise ValueError(f"dtype: {name} has weights of up to {np.abs(w).max():.3g}, too large for {dtype}")
     return rounded
 
@@ -66,11 +67,11 @@ def load_model(path: Path = DIGITS_MODEL) -> tuple[UNet, Diffusion]:
     with the package, made as digits/README.txt says. Of a training run's checkpoint, those with the averaged weights.
 
     Raises FileNotFoundError, or ValueError if it is not such a file, has been damaged since it was written, or its
-    weights do not fit its configuration.
+    weights do not fit its configuration or are not finite. The error says what else it is, and what reads it.
     """
     with stored_tensors(path) as (stored, metadata):
         if "tinyddpm" not in metadata:
-            raise ValueError(f"path: {path} was not written by save_model: its metadata has no entry 'tinyddpm'")
+            raise ValueError(f"path: {path} was not written by save_model; {who_reads(path, stored, metadata)}")
         try:
             config = json.loads(metadata["tinyddpm"])
             stored = {name: tensor for name, tensor in stored.items() if not name.startswith(TRAINING)}
