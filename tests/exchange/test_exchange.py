@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from strategies import make, schedules
 
-from tinyddpm import EMA, Diffusion, Schedule, UNet, load_diffusers, load_original, save_diffusers
+from tinyddpm import EMA, Diffusion, Schedule, UNet, load_diffusers, load_original, save_diffusers, save_model
 from tinyddpm.diffusion.checks import OBJECTIVES, SPACINGS, VARIANCES
 from tinyddpm.exchange import diffusers_config as config_of
 from tinyddpm.exchange.diffusers_config import diffusion_from, scheduler_config, unet_settings
@@ -30,6 +30,7 @@ from tinyddpm.files.tensors import Stored
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
 UNET, SCHEDULER, INDEX = "unet/config.json", "scheduler/scheduler_config.json", "model_index.json"
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+MODEL = "diffusion_pytorch_model"
 UNET_FIELDS = config_of.UNET_DEFAULTS | config_of.UNET_CHOICES
 SCHEDULER_FIELDS = config_of.SCHEDULER_DEFAULTS | config_of.SCHEDULER_CHOICES
 
@@ -432,7 +433,24 @@ class TestFoldersOfOthers:
             num_train_timesteps=1000,
         )
         edit(tmp_path / INDEX, _class_name="DDIMPipeline")
-        assert_same_weights(load_diffusers(tmp_path)[0], unet)
+        with pytest.warns(
+            UserWarning, match="unet/config.json: unknown fields that are off are passed over: news = null$"
+        ):
+            assert_same_weights(load_diffusers(tmp_path)[0], unet)
+
+    @pytest.mark.parametrize("off", [None, False, 0, 0.0, "", [], {}])
+    def test_unknown_fields_that_are_off(self, off, tmp_path):
+        """As those that a newer diffusers writes for what it can do besides."""
+        unet = saved(tmp_path)
+        edit(tmp_path / INDEX, news=off)
+        for name in (UNET, SCHEDULER):
+            edit(tmp_path / name, news=off, more=off)
+        with pytest.warns(
+            UserWarning, match="unknown fields that are off are passed over: news = .*, more = "
+        ) as warned:
+            assert_same_weights(load_diffusers(tmp_path)[0], unet)
+        assert [str(tmp_path / name) == str(w.message).split(":")[0] for w, name in zip(warned, (UNET, SCHEDULER))]
+        assert [w.filename for w in warned] == [__file__] * 2
 
     def test_16_bits_are_widened_exactly(self, tmp_path):
         unet, half = saved(tmp_path), random_unet()
@@ -487,6 +505,7 @@ class TestFoldersOfOthers:
         [
             (dict(variance_type="fixed_small_log"), dict(variance="small")),
             (dict(variance_type="fixed_large"), dict(variance="large")),
+            (dict(variance_type=None), dict(variance="small")),
             (dict(_class_name="DDIMScheduler", set_alpha_to_one=True, variance_type=...), dict(variance="small")),
             (dict(clip_sample_range=0.5), dict(clip=0.5)),
             (dict(clip_sample_range=0.5, clip_sample=False), dict(clip=False)),
@@ -499,6 +518,14 @@ class TestFoldersOfOthers:
             (dict(predict_epsilon=False, prediction_type=...), dict(objective="x0")),
             (dict(predict_epsilon=False, prediction_type="v_prediction"), dict(objective="v")),  # as they take it
             (dict(set_alpha_to_one=False), dict(T=10)),  # left of a DDIMScheduler's
+            (
+                dict(skip_prk_steps=True, solver_order=2, flow_shift=1.0, use_karras_sigmas=True),
+                dict(T=10),
+            ),  # of others
+            (dict(_class_name="DDPMParallelScheduler", variance_type="fixed_large"), dict(variance="large")),
+            (dict(_class_name="DDIMParallelScheduler", set_alpha_to_one=True, variance_type=...), dict(T=10)),
+            (dict(steps_offset=1, timestep_spacing="trailing"), dict(spacing="trailing")),  # which it does not shift
+            (dict(steps_offset=1, timestep_spacing="linspace"), dict(spacing="linspace")),
         ],
     )
     def test_what_a_scheduler_says(self, tmp_path, changes, attributes):
@@ -517,6 +544,98 @@ class TestFoldersOfOthers:
         edit(tmp_path / SCHEDULER, trained_betas=None, beta_schedule="linear", num_train_timesteps=20)
         expected = make("linear", 20, zero_terminal_snr=True).beta
         np.testing.assert_array_equal(load_diffusers(tmp_path)[1].schedule.beta, expected)
+
+
+def in_shards(folder, variant="", older=False, seed=3):
+    """Save another network in two shards beside the one in `folder`; return it and their index."""
+    unet = random_unet(seed)
+    tensors, shard_of = their_tensors(unet, original=False), {}
+    for i, names in enumerate((list(tensors)[::2], list(tensors)[1::2])):
+        shard = f"{MODEL}{variant}-0000{i + 1}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in names}, folder / "unet" / shard, {"format": "pt"})
+        shard_of |= dict.fromkeys(names, shard)
+    index = folder / "unet" / f"{MODEL}.safetensors{variant if older else ''}.index{'' if older else variant}.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 4 * unet.size}, "weight_map": shard_of}))
+    return unet, index
+
+
+class TestShards:
+    @pytest.mark.parametrize("whole", [False, True])
+    @pytest.mark.parametrize(("variant", "older"), [("", False), (".fp16", False), (".fp16", True)])
+    def test_they_are_read(self, tmp_path, variant, older, whole):
+        """Before one file beside them, as diffusers does."""
+        one = saved(tmp_path)
+        if not whole:
+            (tmp_path / WEIGHTS).unlink()
+        unet, _ = in_shards(tmp_path, variant, older)
+        assert_same_weights(load_diffusers(tmp_path, variant[1:] or None)[0], unet)
+        if variant and whole:
+            assert_same_weights(load_diffusers(tmp_path)[0], one)
+
+    def test_one_file_of_a_variant_beside_them(self, tmp_path):
+        one = saved(tmp_path)
+        (tmp_path / WEIGHTS).rename(tmp_path / "unet" / f"{MODEL}.fp16.safetensors")
+        unet, index = in_shards(tmp_path)
+        assert_same_weights(load_diffusers(tmp_path, "fp16")[0], one)
+        assert_same_weights(load_diffusers(tmp_path)[0], unet)
+        index.unlink()  # those that are left of an older model belong to nothing
+        (tmp_path / "unet" / f"{MODEL}.fp16.safetensors").rename(tmp_path / WEIGHTS)
+        (tmp_path / "unet" / f"{MODEL}.bin.index.json").write_text("{}")
+        assert_same_weights(load_diffusers(tmp_path)[0], one)
+        (tmp_path / WEIGHTS).unlink()
+        with pytest.raises(
+            FileNotFoundError, match=f"there is no .*{MODEL}.safetensors; .* index, {index.name}, or with"
+        ):
+            load_diffusers(tmp_path)
+
+    SECOND = f"{MODEL}-00002-of-00002.safetensors"
+
+    @pytest.mark.parametrize(
+        ("shard", "message"),  # of conv_in.weight, which is in the first
+        [
+            (
+                "../scheduler/x.safetensors",
+                "weight_map: .* beside it for each tensor, got '../scheduler/x.safetensors'",
+            ),
+            ("/etc/x.safetensors", "weight_map: .* beside it .* got '/etc/x.safetensors'"),
+            ("..\\x.safetensors", "weight_map: .* beside it .* got "),
+            ("..", r"weight_map: .* beside it .* got '\.\.'"),
+            ("model.bin", "weight_map: expected a safetensors file .* got 'model.bin'"),
+            (3, "weight_map: .* got 3"),
+            (None, "weight_map: .* got None"),
+            (..., "the tensors are not where it says: conv_in.weight is in .*-00001-of-00002.safetensors$"),
+            (SECOND, f"says: conv_in.weight is in .*-00001-of-.*; conv_in.weight is not in {SECOND}$"),
+            ("y.safetensors", "there is no file .*unet/y.safetensors"),
+        ],
+    )
+    def test_an_index_that_is_wrong(self, tmp_path, shard, message):
+        saved(tmp_path)
+        _, index = in_shards(tmp_path)
+        shard_of = json.loads(index.read_text())["weight_map"] | {"conv_in.weight": shard}
+        edit(index, weight_map={tensor: name for tensor, name in shard_of.items() if name is not ...})
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            load_diffusers(tmp_path)
+
+    def test_shards_that_are_wrong(self, tmp_path):
+        saved(tmp_path)
+        _, index = in_shards(tmp_path)
+        second = index.with_name(self.SECOND)
+        tensors = load_file(second)
+        save_file(tensors | {"conv_in.weight": np.zeros((4, 1, 3, 3), np.float32)}, second)  # which is in the first too
+        with pytest.raises(ValueError, match=f"the tensors are not where it says: conv_in.weight is in {second.name}$"):
+            load_diffusers(tmp_path)
+        second.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+        with pytest.raises(ValueError, match=f"{second.name} is not a readable .* pointer of git-lfs"):
+            load_diffusers(tmp_path)
+        second.unlink()
+        with pytest.raises(FileNotFoundError, match=f"there is no file .*{second.name}"):
+            load_diffusers(tmp_path)
+        for content in ("[]", "{}", '{"weight_map": {}}', '{"weight_map": ["x.safetensors"]}', "<html>"):
+            index.write_text(content)
+            with pytest.raises(
+                ValueError, match=f"{index.name}(: weight_map: expected| is not a JSON|: expected a JSON)"
+            ):
+                load_diffusers(tmp_path)
 
 
 BIG = 10**400  # an integer that is no float
@@ -544,9 +663,9 @@ CONFIGS_NOT_SUPPORTED = [
     (UNET, dict(sample_size=1.5), "sample_size: expected a height and a width that are multiples of 2.*got 1.5"),
     (UNET, dict(time_embedding_dim=32), "time_embedding_dim = 32 is not .*supported: null or 16"),
     (UNET, dict(attn_norm_num_groups=1), "attn_norm_num_groups = 1 is not .*supported: null or 2"),
-    (UNET, dict(colour=False), "colour = false is not .*supported: the fields in_channels, out_channels"),
+    (UNET, dict(colour=True), "colour = true is not .*supported: the fields in_channels, out_channels"),
     (UNET, dict(colour="red"), 'colour = "red" is not .*supported: the fields in_channels, out_channels'),
-    (UNET, dict(colour=0), "colour = 0 is not .*supported: the fields in_channels, out_channels"),
+    (UNET, dict(colour=0.1), "colour = 0.1 is not .*supported: the fields in_channels, out_channels"),
     (UNET, dict(sample_size=[4, 4, 4]), r"sample_size: expected a height and a width .*got \[4, 4, 4\]"),
     (UNET, dict(sample_size=3), "sample_size: expected a height and a width that are multiples of 2.*got .*3"),
     (UNET, dict(attention_head_dim=3), "attention_head_dim: 3 does not divide the 8 channels"),
@@ -575,9 +694,11 @@ CONFIGS_NOT_SUPPORTED = [
     (SCHEDULER, dict(variance_type="learned"), 'variance_type = "learned" is not .*"fixed_small" or "fixed_small_log"'),
     (SCHEDULER, dict(clip_sample_range=0), "clip_sample_range = 0 is not supported; supported: a number from 1e-06"),
     (SCHEDULER, dict(thresholding=True, sample_max_value=0.5), "sample_max_value = 0.5 .*: a number from 1 to 1e.30"),
-    (SCHEDULER, dict(steps_offset=1), "steps_offset = 1 is not .*supported: 0"),
+    (SCHEDULER, dict(steps_offset=1, timestep_spacing="leading"), "steps_offset = 1 is not .*supported: 0"),
+    (SCHEDULER, dict(steps_offset=1, timestep_spacing=...), "steps_offset = 1 is not .*supported: 0"),
     (SCHEDULER, dict(_class_name="DDIMScheduler", set_alpha_to_one=False), "set_alpha_to_one = false .*: true"),
-    (SCHEDULER, dict(algorithm_type="sde"), 'algorithm_type = "sde" is not .*the fields num_train_timesteps'),
+    (SCHEDULER, dict(colour="red"), 'colour = "red" is not .*the fields num_train_timesteps'),
+    (SCHEDULER, dict(_class_name="DDIMParallelScheduler", set_alpha_to_one=False), "set_alpha_to_one = false .*: true"),
     (INDEX, {"_class_name": "LDMPipeline"}, '_class_name = "LDMPipeline" is not supported; supported: DDPMPipeline or'),
     (INDEX, {"vqvae": ["diffusers", "VQModel"]}, "a pipeline with vqvae is not supported; supported: one of unet and"),
     (INDEX, {"../evil": ["os", "system"]}, "a pipeline with ../evil is not supported"),
@@ -612,17 +733,10 @@ class TestRefusedFolders:
             load_diffusers(tmp_path)
         assert str(error.value).startswith(f"{tmp_path / UNET}: ")
 
-    @pytest.mark.parametrize(
-        "name", ["diffusion_pytorch_model.safetensors.index.json", "diffusion_pytorch_model-00001-of-00002.safetensors"]
-    )
-    def test_weights_in_several_pieces(self, tmp_path, name):
-        """diffusers would load these, also where one file is beside them."""
+    @pytest.mark.parametrize("name", [f"{MODEL}.safetensors.index.json", f"{MODEL}-00001-of-00002.safetensors"])
+    def test_what_they_would_load_instead_is_not_left_beside_ours(self, tmp_path, name):
         unet = saved(tmp_path)
         (tmp_path / "unet" / name).write_text("{}")
-        with pytest.raises(
-            ValueError, match=f"weights in several pieces are not supported, {name}; supported: one file"
-        ):
-            load_diffusers(tmp_path)
         before = (tmp_path / WEIGHTS).read_bytes()
         with pytest.raises(
             FileExistsError, match=f"{name} would stay beside the new weights; remove it or save elsewhere"
@@ -670,6 +784,35 @@ class TestRefusedFolders:
         (tmp_path / "m" / UNET).unlink()
         refused("folder: there is no file .*m/unet/config.json")
 
+    @pytest.mark.parametrize(
+        ("folders", "message"),
+        [
+            (["snapshots/1a2b"], "load_diffusers reads the folder {}/snapshots/1a2b"),  # the hub's cache
+            (
+                ["snapshots/1a2b", "snapshots/3c"],
+                "load_diffusers reads the folder {}/snapshots/1a2b or {}/snapshots/3c",
+            ),
+            (
+                ["models--google--ddpm/snapshots/1a"],
+                "load_diffusers reads the folder {}/models--google--ddpm/snapshots/1a",
+            ),
+            (["ddpm-cifar10-32"], "load_diffusers reads the folder {}/ddpm-cifar10-32"),
+            ([], "No model is in it"),
+        ],
+    )
+    def test_where_it_is(self, tmp_path, folders, message):
+        for name in folders:
+            saved(tmp_path / name)
+        message = message.format(*[tmp_path] * 2)
+        with pytest.raises(FileNotFoundError, match=f"no file {tmp_path}/config.json, which .* a model. {message}$"):
+            load_diffusers(tmp_path)
+        save_model(tmp_path / "run.safetensors", random_unet(), Diffusion(make("linear", 10)))  # or it is of a training
+        if not folders:
+            with pytest.raises(
+                FileNotFoundError, match="load_model and load_original read files, such as .*run.safeten"
+            ):
+                load_diffusers(tmp_path)
+
     @pytest.mark.parametrize("variant", ["../fp16", "a/b", "..", "", "fp16\n", "a.b"])
     def test_a_variant_that_is_no_word(self, tmp_path, variant):
         saved(tmp_path)
@@ -693,6 +836,25 @@ class TestRefusedFolders:
             (tmp_path / file).write_bytes(content)
             with pytest.raises(ValueError, match=f"{file}: expected a JSON object, got {kind}"):
                 load_diffusers(tmp_path)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (
+                "version https://git-lfs.github.com/spec/v1",
+                "it is a pointer of git-lfs .*: run `git lfs pull` in its folder",
+            ),
+            ("<!doctype html><html>", "it is a web page and not the file: download it again"),
+            ("Entry not found", "it is text, which begins with 'Entry not found'; if it was downloaded"),
+            ("", "it is empty"),
+        ],
+    )
+    @pytest.mark.parametrize("file", [UNET, SCHEDULER, INDEX])
+    def test_what_a_json_file_is_instead(self, tmp_path, file, content, message):
+        saved(tmp_path)
+        (tmp_path / file).write_text(content)
+        with pytest.raises(ValueError, match=f"{file} is not a JSON file: .*; {message}"):
+            load_diffusers(tmp_path)
 
     def test_nesting_that_can_just_be_read(self, tmp_path):
         saved(tmp_path)
@@ -783,6 +945,7 @@ class TestAnything:
         except ValueError as error:
             assert str(folder / WEIGHTS) in str(error)
 
+    @pytest.mark.filterwarnings("ignore:.*unknown fields that are off")
     @pytest.mark.parametrize(("file", "fields"), [(UNET, UNET_FIELDS), (SCHEDULER, SCHEDULER_FIELDS), (INDEX, [])])
     @given(data=st.data())
     @settings(max_examples=100)
@@ -838,7 +1001,7 @@ class TestOriginalNames:
         [
             ({"temb.dense.0.bias": None}, "is no checkpoint of Ho et al.'s network: .*temb.dense.0.bias is missing"),
             ({"extra": np.zeros(3)}, "is no checkpoint of Ho et al.'s network: .*extra is unknown"),
-            ({"conv_out.weight": None}, "does not have the names .*: expected conv_in.*got conv_in.bias"),
+            ({"conv_out.weight": None}, "does not have the names .*: expected conv_in.* it has conv_in.bias"),
             ({"down.0.block.0.conv1.weight": np.zeros((33, 32, 3, 3))}, "channels: expected multiples of groups = 32"),
             ({"down.0.block.0.conv1.weight": np.zeros(())}, "is no checkpoint of Ho et al.'s network"),
             ({"conv_in.weight": np.zeros(3)}, "is no checkpoint of Ho et al.'s network"),
@@ -857,10 +1020,10 @@ class TestOriginalNames:
         with pytest.raises(FileNotFoundError, match="path: there is no file .*nothing"):
             load_original(tmp_path / "nothing")
         save_file({}, tmp_path / "empty")
-        with pytest.raises(ValueError, match="path: .*empty does not have the names .*got no tensors"):
+        with pytest.raises(ValueError, match="path: .*empty does not have the names .* it has no tensors"):
             load_original(tmp_path / "empty")
         save_file({f"x{i:02}": np.zeros(1) for i in range(20)}, tmp_path / "other")
-        with pytest.raises(ValueError, match="got x00, .*, x09. What"):
+        with pytest.raises(ValueError, match="it has x00, .*, x09$"):
             load_original(tmp_path / "other")
         save_file(their_tensors(random_unet(**self.CONFIG), original=True), tmp_path / "m")
         with pytest.raises(ValueError, match="variance: expected 'small', 'large' or None, got 'medium'"):

@@ -4,7 +4,9 @@ Skipped where diffusers is not installed (`pip install 'tinyddpm[peers]'`). Weig
 """
 
 import dataclasses
+import json
 import math
+import pathlib
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ from tinyddpm import (
     sample,
     save_diffusers,
 )
+from tinyddpm.exchange.diffusers_config import diffusion_from
 from tinyddpm.exchange.names import diffusers_layout, laid_out
 
 torch = pytest.importorskip("torch")
@@ -360,13 +363,51 @@ def test_what_they_would_load_instead_is_not_left_beside_ours(name, tmp_path):
         save_diffusers(tmp_path, UNet(), Diffusion(make_schedule()))
 
 
+@pytest.mark.parametrize("variant", [None, "fp16"])
 @pytest.mark.filterwarnings("ignore:folder. .* has no scheduler_config.json")
-def test_weights_in_pieces_are_refused(tmp_path):
-    their_unet(SMALL).save_pretrained(tmp_path, max_shard_size="200KB")
-    with pytest.raises(
-        ValueError, match="weights in several pieces are not supported, diffusion_pytorch_model-00001-of"
-    ):
-        load_diffusers(tmp_path)
+def test_weights_in_shards(variant, tmp_path):
+    """And one file beside them, which diffusers passes over."""
+    theirs, other = their_unet(SMALL), their_unet(SMALL, seed=1)
+    theirs.save_pretrained(tmp_path, max_shard_size="200KB", variant=variant)
+    shards = list(tmp_path.glob("*-of-*.safetensors"))
+    other.save_pretrained(tmp_path / "other", variant=variant)
+    (weights,) = (tmp_path / "other").glob("*.safetensors")
+    weights.rename(tmp_path / weights.name)
+    again = diffusers.UNet2DModel.from_pretrained(tmp_path, variant=variant).state_dict()
+    assert len(shards) > 2 and all(torch.equal(again[name], x) for name, x in theirs.state_dict().items())
+    ours, _ = load_diffusers(tmp_path, variant)
+    for name, value in laid_out(ours.state_dict(), diffusers_layout).items():
+        np.testing.assert_array_equal(value, again[name].numpy())
+    for path in shards:
+        path.unlink()
+    (index,) = tmp_path.glob("*.index*.json")
+    index.unlink()
+    ours, _ = load_diffusers(tmp_path, variant)
+    for name, value in laid_out(ours.state_dict(), diffusers_layout).items():
+        np.testing.assert_array_equal(value, other.state_dict()[name].numpy())
+
+
+OURS_TOO = ["DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler"]
+OTHERS = [
+    kind.name
+    for kind in diffusers.schedulers.KarrasDiffusionSchedulers
+    if issubclass(getattr(diffusers, kind.name), diffusers.SchedulerMixin)  # what it needs besides is installed
+    and kind.name != "EDMEulerScheduler"  # for networks of another kind
+]
+
+
+@pytest.mark.parametrize("kind", OURS_TOO)
+def test_what_other_schedulers_leave_in_a_configuration(kind):
+    """Which is nothing that acts: `from_config` keeps it for a scheduler that may come again."""
+    assert len(OTHERS) > 10
+    for name in OTHERS:
+        saved = json.loads(getattr(diffusers, name)(num_train_timesteps=10, beta_end=0.4).to_json_string())
+        other = getattr(diffusers, name).from_config(saved)  # as from a file, where nothing is left out
+        scheduler = getattr(diffusers, kind).from_config(other.config, set_alpha_to_one=True)
+        config = json.loads(scheduler.to_json_string())
+        assert config.keys() >= saved.keys()
+        diffusion = diffusion_from(config, pathlib.Path(name))
+        np.testing.assert_allclose(diffusion.schedule.beta, scheduler.betas.numpy(), rtol=1e-6)
 
 
 # ------------------------------------------------------------------------------------ the names of Ho et al.'s own code

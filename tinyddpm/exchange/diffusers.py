@@ -6,16 +6,19 @@ refused by name, never passed over.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pathlib
 import re
 import warnings
+from collections.abc import Iterator
 
 from ..backend import to_numpy
 from ..diffusion.process import Diffusion
+from ..files.mistaken import what_it_is, where_it_is
 from ..files.model import unet_from
 from ..files.replacing import replacing
-from ..files.tensors import Path, stored_tensors, write_tensors
+from ..files.tensors import Path, Stored, check_finite, stored_tensors, write_tensors
 from ..network.unet import UNet
 from ..training.optim import EMA
 from .diffusers_config import VERSION, diffusion_from, scheduler_config, unet_config, unet_settings
@@ -29,29 +32,33 @@ def load_diffusers(folder: Path, variant: str | None = None) -> tuple[UNet, Diff
     """Return the U-Net and the diffusion of a local folder of diffusers, such as a copy of google/ddpm-cifar10-32.
 
     The folder is that of a pipeline (DDPMPipeline, DDIMPipeline: `unet/` and `scheduler/`, or both at its top) or of a
-    UNet2DModel alone, for which a warning says that it is taken to be trained with diffusers' defaults. float16 and
-    bfloat16 weights are widened to float32; `variant` names another file of weights, such as "fp16". The loss, which
-    diffusers does not store, is "simple", or "hybrid" where the variance is learned. How predicted images are clipped,
-    and how fewer steps are spaced, become `diffusion.clip` and `diffusion.spacing`, which `sample` follows.
+    UNet2DModel alone, for which a warning says that it is taken to be trained with diffusers' defaults. Weights may lie
+    in one file, or in shards with an index, which goes first as it does there; `variant` names others, such as "fp16".
+    float16 and bfloat16 ones are widened to float32. The loss, which diffusers does not store, is "simple", or "hybrid"
+    where the variance is learned. How predicted images are clipped, and how fewer steps are spaced, become
+    `diffusion.clip` and `diffusion.spacing`, which `sample` follows. An unknown field that is off (null, false, 0 or
+    empty) is taken to change nothing, and a warning names it.
 
     All T steps of `sample` are those of DDPMPipeline. Two things are otherwise than there in fewer steps: "ddpm" takes
     the small variance where the scheduler has fixed_large (see `diffusion.sample.respace`), and "ddim" derives the
     noise anew once the image is clipped, as theirs does with use_clipped_model_output=True.
 
     Raises FileNotFoundError for what is not there; ValueError for anything that is not supported, with the field, its
-    value and what is, and for weights that do not fit, with every tensor that is missing, unknown or of another shape.
+    value and what is, and for weights that do not fit, with every tensor that is missing, unknown or of another shape,
+    or are not finite.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         fault = "is a file; load_original and load_model read files" if folder.is_file() else "is not there"
         raise FileNotFoundError(f"folder: expected a local folder, since nothing is downloaded; {folder} {fault}")
+    if not any((folder / name).is_file() for name in ("model_index.json", "config.json", "unet/config.json")):
+        raise FileNotFoundError(f"{_lacking(folder / 'config.json')}. {where_it_is(folder)}")
     _check_parts(folder / "model_index.json")
     home = folder / "unet" if (folder / "unet").is_dir() else folder
     config = unet_settings(_read_json(home / "config.json"), home / "config.json")
-    diffusion = _diffusion_of(folder, config["out_channels"] == 2 * config["in_channels"])
+    diffusion = diffusion_from(*_scheduler_of(folder, config["out_channels"] == 2 * config["in_channels"]))
     _check_variance(config, diffusion, f"{home / 'config.json'}: ")
-    path = _weights_file(home, variant)
-    with stored_tensors(path) as (stored, _):
+    with _weights(home, variant) as (path, stored):
         try:
             return unet_from(with_new_names(stored), config, diffusers_layout), diffusion
         except ValueError as error:
@@ -79,8 +86,8 @@ def save_diffusers(
     there is no label. What samplers do otherwise in diffusers, `load_diffusers` tells.
 
     Raises TypeError for what is no model; ValueError for what diffusers has not: an input scale, interleaved encodings,
-    as many heads at levels of different widths; FileExistsError if there are other files of weights, which diffusers
-    might load instead; OSError if a file cannot be written.
+    as many heads at levels of different widths, and for weights that are not finite; FileExistsError if there are other
+    files of weights, which diffusers might load instead; OSError if a file cannot be written.
     """
     unet, folder = unet.model if isinstance(unet, EMA) else unet, pathlib.Path(folder)
     for name, value, kind in (("unet", unet, UNet), ("diffusion", diffusion, Diffusion)):
@@ -106,11 +113,13 @@ def save_diffusers(
         "unet/config.json": unet_config(unet, image_size),
         "scheduler/scheduler_config.json": scheduler_config(diffusion),
     }
-    weights = laid_out({name: to_numpy(p.data) for name, p in unet.named_parameters().items()}, diffusers_layout)
+    weights = {name: to_numpy(p.data) for name, p in unet.named_parameters().items()}
+    check_finite(weights)  # before there are folders
     for name in ("unet", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"unet/{WEIGHTS}.safetensors", *(folder / name for name in files)) as (first, *others):
-        write_tensors(first, weights, {"format": "pt"})  # diffusers wants to know that the axes are PyTorch's
+        # diffusers wants to know that the axes are PyTorch's
+        write_tensors(first, laid_out(weights, diffusers_layout), {"format": "pt"})
         for part, content in zip(others, files.values()):
             part.write_text(json.dumps(content, indent=2) + "\n")
 
@@ -125,26 +134,27 @@ def _check_parts(path: pathlib.Path) -> None:
         raise ValueError(
             f"{path}: _class_name = {json.dumps(kind)} is not supported; supported: {' or '.join(PIPELINES)}"
         )
-    ours, empty = ("unet", "scheduler"), (None, [None, None])
-    others = [name for name, part in parts.items() if name[:1] != "_" and name not in ours and part not in empty]
+    own = lambda name: name[:1] == "_" or name in ("unet", "scheduler")
+    others = [name for name, part in parts.items() if not own(name) and part and part != [None, None]]
     if others:
         raise ValueError(
             f"{path}: a pipeline with {', '.join(others)} is not supported; supported: one of unet and scheduler alone"
         )
 
 
-def _diffusion_of(folder: pathlib.Path, learned: bool) -> Diffusion:
-    """The diffusion of the scheduler in `folder`; without one, Ho et al.'s, its variance `learned` or not."""
+def _scheduler_of(folder: pathlib.Path, learned: bool) -> tuple[dict, pathlib.Path]:
+    """The configuration of the scheduler in `folder`, and where it is; without one, Ho et al.'s, its variance `learned`
+    or not."""
     paths = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
     path = next(filter(pathlib.Path.is_file, paths), paths[0])
     if path.is_file() or (folder / "model_index.json").is_file():
-        return diffusion_from(_read_json(path), path)
+        return _read_json(path), path
     warnings.warn(
         f"folder: {folder} has no scheduler_config.json, so its network is taken to be trained with the defaults of "
         "diffusers: T = 1000, linear, to predict eps",
         stacklevel=3,
     )
-    return diffusion_from({"variance_type": "learned_range"} if learned else {}, path)
+    return {"variance_type": "learned_range"} if learned else {}, path
 
 
 def _check_variance(config: dict, diffusion: Diffusion, where: str = "") -> None:
@@ -157,38 +167,55 @@ def _check_variance(config: dict, diffusion: Diffusion, where: str = "") -> None
         )
 
 
-def _weights_file(home: pathlib.Path, variant: str | None) -> pathlib.Path:
-    """The file of weights in `home`. Raises FileNotFoundError, or ValueError if there are several pieces."""
+@contextlib.contextmanager
+def _weights(home: pathlib.Path, variant: str | None) -> Iterator[tuple[pathlib.Path, dict[str, Stored]]]:
+    """Yield the file of weights in `home`, or the index of their shards, and {name: tensor}, not yet read. Raises
+    FileNotFoundError for what is not there, ValueError for shards that are not as their index says."""
     if variant is not None and not (isinstance(variant, str) and re.fullmatch(r"[\w-]+", variant)):
         raise ValueError(f"variant: expected a word such as 'fp16', got {variant!r}")
-    path = home / (f"{WEIGHTS}.{variant}.safetensors" if variant else f"{WEIGHTS}.safetensors")
-    names = sorted(path.name for path in home.iterdir())
-    pieces = [name for name in names if re.match(rf"{WEIGHTS}.*(-of-|\.index\.json)", name)]
-    if pieces:
-        raise ValueError(
-            f"folder: weights in several pieces are not supported, {', '.join(pieces)}; supported: one file, which "
-            "diffusers saves with a larger max_shard_size"
-        )
-    if not path.is_file():
+    dot = f".{variant}" if variant else ""
+    whole, index = home / f"{WEIGHTS}{dot}.safetensors", home / f"{WEIGHTS}.safetensors.index{dot}.json"
+    older = home / f"{WEIGHTS}.safetensors{dot}.index.json"  # until diffusers 0.30
+    path = next(filter(pathlib.Path.is_file, (index, older, whole)), None)
+    if path is None:
         raise FileNotFoundError(
-            f"folder: there is no {path}; there are {', '.join(names)}. Supported: a safetensors file, or with "
-            "variant='fp16' one of that name. Pickles (.bin) are never read, but diffusers converts them: "
+            f"folder: there is no {whole}; there are {', '.join(sorted(path.name for path in home.iterdir()))}. "
+            f"Supported: a safetensors file, or shards with their index, {index.name}, or with variant='fp16' those of "
+            "that name. Pickles (.bin) are never read, but diffusers converts them: "
             "DDPMPipeline.from_pretrained(folder).save_pretrained(another_folder)"
         )
-    return path
+    if path == whole:
+        with stored_tensors(path) as (stored, _):
+            yield path, stored
+        return
+    shard_of = _read_json(path).get("weight_map")
+    names = shard_of.values() if isinstance(shard_of, dict) and shard_of else [shard_of]
+    for name in names:  # and no path to another folder
+        if not (isinstance(name, str) and re.fullmatch(r"[\w-][\w.-]*\.safetensors", name)):
+            raise ValueError(f"{path}: weight_map: expected a safetensors file beside it for each tensor, got {name!r}")
+    with contextlib.ExitStack() as files:
+        shards = {name: files.enter_context(stored_tensors(home / name))[0] for name in sorted(set(names))}
+        there, named = {(tensor, name) for name, stored in shards.items() for tensor in stored}, set(shard_of.items())
+        if wrong := [f"{t} is {'in' if (t, f) in there else 'not in'} {f}" for t, f in sorted(there ^ named)]:
+            raise ValueError(f"{path}: the tensors are not where it says: {'; '.join(wrong)}")
+        yield path, {tensor: shards[name][tensor] for tensor, name in named}
+
+
+def _lacking(path: pathlib.Path) -> str:
+    return f"folder: there is no file {path}, which diffusers saves in a folder with a model"
 
 
 def _read_json(path: pathlib.Path) -> dict:
     """The object in a JSON file. Raises FileNotFoundError, or ValueError if there is none."""
     if not path.is_file():
-        raise FileNotFoundError(f"folder: there is no file {path}, which diffusers saves in a folder with a model")
+        raise FileNotFoundError(_lacking(path))
+    text = path.read_bytes()
+    whole = lambda digits: int(digits) if len(digits) < 18 else float(digits)  # int(1e400) would overflow as a float
     try:
-        whole = lambda digits: (
-            int(digits) if len(digits) < 18 else float(digits)
-        )  # int(1e400) would overflow as a float
-        content = json.loads(path.read_bytes(), parse_int=whole)
+        content = json.loads(text, parse_int=whole)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a JSON file: {error}") from error
+        known = "" if text.lstrip()[:1] == b"{" else what_it_is(text[:1000])
+        raise ValueError(f"{path} is not a JSON file: {error}{known and '; ' + known}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content

@@ -1,8 +1,8 @@
 """diffusers' configurations, and what they mean here: UNet2DModel's is that of a `UNet`, a scheduler's of `Diffusion`.
 
-A field that is not given has diffusers' default. One that is unknown, or has a value that is not supported, is refused.
-The tables give the defaults; of the fields for which only some values are supported, all of these, the default first;
-and the fields that change nothing.
+A field that is not given has diffusers' default. One that has a value that is not supported is refused, and an unknown
+one too, unless it is off. The tables give the defaults; of the fields for which only some values are supported, all of
+these, the default first; and the fields that change nothing.
 """
 
 from __future__ import annotations
@@ -154,6 +154,7 @@ VARIANCES = {
     "fixed_small_log": "small",
     "fixed_large": "large",
     "learned_range": "learned_range",
+    None: "small",  # as DPMSolverMultistepScheduler leaves it
 }
 SCHEDULER_NUMBERS = {  # the default, and the least and most that is supported
     "num_train_timesteps": (1000, 1, 10**6),
@@ -179,7 +180,13 @@ SCHEDULER_IGNORED = [
     "predict_epsilon",  # until diffusers 0.9, see diffusion_from
     "tensor_format",  # of its first versions
     "timestep_values",
+    # of other schedulers, whose fields `from_config` leaves in the configuration
+    *"""algorithm_type disable_corrector euler_at_final final_sigmas_type flow_shift interpolation_type
+    lambda_min_clipped lower_order_final predict_x0 shift_terminal sigma_max sigma_min skip_prk_steps solver_order
+    solver_p solver_type time_shift_type timestep_type use_beta_sigmas use_dynamic_shifting use_exponential_sigmas
+    use_flow_sigmas use_karras_sigmas use_lu_lambdas""".split(),
 ]
+SCHEDULER_CLASSES = ["DDPMScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDIMParallelScheduler"]
 
 
 def diffusion_from(config: dict, path: pathlib.Path) -> Diffusion:
@@ -187,9 +194,12 @@ def diffusion_from(config: dict, path: pathlib.Path) -> Diffusion:
     field that is unknown or has a value that is not supported."""
     if "predict_epsilon" in config and "prediction_type" not in config:  # before diffusers 0.9
         config = config | {"prediction_type": "epsilon" if config["predict_epsilon"] else "sample"}
-    ddim = config.get("_class_name") == "DDIMScheduler"
-    choices = SCHEDULER_CHOICES | ({"set_alpha_to_one": [True]} if ddim else {})
-    c = _complete(config, ["DDPMScheduler", "DDIMScheduler"], SCHEDULER_DEFAULTS, choices, SCHEDULER_IGNORED, path)
+    choices = dict(SCHEDULER_CHOICES)
+    if config.get("_class_name") in ("DDIMScheduler", "DDIMParallelScheduler"):
+        choices["set_alpha_to_one"] = [True]
+    if config.get("timestep_spacing") in ("trailing", "linspace"):  # which it does not shift
+        choices["steps_offset"] = [config.get("steps_offset", 0)]
+    c = _complete(config, SCHEDULER_CLASSES, SCHEDULER_DEFAULTS, choices, SCHEDULER_IGNORED, path)
     for name, (_, least, most) in SCHEDULER_NUMBERS.items():
         number = isinstance(c[name], (int, float)) and not isinstance(c[name], bool)
         if not (number and least <= c[name] <= most):
@@ -280,16 +290,22 @@ def _inverse(table: dict) -> dict:
 def _complete(
     config: dict, classes: list[str], defaults: dict, choices: dict, ignored: list[str], path: pathlib.Path
 ) -> dict:
-    """`config` with a value for each field, or ValueError for an unknown class, field or choice."""
+    """`config` with a value for each field, or ValueError for an unknown class, field or choice; a warning for unknown
+    fields that are off."""
     kind = config.get("_class_name", classes[0])
     if kind not in classes:
         raise _unsupported(path, "_class_name", kind, " or ".join(classes))
+    off = []
     for name, value in config.items():
         if name in choices:
             if not any(v == value and isinstance(v, bool) == isinstance(value, bool) for v in choices[name]):
                 raise _unsupported(path, name, value, " or ".join(map(json.dumps, choices[name])))
-        elif not (name in defaults or name in ignored or name[:1] == "_" or value is None):
-            raise _unsupported(path, name, value, f"the fields {', '.join([*defaults, *choices])}")
+        elif not (name in defaults or name in ignored or name[:1] == "_"):
+            if value:
+                raise _unsupported(path, name, value, f"the fields {', '.join([*defaults, *choices])}")
+            off.append(f"{name} = {json.dumps(value)}")
+    if off:
+        warnings.warn(f"{path}: unknown fields that are off are passed over: {', '.join(off)}", stacklevel=4)
     return defaults | {name: values[0] for name, values in choices.items()} | config
 
 
