@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Sequence
 
 from ..bar import progress_bar
-
 from .mistaken import what_it_is
 
 TIMEOUT = 20  # seconds without a byte after which a server counts as gone
