@@ -18,12 +18,13 @@ PACKAGE = pathlib.Path(tinyddpm.__file__).parent
 ROOMS = {
     "backend": set(),
     "bar": set(),
-    "autograd": {"backend"},
-    "network": {"backend", "autograd"},
-    "diffusion": {"backend", "bar", "autograd"},  # a network is any callable
-    "speed": {"backend", "autograd"},
-    "files": {"backend", "bar", "network", "diffusion"},
-    "training": {"backend", "autograd", "network", "diffusion", "speed", "files"},
+    "arguments": {"backend"},
+    "autograd": {"backend", "arguments"},
+    "network": {"backend", "arguments", "autograd"},
+    "diffusion": {"backend", "arguments", "bar", "autograd"},  # a network is any callable
+    "speed": {"backend", "arguments", "autograd"},
+    "files": {"backend", "arguments", "bar", "network", "diffusion"},
+    "training": {"backend", "arguments", "autograd", "network", "diffusion", "speed", "files"},
     "exchange": {"backend", "network", "diffusion", "files", "training"},
     "cli": set(),
     "options": {"diffusion", "files", "speed", "cli"},

@@ -283,6 +283,7 @@ def pixels(path):
         return np.asarray(picture)
 
 
+@pytest.mark.filterwarnings("ignore:steps")  # in so few, the first may be far from noise
 class TestSample:
     def drawn(self, tmp_path, capsys, *arguments):
         """The picture that it draws, as an array."""

@@ -670,7 +670,7 @@ CONFIGS_NOT_SUPPORTED = [
     (UNET, dict(sample_size=3), "sample_size: expected a height and a width that are multiples of 2.*got .*3"),
     (UNET, dict(attention_head_dim=3), "attention_head_dim: 3 does not divide the 8 channels"),
     (UNET, dict(norm_num_groups=3), "block_out_channels: expected multiples of norm_num_groups = 3"),
-    (UNET, dict(dropout=1), r"dropout: expected a probability in \[0, 1\), got 1"),
+    (UNET, dict(dropout=1), r"dropout: expected a number in \[0, 1\), got 1"),
     (SCHEDULER, dict(_class_name="PNDMScheduler"), '_class_name = "PNDM.*supported: DDPMScheduler or DDIMScheduler'),
     (SCHEDULER, dict(beta_schedule="exp"), 'beta_schedule = "exp" is not .*supported: "linear" or "scaled_linear"'),
     (SCHEDULER, dict(beta_start=-1), "beta_start = -1 is not supported; supported: a number from 0 to 1"),

@@ -412,6 +412,7 @@ def test_the_step_in_which_it_is_asked_to_stop_is_the_last(tmp_path):
 
 
 class TestFaults:
+    @pytest.mark.filterwarnings("ignore:x0")  # images are expected in [-1, 1]
     def test_what_is_not_finite_is_never_saved(self, tmp_path):
         """The last good checkpoint stays, and the error names the step."""
         images = IMAGES.copy()

@@ -142,7 +142,7 @@ def test_noising_strip_goes_from_the_image_to_noise(b):
 
 
 def test_a_gif_plays_its_frames_and_holds_the_last(tmp_path):
-    frames = [grid(np.full((1, 4, 4, 1), v)) for v in (-1, 0, 1)]
+    frames = [grid(np.full((1, 4, 4, 1), v)) for v in (-1.0, 0.0, 1.0)]
     save_gif(tmp_path / "a.gif", frames, seconds=0.6, hold=1.5)
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.n_frames == 3 and gif.info["loop"] == 0
@@ -198,9 +198,9 @@ class TestBadInput:
             grid(np.zeros(shape))
 
     def test_columns(self):
-        with pytest.raises(ValueError, match="columns, scale, gap: expected at least 1, 1, 0, got 0, 2, 2"):
+        with pytest.raises(ValueError, match="columns: expected an integer >= 1, got 0"):
             grid(np.zeros((1, 4, 4, 1)), columns=0)
 
     def test_gif(self, tmp_path):
-        with pytest.raises(ValueError, match="frames: expected at least one image, got none"):
+        with pytest.raises(ValueError, match="frames: expected at least one image, all of them grey or RGB, got"):
             save_gif(tmp_path / "a.gif", [])

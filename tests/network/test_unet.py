@@ -155,7 +155,7 @@ class TestLabelDropout:
         with pytest.raises(ValueError, match="label_dropout: 0.1 of what labels[?] Give classes too"):
             UNet(**TINY, label_dropout=0.1)
         for bad in (1.0, -0.1, "a"):
-            with pytest.raises(ValueError, match=r"label_dropout: expected a probability in \[0, 1\), got"):
+            with pytest.raises(ValueError, match=r"label_dropout: expected a number in \[0, 1\), got"):
                 UNet(**TINY, classes=3, label_dropout=bad)
 
 
@@ -391,13 +391,13 @@ class TestBadInput:
             ({"channels": ()}, "channels: expected a sequence with an entry for each level, got \\(\\)"),
             ({"channels": 8}, "channels: expected a sequence with an entry for each level, got 8"),
             ({"attention": True}, "attention: expected a sequence with an entry for each level, got True"),
-            ({"dropout": "a"}, "dropout: expected a probability in"),
+            ({"dropout": "a"}, "dropout: expected a number in"),
             ({"channels": (4, -8)}, "channels: expected multiples of groups"),
             ({"channels": (4, 0)}, r"channels: expected multiples of groups = 2, got \(4, 0\)"),
             ({"channels": (2, 8)}, "channels: the first must be even and at least 4 for the timestep encoding, got 2"),
             ({"attention": (True,)}, r"attention: expected 2 entries, one for each level, got \(True,\)"),
             ({"heads": 3}, "heads: 3 does not divide the 8 channels of a level with attention"),
-            ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1.0"),
+            ({"dropout": 1.0}, r"dropout: expected a number in \[0, 1\), got 1.0"),
             ({"blocks": True}, "blocks: expected an integer >= 1, got True"),
             ({"classes": 0}, "classes: expected an integer >= 1, got 0"),
             ({"head_channels": 0}, "head_channels: expected an integer >= 1, got 0"),
@@ -405,7 +405,7 @@ class TestBadInput:
             ({"head_channels": 2, "heads": 2}, "heads, head_channels: expected one of them, got 2 and 2"),
             ({"norm_eps": 0}, "norm_eps: expected a number > 0, got 0"),
             ({"norm_eps": math.inf}, "norm_eps: expected a number > 0, got inf"),
-            ({"downsample_padding": 2}, "downsample_padding: expected 0 or 1, got 2"),
+            ({"downsample_padding": 2}, "downsample_padding: expected an integer from 0 to 1, got 2"),
             ({"middle_attention": "yes"}, "middle_attention: expected True or False, got 'yes'"),
             ({"center_input": 1}, "center_input: expected True or False, got 1"),
             ({"image_size": 7}, r"image_size: expected a height and a width that are multiples of 2, .* got \(7, 7\)"),

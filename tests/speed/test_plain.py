@@ -98,7 +98,7 @@ def test_without_the_rooms_that_are_only_faster_or_practical(tmp_path):
     package = pathlib.Path(tinyddpm.__file__).parent
     (tmp_path / "tinyddpm").mkdir()
     (tmp_path / "tinyddpm" / "__init__.py").touch()
-    for file in ("backend.py", "bar.py"):
+    for file in ("backend.py", "arguments.py", "bar.py"):
         shutil.copy(package / file, tmp_path / "tinyddpm")
     for room in ("autograd", "network", "diffusion", "training"):
         shutil.copytree(
@@ -133,7 +133,9 @@ print(tinyddpm.__file__, *sorted(name for name in sys.modules if name.startswith
     assert result.returncode == 0, result.stderr
     where, *rooms = result.stdout.split()
     assert where == str(tmp_path / "tinyddpm" / "__init__.py")
-    assert rooms == [f"tinyddpm.{name}" for name in ("autograd", "backend", "bar", "diffusion", "network", "training")]
+    assert rooms == [
+        f"tinyddpm.{name}" for name in ("arguments", "autograd", "backend", "bar", "diffusion", "network", "training")
+    ]
 
 
 @pytest.mark.gpu

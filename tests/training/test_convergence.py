@@ -134,6 +134,7 @@ def requests(draw):
     return d, model_with_spread if variance == "learned_range" else model, shape, asked, visited
 
 
+@pytest.mark.filterwarnings("ignore:steps")  # of which the first may be far from noise
 class TestWhateverIsAsked:
     @settings(max_examples=100)
     @given(requests())

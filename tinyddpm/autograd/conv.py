@@ -14,6 +14,7 @@ from __future__ import annotations
 import numbers
 from collections.abc import Callable
 
+from ..arguments import integer
 from ..backend import Array, array_module, paired
 from .functional import check_precision, column_sums
 from .tensor import op
@@ -139,8 +140,7 @@ def _check(x: Array, w: Array, b: Array | None, stride: int, pad: Padding) -> No
         )
     if b is not None and b.shape != w.shape[3:]:
         raise ValueError(f"b: expected shape {w.shape[3:]} for w of shape {w.shape}, got {b.shape}")
-    if not isinstance(stride, numbers.Integral) or stride < 1:
-        raise ValueError(f"stride: expected an integer >= 1, got {stride!r}")
+    integer("stride", stride)
     for size, k, p, axis in zip(x.shape[1:3], w.shape[:2], pad, ("height", "width")):
         if size + sum(p) < k:
             raise ValueError(f"x: {axis} {size} with padding {p} is less than the kernel's {k}")

@@ -11,6 +11,7 @@ import math
 
 import numpy as np
 
+from ..arguments import check_instance, number, one_of
 from ..backend import Array, array_module, device_of, is_array, paired, to_device, to_numpy
 from .tensor import Tensor, as_array, mul, op
 
@@ -19,8 +20,7 @@ PRECISIONS = ("float32", "tf32", "bf16", "fp16")
 
 def check_precision(precision: str) -> None:
     """Raise ValueError unless `precision` is one of PRECISIONS."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision: unknown {precision!r}; known: {', '.join(PRECISIONS)}")
+    one_of("precision", precision, PRECISIONS)
 
 
 def logistic(x: Array) -> Array:
@@ -140,8 +140,12 @@ def linear(x, w, b=None, *, precision: str = "float32"):
 def embedding(w, *, index: np.ndarray):
     """Rows of a table: w (K, C) and integers index (N,), of which each must be in 0 ... K-1, -> w[index] (N, C)."""
 
+    index = np.asarray(index)
+    if index.dtype.kind not in "iu" or (index.size and not (0 <= index.min() and index.max() < len(w))):
+        raise ValueError(f"index: expected integers in 0 ... {len(w) - 1}, got {index}")
+
     def pull(g):  # the gradient of a row is the sum over its uses
-        uses = np.asarray(index) == np.arange(len(w))[:, None]  # (K, N): one row for each of the table, for one product
+        uses = index == np.arange(len(w))[:, None]  # (K, N): one row for each of the table, for one product
         return product(to_device(uses, device_of(g)).astype(g.dtype), g)
 
     return w[to_device(index, device_of(w))], pull
@@ -183,14 +187,14 @@ def mse(a, b):
     return (d * d).mean(), pull
 
 
-def dropout(x: Tensor | Array, p: float, rng: np.random.Generator | None = None) -> Tensor | Array:
-    """Zero each element with probability `p` and scale the rest by 1 / (1 - p); without a generator, return `x`.
+def dropout(x: Tensor | Array, p: float, rng: np.random.Generator | None = None) -> Tensor:
+    """Zero each element with probability `p` and scale the rest by 1 / (1 - p); without a generator, leave all as is.
 
     There is no training flag: whoever trains hands over a generator. Srivastava et al. 2014.
     """
-    if not 0 <= p < 1:
-        raise ValueError(f"p: the probability of dropping must lie in [0, 1), got {p}")
+    p = number("p", p, "[0, 1)")
+    check_instance("rng", rng, np.random.Generator | None, "a generator from numpy.random.default_rng, or None")
     if rng is None or p == 0:
-        return x
+        return x if isinstance(x, Tensor) else Tensor(x)
     keep = np.asarray(rng.random(x.shape, dtype=np.float32) >= p)  # an array even where x has no axes
     return mul(x, to_device(keep, device_of(as_array(x))).astype(x.dtype) / (1 - p))

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..arguments import number
 from ..backend import Array, paired
 from .functional import logistic, product, softmax_rows, softmax_rows_grad
 from .tensor import op
@@ -37,6 +38,7 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
     C = x.shape[-1]
     if not isinstance(groups, numbers.Integral) or groups < 1 or C % groups:
         raise ValueError(f"groups: {groups} does not divide the {C} channels of x; use a divisor of {C}")
+    eps = number("eps", eps, "(0, inf)")
     if gamma.shape != (C,) or beta.shape != (C,):
         raise ValueError(
             f"gamma, beta: expected shape ({C},) for x of shape {x.shape}, got {gamma.shape}, {beta.shape}"

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import number
 from ..backend import Array, address, array_module, device_of, is_array
 
 # ---------------------------------------------------------------------------------------------------------- tensors
@@ -282,9 +283,7 @@ def neg(x):
 @op
 def power(x, *, exponent: float):
     """x ** exponent for a number `exponent`."""
-    if not isinstance(exponent, numbers.Real):
-        raise TypeError(f"exponent: expected a number, got {type(exponent).__name__}")
-    exponent = float(exponent)  # a NumPy scalar would promote float32 to float64
+    exponent = number("exponent", exponent)
     return x**exponent, lambda g: g * (exponent * x ** (exponent - 1) if exponent else 0.0)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..arguments import check_floats, check_instance, generator
 from ..autograd.functional import at_least, normal_cdf
 from ..autograd.tensor import Tensor, as_array, exp, log
 from ..backend import Array, on_device, to_device, to_numpy
@@ -96,6 +97,7 @@ def prior_terms(diffusion: Diffusion, x0: Array) -> Tensor:
 
     Args: x0: (N, H, W, C).
     """
+    check_floats("x0", x0)
     t = np.full(len(x0), diffusion.T - 1)
     signal, noise = diffusion.signal_and_noise(t, x0)
     zero = np.zeros_like(x0)
@@ -130,7 +132,7 @@ def bits_per_dim(
     diffusion: Diffusion,
     model: Callable,
     x0: np.ndarray,
-    rng: int | np.random.Generator = 0,
+    rng: int | np.random.Generator | None = 0,
     clip: Clip | None = None,
     progress: bool = True,
     workers: int | None = None,
@@ -146,7 +148,8 @@ def bits_per_dim(
     Args:
         model: callable (x_t, t) -> prediction; its `dtype` and `device`, if any, are those x_0 is converted to.
         x0: (N, H, W, C) of 8-bit levels k = 0 ... 255, given as k / 127.5 - 1.
-        rng: seed or generator; what an image costs does not depend on the others, nor on the workers.
+        rng: seed or generator, None for others every time; what an image costs does not depend on the others, nor on
+            the workers.
         clip: how to keep the predicted x_0 where images are, see `limit`; None: as this diffusion does.
         progress: show a bar. workers: threads; None for one per CPU.
         labels: (N,) integers, the class of each image, for a model that takes them: what they cost given these.
@@ -154,11 +157,12 @@ def bits_per_dim(
     Raises ValueError for no images, labels for others, another shape or values between the levels, TypeError for
     anything but floats.
     """
+    check_instance("model", model, Callable, "a function (x_t, t) -> prediction")
     check_levels(x0)
     labels = checked_labels(labels, len(x0))
     dtype, device = getattr(model, "dtype", x0.dtype), getattr(model, "device", "cpu")
     clip = diffusion.clip if clip is None else clip
-    streams = np.random.default_rng(rng).spawn(len(x0))
+    streams = generator(rng).spawn(len(x0))
     x0 = x0.astype(dtype, copy=False)
 
     def terms_at(t: int, x: Array, streams: list[np.random.Generator], labels: np.ndarray | None) -> np.ndarray:

@@ -8,6 +8,7 @@ from collections.abc import Hashable
 
 import numpy as np
 
+from ..arguments import check_floats, check_instance, one_of
 from ..backend import Array, is_array, to_numpy
 from .schedule import Schedule
 
@@ -20,13 +21,11 @@ SPACINGS = ("trailing", "leading", "linspace")
 def check_diffusion(diffusion) -> None:
     """Raise TypeError or ValueError unless the arguments of a `Diffusion` fit each other, as it says there."""
     schedule, variance, loss_type = diffusion.schedule, diffusion.variance, diffusion.loss_type
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule: expected a Schedule from make_schedule, got {type(schedule).__name__}")
+    check_instance("schedule", schedule, Schedule, "a Schedule from make_schedule")
     for name, known in (
         ("objective", OBJECTIVES), ("variance", VARIANCES), ("loss_type", LOSSES), ("spacing", SPACINGS)
     ):  # fmt: skip
-        if getattr(diffusion, name) not in known:
-            raise ValueError(f"{name}: unknown {getattr(diffusion, name)!r}; known: {', '.join(known)}")
+        one_of(name, getattr(diffusion, name), known)
     if variance == "learned_range" and loss_type not in ("vlb", "hybrid"):
         raise ValueError(f"loss_type: {loss_type!r} cannot train variance 'learned_range'; take 'hybrid' or 'vlb'")
     if variance != "learned_range" and loss_type == "hybrid":
@@ -42,27 +41,28 @@ def check_diffusion(diffusion) -> None:
                 f"loss_type: {ends} the weight is 0, so that the step from which sampling starts would not be "
                 "trained; take another than 'min_snr'"
             )
-    if not diffusion.min_snr_gamma > 0:
-        raise ValueError(f"min_snr_gamma: expected a number > 0, got {diffusion.min_snr_gamma}")
 
 
 def check_shape(name: str, value: Array, x: Array) -> None:
-    """Raise ValueError unless `value` has the shape of the images x."""
-    if value.shape != x.shape:
-        raise ValueError(f"{name}: expected the shape of the images, {x.shape}, got {value.shape}")
+    """Raise TypeError or ValueError unless `value`, an array or a tensor, has the shape of the images x."""
+    check_floats("images", x, "floats in [-1, 1]")
+    if (got := getattr(value, "shape", type(value).__name__)) != x.shape:
+        raise ValueError(f"{name}: expected the shape of the images, {x.shape}, got {got}")
 
 
 def check_output(output: Array, x_t: Array, learned: bool) -> None:
     """Raise ValueError unless a model's output for x_t has its shape, or twice its channels if the variance is learned
-    too."""
-    channels = x_t.shape[-1]
-    if not learned and output.shape != x_t.shape:
-        raise ValueError(f"model: expected it to return the shape of x_t, {x_t.shape}, got {output.shape}")
-    if learned and output.shape != (*x_t.shape[:-1], 2 * channels):
+    too, and TypeError unless it is of its dtype."""
+    channels, shape = x_t.shape[-1], getattr(output, "shape", type(output).__name__)
+    if not learned and shape != x_t.shape:
+        raise ValueError(f"model: expected it to return the shape of x_t, {x_t.shape}, got {shape}")
+    if learned and shape != (*x_t.shape[:-1], 2 * channels):
         raise ValueError(
             f"model: with variance 'learned_range' it must return {2 * channels} channels for images of {channels} "
-            f"(a U-Net with out_channels={2 * channels}), got shape {output.shape} for x_t of {x_t.shape}"
+            f"(a U-Net with out_channels={2 * channels}), got shape {shape} for x_t of {x_t.shape}"
         )
+    if isinstance(output.dtype, np.dtype) and output.dtype != x_t.dtype:  # other frameworks have types of their own
+        raise TypeError(f"model: expected it to return {x_t.dtype}, as x_t is, got {output.dtype}")
 
 
 def check_images(x0: Array) -> None:
@@ -88,23 +88,25 @@ def check_levels(x0: np.ndarray) -> None:
 
 def check_timesteps(t: np.ndarray, x: Array, T: int) -> None:
     """Raise unless t (N,) are timesteps 0 ... T-1, one for each of the images x, which are floats."""
+    check_floats("images", x, "floats in [-1, 1]")
     if not isinstance(t, np.ndarray) or t.dtype.kind not in "iu":
         raise TypeError(f"t: expected a NumPy array of integers, got {getattr(t, 'dtype', type(t).__name__)}")
     if t.shape != x.shape[:1]:
         raise ValueError(f"t: expected {x.shape[0]} timesteps, one for each image, got shape {t.shape}")
     if t.size and not (0 <= t.min() and t.max() < T):
         raise ValueError(f"t: timesteps run from 0 to {T - 1}, got {t.min()} ... {t.max()}")
-    if x.dtype.kind != "f":
-        raise TypeError(f"images: expected floats in [-1, 1], got {x.dtype}")
 
 
 def checked_labels(labels: np.ndarray | None, count: int) -> np.ndarray | None:
-    """`labels` as an array of NumPy, wherever they are, if there is one for each of `count` images, or ValueError."""
+    """`labels` as an array of NumPy, wherever they are, if there is one for each of `count` images, or ValueError;
+    TypeError unless they are integers."""
     if labels is None:
         return None
     labels = to_numpy(labels) if is_array(labels) else np.asarray(labels)
     if labels.shape != (count,):
         raise ValueError(f"labels: expected {count}, one for each image, got shape {labels.shape}")
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"labels: expected integers, the class of each image, got {labels.dtype}")
     return labels
 
 
@@ -120,8 +122,8 @@ def warn_of_scale(diffusion: object, name: str, images: Array, again: bool = Fal
         _looked_at.add(diffusion)
     low, high = float(images.min()), float(images.max())
     one_sided_or_faint = low >= 0 or max(-low, high) <= 0.5
-    if not low < high or (-2 <= low and high <= 2 and not (one_sided_or_faint and images.size >= 1000)):
-        return
+    if low == high or (-2 <= low and high <= 2 and not (one_sided_or_faint and images.size >= 1000)):
+        return  # not if there is a nan
     white = next((white for white in (1, 255, 65535) if 0 <= low and high <= white), None)
     remedy = f"; if black is 0 and white is {white}, take {name} / {white / 2:g} - 1" if white else ""
     warnings.warn(f"{name}: expected images in [-1, 1], got values from {low:.3g} to {high:.3g}{remedy}", stacklevel=3)

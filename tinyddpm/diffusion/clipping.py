@@ -10,6 +10,7 @@ import numbers
 
 import numpy as np
 
+from ..arguments import check_floats
 from ..backend import Array, array_module
 
 Clip = bool | float | str | tuple[str, float, float]  # see `limit`
@@ -23,11 +24,12 @@ def limit(x0: Array, clip: Clip) -> Array:
         "dynamic"                 `dynamic_threshold`; ("dynamic", quantile, most) with these settings
         False                     leave it as it is
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, TypeError for a tensor that is to be clipped, for that has no derivative here.
     """
     clip = checked_clip(clip)
     if clip is False:
         return x0
+    check_floats("x0", x0, f"an array of floats, since clip is {clip!r}")
     if clip == "dynamic":
         clip = DYNAMIC
     if isinstance(clip, tuple):

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 
+from ..arguments import check_floats, check_instance, generator, integer, number
 from ..backend import Array, array_module, device_of, is_array, like, on_device, to_device, to_numpy
 from .clipping import Clip
 from .process import Diffusion
@@ -32,8 +33,7 @@ def by_sampling(*own: str) -> Callable:
     def decorate(function: Callable) -> Callable:
         @functools.wraps(function)
         def where_the_model_is(diffusion: Diffusion, model: Callable, *arguments: object, **settings: object) -> Array:
-            if not isinstance(diffusion, Diffusion):
-                raise TypeError(f"diffusion: expected a Diffusion, got {type(diffusion).__name__}")
+            check_instance("diffusion", diffusion, Diffusion, "a Diffusion")
             if chosen := [name for name in own if name in settings]:
                 raise TypeError(f"settings: {function.__name__} sets {', '.join(chosen)} itself")
             with on_device(getattr(model, "device", "cpu")):
@@ -76,8 +76,7 @@ def denoise(
     of `noisy` are out of the range that it leads to, and as `sample` does.
     """
     s = diffusion.schedule
-    if not (isinstance(sigma, numbers.Real) and 0 < sigma < math.inf):
-        raise ValueError(f"sigma: expected a number > 0, got {sigma!r}")
+    sigma = number("sigma", sigma, "(0, inf)")
     noisy = _checked("noisy", noisy, model, 1 + 10 * sigma)
     signal = s.alpha_bar > 0  # without, nothing would be left of the pictures
     sigmas = np.sqrt(s.one_minus_alpha_bar[signal] / s.alpha_bar[signal]) / s.input_scale
@@ -96,7 +95,7 @@ def sdedit(
     strength: float,
     method: str | Callable = "ddpm",
     steps: int | None = None,
-    rng: int | np.random.Generator = 0,
+    rng: int | np.random.Generator | None = 0,
     **settings: object,
 ) -> Array:
     """Make pictures that are like `images`: noise them to t = strength T, sample from there (Meng et al. 2022, SDEdit,
@@ -110,10 +109,9 @@ def sdedit(
     Returns (N, H, W, C). Raises ValueError if images or strength are out of range, and as `sample` does.
     """
     images = _checked("images", images, model)
-    if not (isinstance(strength, numbers.Real) and 0 < strength <= 1):
-        raise ValueError(f"strength: expected a number above 0 and up to 1, got {strength!r}")
+    strength = number("strength", strength, "(0, 1]")
     t = max(1, round(strength * diffusion.T)) - 1
-    of_start, rng = np.random.default_rng(rng).spawn(2)
+    of_start, rng = generator(rng).spawn(2)
     eps = np.stack([stream.standard_normal(images.shape[1:], images.dtype) for stream in of_start.spawn(len(images))])
     x_t = diffusion.q_sample(images, np.full(len(images), t), like(eps, images))
     return sample(diffusion, model, images.shape, method, _until(t, steps, diffusion), rng, start=x_t, **settings)
@@ -143,21 +141,30 @@ def ddim_inversion(
     ends with no signal, all of x_t is noise there, which is that of x_{t-1} and not to be asked of the model:
 
         x_t = (x_{t-1} - sqrt(alpha_bar_{t-1}) b x0hat) / sqrt(1 - alpha_bar_{t-1})
+
+    Warns if at some step the last iteration still changed x_t by what is 0.5 (root mean square) in x_{t-1} / b: `ddim`
+    will then not come back, but end with an error of 1 or more.
     """
-    s = diffusion.schedule
+    s, off = diffusion.schedule, []
     for t in range(diffusion.T):
         ts, x_t = np.full(len(x), t), x
         signal, noise_before = (math.sqrt(table[t]) for table in (s.alpha_bar_prev, s.one_minus_alpha_bar_prev))
         ratio = math.sqrt(s.alpha_bar[t]) / signal
         for _ in range(iterations):
+            before = x_t
             x0, _ = diffusion.denoise(model, x_t, ts, clip)
             if s.alpha_bar[t] == 0 < t:
                 x_t = (x - signal * s.input_scale * x0) / noise_before
             else:
                 eps = diffusion.eps_from_x0(x_t, ts, x0)
                 x_t = ratio * x + (math.sqrt(s.one_minus_alpha_bar[t]) - ratio * noise_before) * eps
+        if ratio > 0:
+            off.append(np.sqrt(((x_t - before) ** 2).mean()) / (ratio * s.input_scale))
         x = x_t
         yield t, x, x0
+    if (most := max(map(float, off), default=0)) > 0.5:
+        what = f"x_t are off by as much as {most:.2g} in the image, so that `ddim` will not remake it; take more"
+        warnings.warn(f"steps, iterations: of so few, {what}", stacklevel=2)
 
 
 @by_sampling("method", "start", "eta")
@@ -181,10 +188,10 @@ def invert(
         iterations: evaluations of the model for each of them.
 
     Returns (N, H, W, C). Raises ValueError for images out of range, iterations that are not an integer >= 1, and as
-    `sample` does.
+    `sample` does; warns if steps or iterations are so few that the images are lost.
     """
     images = _checked("images", images, model)
-    _check_integers(1, iterations=iterations)
+    integer("iterations", iterations)
     b = diffusion.schedule.input_scale
     settings |= {"clip": clip, "start": b * images, "iterations": iterations}
     return b * sample(diffusion, model, images.shape, ddim_inversion, steps, **settings)
@@ -218,7 +225,7 @@ def interpolate(
     first, last = _checked("first", first, model), _checked("last", last, model)
     if first.shape != last.shape:
         raise ValueError(f"first, last: expected two arrays of one shape, got {first.shape} and {last.shape}")
-    _check_integers(2, count=count)
+    count = integer("count", count, 2)
     N, *image = first.shape
     of_ends = of_all = None
     if labels is not None:
@@ -238,12 +245,24 @@ def slerp(a: Array, b: Array, fractions: np.ndarray) -> Array:
 
         sin((1 - f) w) / sin(w) a + sin(f w) / sin(w) b
 
-    which keeps their length, as a straight line between two samples of noise does not. Args: a, b: (N, ...). fractions:
-    (M,) in [0, 1]. Returns (N, M, ...).
+    which keeps their length, as a straight line between two samples of noise does not. Args: a, b: (N, ...) floats.
+    fractions: (M,) in [0, 1]. Returns (N, M, ...). Raises TypeError or ValueError for others, and where there is no one
+    way along the sphere: from or to 0, or to the opposite.
     """
+    check_floats("a", a)
+    check_floats("b", b)
+    if a.shape != b.shape or a.ndim < 2:
+        raise ValueError(f"a, b: expected two arrays (N, ...) of one shape, got {a.shape} and {b.shape}")
+    fractions = np.array([number("fractions", f, "[0, 1]") for f in np.atleast_1d(fractions).tolist()])
     flat = [to_numpy(x).reshape(len(x), -1).astype(float) for x in (a, b)]
-    unit_a, unit_b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in flat)
-    w = np.arccos((unit_a * unit_b).sum(1, keepdims=True).clip(-1, 1))
+    with np.errstate(all="ignore"):  # what comes of 0 or infinity is refused
+        lengths = [np.linalg.norm(x, axis=1, keepdims=True) for x in flat]
+        unit_a, unit_b = (x / length for x, length in zip(flat, lengths))
+        w = np.arccos((unit_a * unit_b).sum(1, keepdims=True).clip(-1, 1))
+    if not all(((n > 0) & (n < math.inf)).all() for n in lengths) or w.max() > math.pi - 1e-6:
+        raise ValueError(
+            "a, b: expected finite vectors, not 0 nor opposite to each other, for then no one way leads on"
+        )
     w = np.maximum(w, 1e-6)  # where they are parallel, all but the straight line
 
     def weight(f: np.ndarray) -> Array:
@@ -324,7 +343,7 @@ def inpaint(
         raise TypeError(f"mask: expected booleans, True where pixels are known, got {mask.dtype}")
     if mask.shape not in ((H, W), (N, H, W)):
         raise ValueError(f"mask: expected shape {(H, W)} or {(N, H, W)}, as the images have, got {mask.shape}")
-    _check_integers(1, jump=jump, resamplings=resamplings)
+    jump, resamplings = integer("jump", jump), integer("resamplings", resamplings)
     images = to_device(images, getattr(model, "device", "cpu"))
     mask = to_device(np.broadcast_to(mask[..., None], (N, H, W, 1)), device_of(images))
     images = _checked("images", array_module(images).where(mask, images, 0), model)
@@ -348,16 +367,8 @@ def _checked(name: str, images: Array, model: Callable, most: float = 1.0) -> Ar
     return images.astype(getattr(model, "dtype", np.dtype("float32")), copy=False)
 
 
-def _check_integers(least: int, **values: object) -> None:
-    for name, value in values.items():
-        if not (isinstance(value, numbers.Integral) and value >= least):
-            raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-
-
 def _check_kind(name: str, images: Array) -> None:
     """Raise unless `images` is a batch of floats."""
-    if not is_array(images) or images.dtype.kind != "f":
-        got = images.dtype if is_array(images) else type(images).__name__
-        raise TypeError(f"{name}: expected an array of floats, images in [-1, 1], got {got}")
+    check_floats(name, images, "an array of floats, images in [-1, 1]")
     if images.ndim != 4 or images.size == 0:
         raise ValueError(f"{name}: expected one or more images (N, H, W, C), got shape {images.shape}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
+from ..arguments import integer
 from ..autograd.tensor import no_grad
 from ..backend import Array, paired
 
@@ -17,6 +18,8 @@ def in_parts(model: Callable, shape: tuple[int, int, int, int], workers: int | N
     The function calls `model` on images (N, H, W, C) of this shape and treats each alone, so that a faster twin may cut
     the batches, arrays or lists with N entries or None, into parts, and have `workers` threads evaluate these.
     """
+    if workers is not None:
+        integer("workers", workers)
 
     def run(function: Callable, *batches: Array | None) -> Array:
         with no_grad():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..autograd.functional import mse
-from ..autograd.tensor import Tensor, as_array
+from ..autograd.tensor import Tensor, as_array, reduce_mean
 from .bound import vlb_terms
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def weighted_mu(diffusion: Diffusion, x0, x_t, t, eps, prediction, spread) -> Te
     weight = 1 / (2 * np.exp(diffusion.fixed_log_variance()))
     mu_tilde = diffusion.posterior_mean(x0, x_t, t)
     error = diffusion.posterior_mean(diffusion.predict_x0(x_t, t, prediction), x_t, t) - mu_tilde
-    return (diffusion.gather(weight, t, x0) * (error * error)).mean()
+    return reduce_mean(diffusion.gather(weight, t, x0) * (error * error))
 
 
 def weighted_eps(diffusion: Diffusion, x0, x_t, t, eps, prediction, spread) -> Tensor:
@@ -39,7 +39,7 @@ def weighted_eps(diffusion: Diffusion, x0, x_t, t, eps, prediction, spread) -> T
     s, sigma2 = diffusion.schedule, np.exp(diffusion.fixed_log_variance())
     weight = s.beta**2 / (2 * sigma2 * s.alpha * s.one_minus_alpha_bar)
     error = diffusion.predict_eps(x_t, t, prediction) - eps
-    return (diffusion.gather(weight, t, x0) * (error * error)).mean()
+    return reduce_mean(diffusion.gather(weight, t, x0) * (error * error))
 
 
 def min_snr(diffusion: Diffusion, x0, x_t, t, eps, prediction, spread) -> Tensor:
@@ -48,7 +48,7 @@ def min_snr(diffusion: Diffusion, x0, x_t, t, eps, prediction, spread) -> Tensor
     eps: min(SNR, g) / SNR     x_0: min(SNR, g)     v: min(SNR, g) / (SNR + 1), if b = 1
     """
     error = prediction - diffusion.target(x0, t, eps)
-    return (diffusion.gather(min_snr_weight(diffusion), t, x0) * (error * error)).mean()
+    return reduce_mean(diffusion.gather(min_snr_weight(diffusion), t, x0) * (error * error))
 
 
 def min_snr_weight(diffusion: Diffusion) -> np.ndarray:

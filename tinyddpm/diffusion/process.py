@@ -30,6 +30,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..arguments import check_instance, number
 from ..autograd.functional import mse
 from ..autograd.tensor import Tensor, as_array, no_grad
 from ..backend import Array, like
@@ -54,7 +55,7 @@ class Diffusion:
             Of the samplers only "ddpm" uses the variance, and so does the variational bound.
         loss_type: what `loss` computes: "simple", "weighted_eps", "weighted_mu", "min_snr", "vlb" or "hybrid", see
             losses.py.
-        min_snr_gamma: where "min_snr" cuts the signal-to-noise ratio off.
+        min_snr_gamma: where "min_snr" cuts the signal-to-noise ratio off; inf: nowhere.
         clip: how sampling keeps the predicted x_0 where images are, unless told otherwise; see `limit` in clipping.py.
         spacing: which timesteps sampling visits if it takes fewer than T, unless told otherwise: "trailing",
             "leading" or "linspace"; see `timesteps` in sample.py.
@@ -73,6 +74,7 @@ class Diffusion:
 
     def __post_init__(self):
         check_diffusion(self)
+        object.__setattr__(self, "min_snr_gamma", number("min_snr_gamma", self.min_snr_gamma, "(0, inf]"))
         object.__setattr__(self, "clip", checked_clip(self.clip))
 
     @property
@@ -127,6 +129,7 @@ class Diffusion:
         Args: x0, eps: (N, H, W, C). t: (N,). Returns (N, H, W, C).
         """
         check_shape("eps", eps, x0)
+        check_timesteps(t, x0, self.T)
         if self.objective == "eps":
             return eps
         if self.objective == "x0":
@@ -178,6 +181,8 @@ class Diffusion:
     def predict(self, model: Callable, x_t: Array, t: np.ndarray) -> tuple[Array | Tensor, Array | Tensor | None]:
         """Call the model on x_t, scaled to variance 1 if b is not 1 (Chen 2023, section 2.2); return its prediction
         and, if the variance is learned, the spread, or None."""
+        check_instance("model", model, Callable, "a function (x_t, t) -> prediction")
+        check_timesteps(t, x_t, self.T)
         s, x, channels, learned = self.schedule, x_t, x_t.shape[-1], self.variance == "learned_range"
         if s.input_scale != 1:
             x = x_t / self.gather(np.sqrt((s.input_scale**2 - 1) * s.alpha_bar + 1), t, x_t)
@@ -217,6 +222,7 @@ class Diffusion:
             raise ValueError(
                 "spread: with variance 'learned_range' it is needed, the second half of the model's output"
             )
+        check_shape("spread", spread, x_t)
         w, s = 0.5 * (spread + 1), self.schedule
         small, large = self.gather(np.stack([s.posterior_log_variance, np.log(s.beta)]), t, x_t)
         return w * large + (1 - w) * small
@@ -268,8 +274,7 @@ class Diffusion:
         """
         check_images(x0)
         warn_of_scale(self, "x0", x0)
-        if not isinstance(rng, np.random.Generator):
-            raise TypeError(f"rng: expected a generator from numpy.random.default_rng, got {type(rng).__name__}")
+        check_instance("rng", rng, np.random.Generator, "a generator from numpy.random.default_rng")
         t = rng.integers(0, self.T, size=len(x0))
         eps = like(rng.standard_normal(x0.shape, dtype=x0.dtype), x0)
         return self.loss_at(model, x0, t, eps)

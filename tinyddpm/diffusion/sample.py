@@ -13,10 +13,12 @@ import dataclasses
 import inspect
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from ..arguments import check_instance, generator, number, one_of
 from ..autograd.tensor import as_array
 from ..backend import Array, array_module, is_array, on_device, to_device
 from ..bar import progress_bar
@@ -57,9 +59,7 @@ def ddim(
     where epshat is what x0hat, once clipped, leaves of x_t. With eta = 0 nothing is random but the start; eta = 1 is
     `ddpm` with the small variance. (The paper writes alpha for alpha_bar, and sigma for s.)
     """
-    if not 0 <= eta <= 1:
-        raise ValueError(f"eta: expected a number from 0 to 1, got {eta}")
-    schedule, eta = diffusion.schedule, float(eta)  # NumPy's numbers would turn float32 into float64
+    schedule, eta = diffusion.schedule, number("eta", eta, "[0, 1]")
     for t in reversed(range(diffusion.T)):
         ts = np.full(len(x), t)
         x0, _ = diffusion.denoise(model, x, ts, clip)
@@ -113,8 +113,7 @@ def timesteps(T: int, steps: int | Sequence[int], spacing: str = "trailing") -> 
     Instead of how many, `steps` may say which, in either direction.
     Raises ValueError for another spacing, or unless 1 <= steps <= T, or they are timesteps in order, each once.
     """
-    if spacing not in SPACINGS:
-        raise ValueError(f"spacing: unknown {spacing!r}; known: {', '.join(SPACINGS)}")
+    one_of("spacing", spacing, SPACINGS)
     if np.ndim(steps) > 0:
         ts = np.asarray(steps)
         if ts.ndim == 1 and ts.size and ts.dtype.kind in "iu":
@@ -122,7 +121,7 @@ def timesteps(T: int, steps: int | Sequence[int], spacing: str = "trailing") -> 
             if 0 <= ts[0] and ts[-1] < T and np.all(ts[:-1] < ts[1:]):
                 return ts.astype(int)
         raise ValueError(f"steps: expected timesteps within 0 ... {T - 1} in order, each once, got {steps}")
-    if not (isinstance(steps, numbers.Integral) and 1 <= steps <= T):
+    if isinstance(steps, bool) or not (isinstance(steps, numbers.Integral) and 1 <= steps <= T):
         raise ValueError(f"steps: expected an integer from 1 to {T}, the steps of the schedule, got {steps!r}")
     i = np.arange(steps)
     if spacing == "leading":
@@ -163,9 +162,7 @@ def guided(unconditional: Callable, conditional: Callable, scale: float) -> Call
 
     Raises ValueError unless the scale is a number.
     """
-    if not (isinstance(scale, numbers.Real) and math.isfinite(scale)):
-        raise ValueError(f"guidance: expected a number, such as 2, got {scale!r}")
-    scale = float(scale)
+    scale = number("guidance", scale)
     if scale == 1:
         return conditional
 
@@ -227,24 +224,30 @@ def sample(
 
     Returns (N, H, W, C), within [-1, 1] if clipped; with `trajectory`, (steps + 1, N, H, W, C), from the start to the
     images. Raises ValueError for an unknown method, a shape, steps, labels, guidance or start that do not fit,
-    TypeError for an unknown setting, FloatingPointError if what comes out is not finite.
+    TypeError for an unknown setting, FloatingPointError if what comes out is not finite; warns if no start is given and
+    the first timestep is one at which more than 1 % of the variance should be the image's.
     """
     sampler = checked_sampler(diffusion, method, settings)
+    check_instance("model", model, Callable, "a function (x_t, t) -> prediction")
+    check_instance("callback", callback, Callable | None, "a function (t, x, x0)")
     labels = checked_request(shape, labels, guidance, start)
     T = diffusion.T
     ts = timesteps(T, T if steps is None else steps, diffusion.spacing if spacing is None else spacing)
+    left = diffusion.schedule.input_scale**2 * diffusion.schedule.alpha_bar[ts[-1]]
+    if start is None and ts[-1] < T - 1 and left > 0.01:  # of T - 1, `make_schedule` has warned
+        warnings.warn(f"steps: the first, t = {ts[-1]}, is {left:.3g} image, but starts as noise", stacklevel=2)
     if len(ts) < T:
         diffusion = respace(diffusion, ts)
     dtype, device = getattr(model, "dtype", np.dtype("float32")), getattr(model, "device", "cpu")
     predictor = model if guidance is None else guided(model, model, guidance)
-    streams = np.random.default_rng(rng).spawn(shape[0])
+    streams = generator(rng).spawn(shape[0])
 
     def noise() -> Array:
         return to_device(np.stack([stream.standard_normal(shape[1:], dtype=dtype) for stream in streams]), device)
 
     def predict(x: Array, t: np.ndarray, labels: np.ndarray | None) -> Array:
         of_class = {} if labels is None else {"labels": labels}
-        return array_module(x).asarray(as_array(predictor(x, ts[t], **of_class)))  # it may be of PyTorch, say
+        return array_module(x).asarray(as_array(predictor(x, ts[t], **of_class)), x.dtype)  # it may be of PyTorch, say
 
     with on_device(device), in_parts(model, shape, workers) as run:
         x = noise()  # whether needed or not: the numbers drawn later are the same
@@ -265,8 +268,7 @@ def sample(
 
 def checked_sampler(diffusion: Diffusion, method: str | Callable, settings: dict) -> Callable:
     """The sampler that `method` is, if it takes these settings, or TypeError or ValueError."""
-    if not isinstance(diffusion, Diffusion):
-        raise TypeError(f"diffusion: expected a Diffusion, got {type(diffusion).__name__}")
+    check_instance("diffusion", diffusion, Diffusion, "a Diffusion")
     sampler = SAMPLERS.get(method) if isinstance(method, str) else method
     if not callable(sampler):
         raise ValueError(f"method: unknown sampler {method!r}; known: {', '.join(SAMPLERS)}")
@@ -281,8 +283,9 @@ def checked_request(
     shape: Sequence[int], labels: np.ndarray | None, guidance: float | None, start: Array | None
 ) -> np.ndarray | None:
     """The labels as an array of NumPy, if all that is said of the images to make fits, or ValueError."""
-    if np.ndim(shape) != 1 or len(shape) != 4 or min(shape) < 1:
-        raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape}")
+    sizes = tuple(shape) if np.iterable(shape) else ()
+    if len(sizes) != 4 or not all(isinstance(n, numbers.Integral) and n >= 1 for n in sizes):
+        raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape!r}")
     labels = checked_labels(labels, shape[0])
     if guidance is not None and labels is None:
         raise ValueError(f"guidance: {guidance!r} towards which labels? Give labels too")

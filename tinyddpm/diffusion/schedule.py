@@ -13,12 +13,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import numbers
 import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
+
+from ..arguments import array_of_numbers, check_instance, integer, number
 
 
 def _table(function):
@@ -50,12 +51,14 @@ class Schedule:
     parameters: Mapping = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        beta = np.array(self.beta, dtype=np.float64)
+        check_instance("name", self.name, str, "a name")
+        check_instance("parameters", self.parameters, Mapping, "a mapping")
+        beta = array_of_numbers("beta", self.beta)
         beta.flags.writeable = False
         object.__setattr__(self, "beta", beta)
-        object.__setattr__(self, "input_scale", _number("input_scale", self.input_scale))
+        object.__setattr__(self, "input_scale", number("input_scale", self.input_scale, "(0, inf)"))
         object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
-        _check_schedule(self)
+        _check_beta(self)
 
     def __reduce__(self):
         """Copies and pickles are made anew, so that they are as immutable."""
@@ -167,11 +170,10 @@ def cosine(u: np.ndarray, s: float = 0.008, start: float = 0.0, end: float = 1.0
     The defaults are Nichol & Dhariwal's 2021 (equation 17), whose s keeps the first steps from being too small; s = 0
     is Chen's 2023 (algorithm 1).
     """
-    if not s >= 0:
-        raise ValueError(f"s: expected a number >= 0, got {s}")
+    number("s", s, "[0, inf)")
     if not 0 <= start < end <= 1:
         raise ValueError(f"start, end: expected 0 <= start < end <= 1, got {start}, {end}")
-    _check_tau(tau)
+    number("tau", tau, "(0, inf)")
     v = lambda w: np.cos((w + s) / (1 + s) * math.pi / 2) ** (2 * tau)
     return _piece(v, u, start, end)
 
@@ -185,7 +187,7 @@ def sigmoid(u: np.ndarray, start: float = -3.0, end: float = 3.0, tau: float = 1
     """
     if not start < end:
         raise ValueError(f"start, end: expected start < end, got {start}, {end}")
-    _check_tau(tau)
+    number("tau", tau, "(0, inf)")
     return _piece(lambda w: _sigma(w / tau), u, start, end)
 
 
@@ -227,11 +229,12 @@ def _sigma(x: np.ndarray) -> np.ndarray:
 
 def _piece(v, u: np.ndarray, start: float, end: float) -> np.ndarray:
     """The piece of the curve v between `start` and `end`, stretched to fall from 1 to 0 (Chen 2023)."""
-    return (v(end) - v(start + u * (end - start))) / (v(end) - v(start))
+    with np.errstate(invalid="ignore"):  # of a piece that is flat, `discretise` says so
+        return (v(end) - v(start + u * (end - start))) / (v(end) - v(start))
 
 
-def _check_schedule(schedule: Schedule) -> None:
-    """Raise ValueError unless beta and input_scale are as `Schedule` says."""
+def _check_beta(schedule: Schedule) -> None:
+    """Raise ValueError unless beta is as `Schedule` says."""
     beta, fault = schedule.beta, None
     if beta.ndim != 1 or len(beta) == 0 or not (np.all(beta > 0) and np.all(beta[:-1] < 1) and beta[-1] <= 1):
         fault = "expected a vector of one or more numbers in (0, 1), of which the last may be 1,"
@@ -242,8 +245,6 @@ def _check_schedule(schedule: Schedule) -> None:
         )
     if fault:
         raise ValueError(f"beta: {fault} got {np.array2string(beta, threshold=6)}")
-    if not schedule.input_scale > 0:
-        raise ValueError(f"input_scale: expected a number > 0, got {schedule.input_scale}")
 
 
 def _check_ends(beta_start: float, beta_end: float) -> None:
@@ -251,23 +252,11 @@ def _check_ends(beta_start: float, beta_end: float) -> None:
         raise ValueError(f"beta_start, beta_end: expected 0 < beta_start <= beta_end < 1, got {beta_start}, {beta_end}")
 
 
-def _check_tau(tau: float) -> None:
-    if not tau > 0:
-        raise ValueError(f"tau: expected a number > 0, got {tau}")
-
-
 def _check_limits(logsnr_max: float, logsnr_min: float) -> None:
     if not -100 <= logsnr_min < logsnr_max <= 100:
         raise ValueError(
             f"logsnr_max, logsnr_min: expected -100 <= logsnr_min < logsnr_max <= 100, got {logsnr_max}, {logsnr_min}"
         )
-
-
-def _number(name: str, value: object) -> float:
-    """`value` as a float, if it is a finite number."""
-    if not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return float(value)
 
 
 def discretise(gamma: np.ndarray) -> np.ndarray:
@@ -278,12 +267,15 @@ def discretise(gamma: np.ndarray) -> np.ndarray:
     kept within [1e-12, 0.999]: above 0, because every step must add some noise, also where gamma is flat; below 1,
     because with alpha_bar = 0 a predicted eps does not tell x_0 (Nichol & Dhariwal 2021). gamma itself is kept from 0
     by 1e-9 (Chen 2023). So alpha_bar is always computed from beta, not read off gamma. Raises ValueError if gamma is
-    flat at most of the steps.
+    flat at most of the steps, and warns if it is at some.
     """
     gamma = np.append(1.0, np.maximum(gamma, 1e-9))
     beta = (1 - gamma[1:] / gamma[:-1]).clip(1e-12, 0.999)
-    if np.median(beta) == 1e-12:
+    flat = int((~(beta > 1e-12)).sum())  # nan too
+    if flat > len(beta) / 2:
         raise ValueError("gamma: with these parameters it is flat at most of the steps, which add no noise")
+    if flat:
+        warnings.warn(f"gamma: it is flat at {flat} of {len(beta)} steps, which add no noise", stacklevel=3)
     return beta
 
 
@@ -335,17 +327,15 @@ def make_schedule(
 
     Raises ValueError for an unknown name, a T below 1 or a parameter out of range, TypeError for an unknown parameter;
     warns if the last step leaves more than 1 % of the image's variance, b^2 alpha_bar_{T-1} > 0.01, since sampling
-    starts from pure noise.
+    starts from pure noise, or if some steps add no noise.
     """
     if not isinstance(name, str) or name not in SCHEDULES:
         raise ValueError(
             f"name: unknown schedule {name!r}; known: {', '.join(SCHEDULES)} (of your own: Schedule(beta))"
         )
-    if not isinstance(T, numbers.Integral) or T < 1:
-        raise ValueError(f"T: expected an integer >= 1, got {T!r}")
-    parameters = {key: _number(key, value) for key, value in parameters.items()}
+    T, parameters = integer("T", T), {key: number(key, value) for key, value in parameters.items()}
     if name in BETA:
-        beta = BETA[name](int(T), **parameters)
+        beta = BETA[name](T, **parameters)
     else:
         beta = discretise(GAMMA[name](np.arange(1, T + 1) / T, **parameters))
     if zero_terminal_snr:

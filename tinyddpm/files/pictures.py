@@ -7,20 +7,25 @@ Images come as (N, H, W, C) arrays, NumPy's or CuPy's, in [-1, 1] with C = 1 (gr
 from __future__ import annotations
 
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..arguments import array_of_numbers, check_floats, check_instance, generator, integer, number
 from ..backend import to_numpy
 
 Path = str | pathlib.Path
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] -> 0 ... 255, clipped and rounded."""
-    return np.rint((np.clip(to_numpy(images), -1, 1) + 1) * 127.5).astype(np.uint8)
+    """[-1, 1] -> 0 ... 255, clipped and rounded. Raises TypeError for anything but floats, ValueError for nan."""
+    check_floats("images", images, "an array of floats in [-1, 1]")
+    if np.isnan(images := to_numpy(images)).any():
+        raise ValueError("images: expected numbers in [-1, 1], got nan")
+    return np.rint((np.clip(images, -1, 1) + 1) * 127.5).astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int | None = None, scale: int = 2, gap: int = 2) -> Image.Image:
@@ -28,12 +33,12 @@ def grid(images: np.ndarray, columns: int | None = None, scale: int = 2, gap: in
 
     Raises ValueError for any other shape.
     """
+    check_floats("images", images, "an array of floats in [-1, 1]")
     if images.ndim != 4 or len(images) == 0 or images.shape[3] not in (1, 3):
         raise ValueError(f"images: expected (N, H, W, 1) or (N, H, W, 3) with N >= 1, got shape {images.shape}")
     N, H, W, C = images.shape
-    columns = math.ceil(math.sqrt(N)) if columns is None else columns
-    if columns < 1 or scale < 1 or gap < 0:
-        raise ValueError(f"columns, scale, gap: expected at least 1, 1, 0, got {columns}, {scale}, {gap}")
+    columns = math.ceil(math.sqrt(N)) if columns is None else integer("columns", columns)
+    scale, gap = integer("scale", scale), integer("gap", gap, 0)
     rows = math.ceil(N / columns)
     canvas = np.full((rows, columns, H + gap, W + gap, C), 32, np.uint8)
     canvas.reshape(-1, H + gap, W + gap, C)[:N, gap:, gap:] = to_uint8(images)
@@ -54,7 +59,12 @@ def rows(named: Mapping[str, np.ndarray], scale: int = 2, gap: int = 2, columns:
 
     Raises ValueError for no rows, other shapes, or grey and RGB together.
     """
-    if len({images.shape[-1] for images in named.values()}) != 1:
+    check_instance("named", named, Mapping, "a mapping of names to images")
+    if not isinstance(columns, (list, tuple)) or not all(isinstance(name, str) for name in columns):
+        raise TypeError(f"columns: expected a list of names, got {columns!r}")
+    for images in named.values():
+        check_floats("named", images, "arrays of floats in [-1, 1]")
+    if len({images.shape[-1:] for images in named.values()}) != 1:
         raise ValueError(f"named: expected rows that are all grey or all RGB, got {', '.join(named) or 'none'}")
     strips = [grid(images, len(images), scale, gap) for images in named.values()]
     pen = ImageDraw.Draw(Image.new("L", (1, 1)))
@@ -72,11 +82,12 @@ def rows(named: Mapping[str, np.ndarray], scale: int = 2, gap: int = 2, columns:
     return page
 
 
-def noising_strip(diffusion, x0: np.ndarray, rng: np.random.Generator, columns: int = 10) -> Image.Image:
+def noising_strip(diffusion, x0: np.ndarray, rng: int | np.random.Generator, columns: int = 10) -> Image.Image:
     """A row for each image of x0 (N, H, W, C): x_0, then x_t / b at evenly spaced t up to T-1, all with the same noise
     (b, the input scale, would darken them all at the first step)."""
-    eps = rng.standard_normal(x0.shape).astype(x0.dtype)
-    ts = np.linspace(0, diffusion.T - 1, columns).round().astype(int)[1:]
+    check_floats("x0", x0, "an array of floats in [-1, 1]")
+    eps = generator(rng).standard_normal(x0.shape).astype(x0.dtype)
+    ts = np.linspace(0, diffusion.T - 1, integer("columns", columns)).round().astype(int)[1:]
     b = diffusion.schedule.input_scale
     steps = [x0] + [diffusion.q_sample(x0, np.full(len(x0), t), eps) / b for t in ts]
     return grid(np.stack(steps, axis=1).reshape(-1, *x0.shape[1:]), columns=len(steps))
@@ -84,8 +95,14 @@ def noising_strip(diffusion, x0: np.ndarray, rng: np.random.Generator, columns: 
 
 def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0, hold: float = 2.0) -> None:
     """Write frames as an animated GIF that plays for `seconds`, holds its last frame for `hold` and starts again."""
-    if not frames:
-        raise ValueError("frames: expected at least one image, got none")
+    check_instance("path", path, str | os.PathLike, "a path")
+    if (
+        not isinstance(frames, Sequence)
+        or not frames
+        or not all(getattr(f, "mode", "") in ("L", "RGB") for f in frames)
+    ):
+        raise ValueError(f"frames: expected at least one image, all of them grey or RGB, got {frames!r}")
+    seconds, hold = number("seconds", seconds, "(0, inf)"), number("hold", hold, "[0, inf)")
     # noise does not compress: with 16 greys, or 128 colours, rare ones among them, a frame is half the size and looks
     # the same
     how = {"L": (16, Image.Quantize.MEDIANCUT), "RGB": (128, Image.Quantize.FASTOCTREE)}
@@ -104,13 +121,16 @@ def save_loss_curve(path: Path, losses: Sequence[float], steps: Sequence[int] | 
     except ImportError as error:
         raise ImportError("that needs matplotlib, pip install 'tinyddpm[plots]'") from error
 
-    losses = np.asarray(losses, dtype=float)
+    check_instance("path", path, str | os.PathLike, "a path")
+    losses = array_of_numbers("losses", losses)
+    steps = np.arange(1, losses.size + 1) if steps is None else array_of_numbers("steps", steps)
+    if losses.ndim != 1 or losses.size == 0 or steps.shape != losses.shape:
+        raise ValueError(f"losses, steps: expected two vectors of one length, got shapes {losses.shape}, {steps.shape}")
     window = max(1, len(losses) // 50)
     total = np.cumsum(np.append(0.0, losses))
     mean = (total[window:] - total[:-window]) / window
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    steps = np.arange(1, len(losses) + 1) if steps is None else np.asarray(steps)
     axes.plot(steps, losses, color="0.75", linewidth=0.7, label="each step")
     axes.plot(steps[window - 1 :], mean, color="tab:blue", label=f"mean of {window} steps")
     axes.set(xlabel="step", ylabel="simple loss", yscale="log", title="Training loss")

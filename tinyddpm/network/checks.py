@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import numbers
 from collections.abc import Sequence
 
 import numpy as np
 
+from ..arguments import integer, number, one_of
 from ..backend import Array, is_array
 
 ENCODINGS = ("ddpm", "ddpm_flipped", "improved", "improved_flipped", "interleaved")
@@ -22,9 +22,7 @@ def checked_config(config: dict) -> dict:
         value = config[name]
         if value is None and name in ("head_channels", "classes"):
             continue
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}: expected an integer >= 1, got {value!r}")
-        config[name] = int(value)
+        config[name] = integer(name, value)
     for name, value in (("channels", channels), ("attention", attention)):
         if np.ndim(value) != 1 or len(value) == 0:
             raise ValueError(f"{name}: expected a sequence with an entry for each level, got {value!r}")
@@ -43,28 +41,19 @@ def checked_config(config: dict) -> dict:
             if attends and c % (config[name] or 1):
                 raise ValueError(f"{name}: {config[name]} does not divide the {c} channels of a level with attention")
     for name in ("dropout", "label_dropout"):
-        if not isinstance(config[name], numbers.Real) or not 0 <= config[name] < 1:
-            raise ValueError(f"{name}: expected a probability in [0, 1), got {config[name]!r}")
+        config[name] = number(name, config[name], "[0, 1)")
     if config["label_dropout"] and not config["classes"]:
         raise ValueError(f"label_dropout: {config['label_dropout']} of what labels? Give classes too")
-    if config["encoding"] not in ENCODINGS:
-        raise ValueError(f"encoding: unknown {config['encoding']!r}; known: {', '.join(ENCODINGS)}")
-    if not isinstance(config["norm_eps"], numbers.Real) or not 0 < config["norm_eps"] < math.inf:
-        raise ValueError(f"norm_eps: expected a number > 0, got {config['norm_eps']!r}")
-    if config["downsample_padding"] not in (0, 1):
-        raise ValueError(f"downsample_padding: expected 0 or 1, got {config['downsample_padding']!r}")
+    one_of("encoding", config["encoding"], ENCODINGS)
+    config["norm_eps"] = number("norm_eps", config["norm_eps"], "(0, inf)")
+    config["downsample_padding"] = integer("downsample_padding", config["downsample_padding"], 0, 1)
     for name in ("middle_attention", "center_input"):
         if not isinstance(config[name], (bool, np.bool_)):
             raise ValueError(f"{name}: expected True or False, got {config[name]!r}")
+        config[name] = bool(config[name])
     return config | {
         "channels": tuple(map(int, channels)),
         "attention": tuple(map(bool, attention)),
-        "middle_attention": bool(config["middle_attention"]),
-        "center_input": bool(config["center_input"]),
-        "dropout": float(config["dropout"]),
-        "label_dropout": float(config["label_dropout"]),
-        "norm_eps": float(config["norm_eps"]),
-        "downsample_padding": int(config["downsample_padding"]),
         "image_size": checked_size(config["image_size"], len(channels), config["patch"]),
     }
 
@@ -94,8 +83,7 @@ def checked_size(size: int | Sequence[int] | None, levels: int, patch: int = 1) 
 def check_input(config: dict, dtype: np.dtype, x: Array, t: np.ndarray, labels: np.ndarray | None) -> None:
     """Raise TypeError or ValueError unless a `UNet` of this configuration and dtype takes x, t and labels."""
     C, levels, patch = config["in_channels"], len(config["channels"]), config["patch"]
-    factor = _divisor(levels, patch)
-    classes = config["classes"]
+    factor, classes = _divisor(levels, patch), config["classes"]
     if not is_array(x):
         raise TypeError(f"x: expected an array or a Tensor, got {type(x).__name__}")
     if x.ndim != 4 or x.shape[3] != C or x.shape[0] == 0:

@@ -9,10 +9,11 @@ block that ends with one starts as the identity, or its shortcut. Next: unet.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from ..arguments import check_instance
 from ..autograd.conv import Padding, conv2d
 from ..autograd.functional import check_precision, embedding, linear
 from ..autograd.fused import attention, group_norm
@@ -66,8 +67,8 @@ class Module:
         to, in convolutions, linear layers and attention; a CPU does not. See `functional.product`. bf16 and tf32 take a
         GPU of 2020 or later (Ampere). Checkpoints do not keep it.
         """
-        if dtype is not None and np.dtype(dtype).kind != "f":
-            raise ValueError(f"dtype: expected a floating-point type such as 'float32' or 'float64', got {dtype!r}")
+        if dtype is not None and dtype not in (np.dtype("float32"), np.dtype("float64")):
+            raise ValueError(f"dtype: expected 'float32' or 'float64', got {dtype!r}")
         if precision is not None:
             check_precision(precision)
         for p in self.parameters():
@@ -84,6 +85,7 @@ class Module:
 
     def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
         """Copy `state` into the parameters. Raises ValueError, and changes nothing, unless names and shapes all fit."""
+        check_instance("state", state, Mapping, "a mapping of names to arrays")
         own = self.named_parameters()
         wrong = [f"{name} is missing" for name in own if name not in state]
         wrong += [f"{name} is unknown" for name in state if name not in own]

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..arguments import check_instance, generator
 from ..autograd.conv import upsample
 from ..autograd.functional import concat, dropout, silu
 from ..autograd.tensor import Tensor, as_array
@@ -141,7 +142,7 @@ class UNet(Module):
         heads: attention heads. groups: of the group norms. Both must divide the channels they meet.
         dropout: probability in each residual block; acts only in calls that are handed a generator.
         encoding: of the timesteps: "ddpm", "improved" or "interleaved"; see `timestep_encoding`.
-        rng: seed or generator of the initial weights.
+        rng: seed or generator of the initial weights; None: others every time.
         head_channels: of each attention head, instead of `heads`: wider levels have more of them.
         middle_attention: whether the middle has attention.
         norm_eps: what the group norms add to the variance.
@@ -171,7 +172,7 @@ class UNet(Module):
         groups: int = 8,
         dropout: float = 0.0,
         encoding: str = "ddpm",
-        rng: int | np.random.Generator = 0,
+        rng: int | np.random.Generator | None = 0,
         head_channels: int | None = None,
         middle_attention: bool = True,
         norm_eps: float = 1e-6,
@@ -185,8 +186,7 @@ class UNet(Module):
         arguments = locals()  # before there are other names
         self.config = checked_config({name: arguments[name] for name in arguments if name not in ("self", "rng")})
         channels, attention, blocks, patch = map(self.config.get, ("channels", "attention", "blocks", "patch"))
-        self.dropout, self.label_dropout = dropout, label_dropout
-        rng = np.random.default_rng(rng)
+        self.dropout, rng = dropout, generator(rng)
         temb_channels = 4 * channels[0]
         last = len(channels) - 1
         halving = 1 if downsample_padding else ((0, 1), (0, 1))
@@ -228,6 +228,11 @@ class UNet(Module):
         self.norm_out = GroupNorm(width, groups, norm_eps)
         self.conv_out = Conv2d(width, out_channels * patch**2, 3, rng, padding=1, scale=0.0)
 
+    @property
+    def label_dropout(self) -> float:
+        """The probability with which an image's label is dropped."""
+        return self.config["label_dropout"]
+
     def __call__(
         self,
         x: Tensor | Array,
@@ -249,6 +254,7 @@ class UNet(Module):
         if labels is None and self.label_dropout:
             labels = np.full(np.shape(t), NO_LABEL)
         check_input(self.config, self.dtype, as_array(x), t, labels)
+        check_instance("rng", rng, np.random.Generator | None, "a generator from numpy.random.default_rng, or None")
         encoding = like(timestep_encoding(t, self.config["channels"][0], self.config["encoding"]), self.time1.w.data)
         temb = self.time2(silu(self.time1(encoding)))
         if labels is not None:

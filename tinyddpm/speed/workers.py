@@ -19,7 +19,6 @@ import math
 import mmap
 import multiprocessing
 import multiprocessing.connection
-import numbers
 import os
 import signal
 import sys
@@ -34,6 +33,8 @@ from typing import Any
 
 import numpy as np
 from threadpoolctl import ThreadpoolController, threadpool_limits
+
+from ..arguments import integer
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
@@ -220,9 +221,7 @@ def _end_when_told_by_parent() -> None:
 
 
 def _worker_count(count: int | None, most: int | None) -> int:
-    count = cpu_count() if count is None else count
-    if not isinstance(count, numbers.Integral) or count < 1:
-        raise ValueError(f"workers: expected an integer >= 1, got {count!r}")
+    count = cpu_count() if count is None else integer("workers", count)
     return min(count, most or math.inf)
 
 

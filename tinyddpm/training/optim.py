@@ -10,6 +10,7 @@ import copy
 
 import numpy as np
 
+from ..arguments import check_vector, number
 from ..autograd.tensor import Parameter
 from ..backend import Array, array_module, paired
 
@@ -46,9 +47,9 @@ def new_vector(p: Array, size: int) -> Array:
 
 def clip_norm(gradient: Array, max_norm: float) -> Array:
     """Shorten `gradient` in place to Euclidean norm `max_norm`; return its norm before, an array without axes (Pascanu
-    et al. 2013). If that is not finite, all of the gradient becomes nan."""
-    if not max_norm > 0:
-        raise ValueError(f"max_norm: expected a number > 0, got {max_norm}")
+    et al. 2013), which may be inf. If that before is not finite, all of the gradient becomes nan."""
+    check_vector("gradient", gradient)
+    max_norm = number("max_norm", max_norm, "(0, inf]")
     square = squared_norm(gradient)
     gradient *= shortening(square, max_norm)
     return array_module(gradient).sqrt(square)
@@ -91,11 +92,12 @@ class Adam:
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ):
-        if not (lr > 0 and eps > 0 and weight_decay >= 0):
-            raise ValueError(f"lr, eps, weight_decay: expected > 0, > 0, >= 0, got {lr}, {eps}, {weight_decay}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas: expected two numbers in [0, 1), got {betas}")
-        self.theta, self.lr, self.betas, self.eps, self.weight_decay = theta, lr, betas, eps, weight_decay
+        check_vector("theta", theta)
+        if np.shape(betas) != (2,):
+            raise ValueError(f"betas: expected two numbers in [0, 1), got {betas!r}")
+        self.theta, self.betas = theta, tuple(number("betas", beta, "[0, 1)") for beta in betas)
+        self.lr, self.eps = number("lr", lr, "(0, inf)"), number("eps", eps, "(0, inf)")
+        self.weight_decay = number("weight_decay", weight_decay, "[0, inf)")
         self.m, self.v = np.zeros_like(theta), np.zeros_like(theta)  # given a CuPy array, NumPy asks CuPy
         self.n = 0
 
@@ -105,10 +107,8 @@ class Adam:
         theta, m and v stay as they are if the first number of the gradient is nan: `clip_norm` makes that of a gradient
         that is not finite, and a GPU, which runs behind, is not asked before each step whether it is finite.
         """
-        if gradient.shape != self.theta.shape or gradient.dtype != self.theta.dtype:
-            expected, got = (f"{a.dtype} of shape {a.shape}" for a in (self.theta, gradient))
-            raise ValueError(f"gradient: expected {expected}, got {got}")
-        lr = self.lr if lr is None else lr
+        check_vector("gradient", gradient, self.theta)
+        lr = self.lr if lr is None else number("lr", lr, "[0, inf)")
         self.n += 1
         adam_update(self.theta, gradient, self.m, self.v, lr, *self.betas, self.eps, self.weight_decay, self.n)
 
@@ -136,13 +136,15 @@ class EMA:
     """
 
     def __init__(self, model, decay: float = 0.9999):
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay: expected a number in [0, 1), got {decay}")
-        self.model, self.decay, self.n = copy.deepcopy(model), decay, 0
+        if not hasattr(model, "parameters"):
+            raise TypeError(f"model: expected a Module, got {type(model).__name__}")
+        self.decay, self.n = number("decay", decay, "[0, 1)"), 0
+        self.model = copy.deepcopy(model)
         self.average = flatten(self.model.parameters())
 
     def update(self, theta: Array) -> None:
         """Move the average towards `theta` (P,), the flat parameters of the model it was copied from."""
+        check_vector("theta", theta, self.average)
         d = min(self.decay, (1 + self.n) / (10 + self.n))
         ema_update(self.average, theta, d)
         self.n += 1

@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-import numbers
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from ..arguments import check_instance, integer, number
 from ..backend import Array, is_array, on_device
 from ..diffusion.checks import checked_labels, warn_of_scale
 from ..diffusion.process import Diffusion
@@ -187,7 +188,7 @@ def train(
             else for what `speed.shards.shard_size` says on a CPU, for all on a GPU, a part on each of several.
         lr: Adam's learning rate, to which it rises over the first `warmup_steps` and from which it falls towards 0 over
             the last `decay_steps`.
-        max_norm: longest gradient. ema_decay: of the moving average.
+        max_norm: longest gradient, inf for any. ema_decay: of the moving average.
         workers: processes; None for one per CPU, which ranks on the same machine share. They are copies of this one,
             see `speed.workers.worker_processes`: images, model and diffusion must not change while it trains, but for
             the parameters, in place; and what a model notes down about itself stays in the copy, unless there is only
@@ -209,16 +210,19 @@ def train(
     `LOOK_EVERY` steps, unless the training is closed before. Images that seem to be on another scale than [-1, 1] are
     warned about, and a number of workers that processes cannot be copied for.
     """
-    steps, batch = _integers(1, steps=steps, batch=batch)
-    warmup_steps, decay_steps, seed = _integers(0, warmup_steps=warmup_steps, decay_steps=decay_steps, seed=seed)
-    lr, max_norm, ema_decay = _floats(lr=lr, max_norm=max_norm, ema_decay=ema_decay)
+    steps, batch, seed = integer("steps", steps), integer("batch", batch), integer("seed", seed, 0)
+    warmup_steps, decay_steps = integer("warmup_steps", warmup_steps, 0), integer("decay_steps", decay_steps, 0)
+    lr, max_norm = number("lr", lr, "(0, inf)"), number("max_norm", max_norm, "(0, inf]")
+    ema_decay = number("ema_decay", ema_decay, "[0, 1)")
+    _check_kinds(model, diffusion, resume, stop, ranks)
     labels, ranks = _checked_data(model, images, labels), ranks or Ranks()
+    workers = ranks.cpus if workers is None else integer("workers", workers)
     if not hasattr(images, "fingerprint"):  # those of a folder are on the scale that they should be on
         warn_of_scale(diffusion, "images", a_hundred(images), again=True)
     settings = {"batch": batch, "lr": lr, "warmup_steps": warmup_steps, "decay_steps": decay_steps, "seed": seed}
     settings |= {"max_norm": max_norm, "ema_decay": ema_decay, "flip": bool(flip)}
     if micro_batch is not None:
-        (settings["micro_batch"],) = _integers(1, micro_batch=micro_batch)
+        settings["micro_batch"] = integer("micro_batch", micro_batch)
     if decay_steps:
         settings["steps"] = steps
     config = run_config(model, diffusion, images, labels, **settings)
@@ -231,7 +235,6 @@ def train(
         batches = Batches(images, labels, batch, micro_batch, seed, flip)
         _warn_of_idle(ranks, batches)
         differentiate, rest = micro_batch_gradient(model, diffusion, batches), range(optimizer.n, steps)
-        workers = ranks.cpus if workers is None else workers
         with batch_gradient(model, differentiate, batches, rest, workers, ranks) as draw_and_differentiate:
             rate = lambda step: learning_rate(lr, step, steps, warmup_steps, decay_steps)
             is_last = lambda step: ranks.any(stop is not None and bool(stop())) or step == steps
@@ -250,6 +253,16 @@ def train(
                 yield state
                 if run.last:
                     break
+
+
+def _check_kinds(model: Any, diffusion: Any, resume: Any, stop: Any, ranks: Any) -> None:
+    """Raise TypeError unless they are what `train` says."""
+    check_instance("model", model, Module, "a Module")
+    if not hasattr(diffusion, "loss"):
+        raise TypeError(f"diffusion: expected a Diffusion, got {type(diffusion).__name__}")
+    check_instance("resume", resume, str | os.PathLike | None, "a path")
+    check_instance("stop", stop, Callable | None, "a function without arguments")
+    check_instance("ranks", ranks, Ranks | None, "Ranks")
 
 
 def _checked_data(model: Module, images: Any, labels: np.ndarray | None) -> np.ndarray | None:
@@ -277,20 +290,6 @@ def _warn_of_idle(ranks: Ranks, batches: Batches) -> None:
             f"{count} micro-batches of {batches.micro_batch}",
             stacklevel=3,
         )
-
-
-def _integers(least: int, **values: int) -> list[int]:
-    for name, value in values.items():
-        if not isinstance(value, numbers.Integral) or value < least:
-            raise ValueError(f"{name}: expected an integer >= {least}, got {value!r}")
-    return list(map(int, values.values()))
-
-
-def _floats(**values: float) -> list[float]:
-    for name, value in values.items():
-        if not isinstance(value, numbers.Real):
-            raise TypeError(f"{name}: expected a number, got {value!r}")
-    return list(map(float, values.values()))  # a number of NumPy would decide about the precision of what it meets
 
 
 @contextlib.contextmanager
