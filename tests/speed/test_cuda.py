@@ -505,6 +505,7 @@ def test_training_that_blows_up_says_so_in_time_and_leaves_the_weights(monkeypat
     assert all((after[name] == value).all() for name, value in before.items())
 
 
+@pytest.mark.filterwarnings("ignore:images")  # are expected in [-1, 1]
 def test_the_last_step_is_looked_at():
     diffusion, _, unet = process("eps", "small", "simple")
     bad = np.full((4, 8, 8, 1), np.nan, np.float32)
@@ -537,6 +538,7 @@ def test_a_run_goes_on_to_the_bit_and_from_one_device_to_another(tmp_path):
             np.testing.assert_allclose(mixed[name], w, atol=2e-5, err_msg=name)
 
 
+@pytest.mark.filterwarnings("ignore:images")  # are expected in [-1, 1]
 def test_a_step_that_nobody_has_looked_at_is_not_saved_if_it_is_not_finite(tmp_path):
     images = digits(8)
     images[:] = np.nan

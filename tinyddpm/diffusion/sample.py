@@ -225,7 +225,7 @@ def sample(
     Returns (N, H, W, C), within [-1, 1] if clipped; with `trajectory`, (steps + 1, N, H, W, C), from the start to the
     images. Raises ValueError for an unknown method, a shape, steps, labels, guidance or start that do not fit,
     TypeError for an unknown setting, FloatingPointError if what comes out is not finite; warns if no start is given and
-    the first timestep is one at which more than 1 % of the variance should be the image's.
+    at the first timestep a tenth more of the variance should be the image's than at T-1.
     """
     sampler = checked_sampler(diffusion, method, settings)
     check_instance("model", model, Callable, "a function (x_t, t) -> prediction")
@@ -233,8 +233,8 @@ def sample(
     labels = checked_request(shape, labels, guidance, start)
     T = diffusion.T
     ts = timesteps(T, T if steps is None else steps, diffusion.spacing if spacing is None else spacing)
-    left = diffusion.schedule.input_scale**2 * diffusion.schedule.alpha_bar[ts[-1]]
-    if start is None and ts[-1] < T - 1 and left > 0.01:  # of T - 1, `make_schedule` has warned
+    s = diffusion.schedule  # at whose end something may be left too, but of that `make_schedule` has warned
+    if start is None and (left := s.input_scale**2 * (s.alpha_bar[ts[-1]] - s.alpha_bar[-1])) > 0.1:
         warnings.warn(f"steps: the first, t = {ts[-1]}, is {left:.3g} image, but starts as noise", stacklevel=2)
     if len(ts) < T:
         diffusion = respace(diffusion, ts)
