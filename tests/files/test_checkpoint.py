@@ -183,7 +183,7 @@ class TestResume:
             (dict(ema_decay=0.9), "ema_decay: 0.995 there, 0.9 here"),
             (dict(seed=4), "seed: 3 there, 4 here"),
             (dict(flip=True), "flip: False there, True here"),
-            (dict(labels=[0] * 23), "labels: None there, some here; and no more"),
+            (dict(labels=[0] * 23, unet=UNet(**TINY, classes=1)), "labels: None there, some here; unet.classes: None"),
             (dict(images=IMAGES[:22]), "images: 23 of 4 x 4 x 1 there, 22 of 4 x 4 x 1 here; and no more"),
             (dict(images=-IMAGES), "images: as many there as here, but others, or in another order; and no more"),
             (dict(unet=UNet(**TINY | dict(channels=(4, 6)))), "unet.channels: [4, 8] there, [4, 6] here"),
@@ -412,7 +412,7 @@ def test_the_step_in_which_it_is_asked_to_stop_is_the_last(tmp_path):
 
 
 class TestFaults:
-    @pytest.mark.filterwarnings("ignore:x0")  # images are expected in [-1, 1]
+    @pytest.mark.filterwarnings("ignore:images")  # are expected in [-1, 1]
     def test_what_is_not_finite_is_never_saved(self, tmp_path):
         """The last good checkpoint stays, and the error names the step."""
         images = IMAGES.copy()

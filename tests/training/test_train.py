@@ -229,8 +229,13 @@ class TestTrain:
         for bad in ([1, 2], [[1]] * len(IMAGES), 3):
             with pytest.raises(ValueError, match=f"labels: expected {len(IMAGES)}, one for each image, got shape"):
                 next(train(unet, DIFFUSION, IMAGES, 3, labels=bad))
-        with pytest.raises(ValueError, match="labels: expected .* integers in 0 ... 4"):
-            next(train(unet, DIFFUSION, IMAGES, 3, labels=np.full(len(IMAGES), 5), workers=1))
+        for worst in (-1, 5):  # of a single image, whose turn would come later
+            labels = np.zeros(len(IMAGES), int)
+            labels[batch_indices(len(IMAGES), 1, 11, 0)[0]] = worst
+            with pytest.raises(ValueError, match="labels: expected 23 integers in 0 ... 4, .* got shape"):
+                next(train(unet, DIFFUSION, IMAGES, 3, 11, labels=labels, workers=1))
+        with pytest.raises(ValueError, match="labels: this network knows no classes"):
+            next(train(UNet(**TINY), DIFFUSION, IMAGES, 3, labels=np.zeros(len(IMAGES), int)))
         with pytest.raises(TypeError, match="labels: expected a NumPy array of integers, one of 5 classes"):
             next(train(unet, DIFFUSION, IMAGES, 3, workers=1))
         with pytest.raises(ValueError, match="labels: this model is to learn with and without them, so give some"):
@@ -353,7 +358,7 @@ class TestTrain:
         training.close()
         assert threading.active_count() == before and not multiprocessing.active_children()
 
-    @pytest.mark.filterwarnings("ignore:x0")  # images are expected in [-1, 1]
+    @pytest.mark.filterwarnings("ignore:images")  # are expected in [-1, 1]
     def test_a_loss_that_is_not_finite_stops_it_before_the_weights_are_touched(self):
         unet = UNet(**TINY)
         images = IMAGES.copy()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Hashable
 
 import numpy as np
 
@@ -110,16 +109,17 @@ def checked_labels(labels: np.ndarray | None, count: int) -> np.ndarray | None:
     return labels
 
 
-_looked_at: weakref.WeakSet = weakref.WeakSet()  # diffusions of which images have been looked at
+looked_at: weakref.WeakSet = weakref.WeakSet()  # diffusions for which somebody has looked at images already
 
 
-def warn_of_scale(diffusion: object, name: str, images: Array, again: bool = False) -> None:
-    """Warn, naming the range seen and what to do, if images that should fill [-1, 1] seem to be on another scale: of
-    those that a diffusion is given at first, or of these too if `again`; so that there is one warning and not many."""
-    if not again and diffusion in _looked_at:
-        return
-    if isinstance(diffusion, Hashable):
-        _looked_at.add(diffusion)
+def warn_of_scale(name: str, images: Array, diffusion: object = None) -> None:
+    """Warn, naming the range seen and what to do, if images that should fill [-1, 1] seem to be on another scale. If it
+    is said for which `diffusion`, only of the first that are looked at for it, so that there is one warning, not many.
+    """
+    if diffusion is not None:
+        if diffusion in looked_at:
+            return
+        looked_at.add(diffusion)
     low, high = float(images.min()), float(images.max())
     one_sided_or_faint = low >= 0 or max(-low, high) <= 0.5
     if low == high or (-2 <= low and high <= 2 and not (one_sided_or_faint and images.size >= 1000)):

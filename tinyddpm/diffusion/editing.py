@@ -21,6 +21,7 @@ import numpy as np
 
 from ..arguments import check_floats, check_instance, generator, integer, number
 from ..backend import Array, array_module, device_of, is_array, like, on_device, to_device, to_numpy
+from .checks import warn_of_scale
 from .clipping import Clip
 from .process import Diffusion
 from .sample import Steps, sample, timesteps
@@ -355,7 +356,8 @@ def inpaint(
 
 
 def _checked(name: str, images: Array, model: Callable, most: float = 1.0) -> Array:
-    """`images` of the model's dtype and on its device, or an error unless they are a batch within [-most, most]."""
+    """`images` of the model's dtype and on its device, or an error unless they are a batch within [-most, most]; a
+    warning if they seem to be in [0, 1]."""
     _check_kind(name, images)
     images = to_device(images, getattr(model, "device", "cpu"))
     low, high = float(images.min()), float(images.max())
@@ -364,6 +366,8 @@ def _checked(name: str, images: Array, model: Callable, most: float = 1.0) -> Ar
             f"{name}: expected values within [{-most:g}, {most:g}], got {low:.4g} to {high:.4g}; of 8-bit levels k, "
             "images are k / 127.5 - 1"
         )
+    if most == 1:  # without noise
+        warn_of_scale(name, images)
     return images.astype(getattr(model, "dtype", np.dtype("float32")), copy=False)
 
 

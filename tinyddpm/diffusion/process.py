@@ -273,7 +273,7 @@ class Diffusion:
         shape, TypeError for anything but floats; warns, the first time, of images that seem to be on another scale.
         """
         check_images(x0)
-        warn_of_scale(self, "x0", x0)
+        warn_of_scale("x0", x0, self)
         check_instance("rng", rng, np.random.Generator, "a generator from numpy.random.default_rng")
         t = rng.integers(0, self.T, size=len(x0))
         eps = like(rng.standard_normal(x0.shape, dtype=x0.dtype), x0)

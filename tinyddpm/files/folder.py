@@ -25,7 +25,7 @@ from .layout import find, misleading, not_read, shortly, suffix
 _LASTING = {errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}
 _MOST_FAULTS = 10  # in a row: beyond them it is the folder that cannot be read
 _MOST_WARNINGS = 20  # of single pictures: beyond them nobody reads on
-_quiet = threading.Lock()  # which warnings are shown is a matter of the whole process: one at a time may change it
+quiet = threading.Lock()  # which warnings are shown is a matter of the whole process: one at a time may change it
 
 
 class ImageFolder:
@@ -116,7 +116,7 @@ class ImageFolder:
         left_out, later, more, in_a_row = {}, {}, [], 0
         few = not progress or len(found) < 1000
         bar = progress_bar(found, "looking at files", unit="file", disable=few)
-        with _quiet, warnings.catch_warnings():  # Pillow's own, in all threads: what is the matter is said by us
+        with quiet, warnings.catch_warnings():  # Pillow's own, in all threads: what is the matter is said by us
             warnings.simplefilter("ignore")
             for file in bar:
                 try:

@@ -83,7 +83,7 @@ def checked_size(size: int | Sequence[int] | None, levels: int, patch: int = 1) 
 def check_input(config: dict, dtype: np.dtype, x: Array, t: np.ndarray, labels: np.ndarray | None) -> None:
     """Raise TypeError or ValueError unless a `UNet` of this configuration and dtype takes x, t and labels."""
     C, levels, patch = config["in_channels"], len(config["channels"]), config["patch"]
-    factor, classes = _divisor(levels, patch), config["classes"]
+    factor = _divisor(levels, patch)
     if not is_array(x):
         raise TypeError(f"x: expected an array or a Tensor, got {type(x).__name__}")
     if x.ndim != 4 or x.shape[3] != C or x.shape[0] == 0:
@@ -99,6 +99,12 @@ def check_input(config: dict, dtype: np.dtype, x: Array, t: np.ndarray, labels: 
         raise TypeError(f"t: expected a NumPy array of integers, got {getattr(t, 'dtype', type(t).__name__)}")
     if t.shape != x.shape[:1] or t.min() < 0:
         raise ValueError(f"t: expected {x.shape[0]} timesteps >= 0, one for each image, got shape {t.shape}, {t}")
+    check_labels(config, labels, len(t))
+
+
+def check_labels(config: dict, labels: np.ndarray | None, count: int) -> None:
+    """Raise TypeError or ValueError unless a `UNet` of this configuration takes these labels of `count` images."""
+    classes = config["classes"]
     if classes is None:
         if labels is not None:
             raise ValueError("labels: this network knows no classes; make one with UNet(classes=...)")
@@ -110,8 +116,8 @@ def check_input(config: dict, dtype: np.dtype, x: Array, t: np.ndarray, labels: 
             "network made with label_dropout can do without"
         )
     least = NO_LABEL if config["label_dropout"] else 0
-    if labels.shape != t.shape or labels.min() < least or labels.max() >= classes:
+    if labels.shape != (count,) or labels.min() < least or labels.max() >= classes:
         raise ValueError(
-            f"labels: expected {len(t)} integers in {least} ... {classes - 1}, one for each image, got shape "
-            f"{labels.shape}, {labels}"
+            f"labels: expected {count} integers in {least} ... {classes - 1}, one for each image, got shape "
+            f"{labels.shape}, {labels.min()} ... {labels.max()}"
         )

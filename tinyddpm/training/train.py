@@ -24,11 +24,13 @@ import numpy as np
 
 from ..arguments import check_instance, integer, number
 from ..backend import Array, is_array, on_device
-from ..diffusion.checks import checked_labels, warn_of_scale
+from ..diffusion.checks import checked_labels, looked_at, warn_of_scale
 from ..diffusion.process import Diffusion
 from ..files.checkpoint import a_hundred, differences, read_checkpoint, run_config, write_checkpoint
 from ..files.tensors import Path
+from ..network.checks import check_labels
 from ..network.nn import Module
+from ..network.unet import UNet
 from ..speed.ranks import Ranks
 from ..speed.shards import shard_size
 from .batches import Batches
@@ -207,18 +209,16 @@ def train(
     is of the wrong type or out of range, or a checkpoint is damaged or of another run, FloatingPointError if the loss
     or the gradient is not finite, RuntimeError if the model's parameters are moved or replaced while it trains, or a
     worker is killed. A gradient that is not finite never touches the parameters; on a GPU it is noticed within
-    `LOOK_EVERY` steps, unless the training is closed before. Images that seem to be on another scale than [-1, 1] are
-    warned about, and a number of workers that processes cannot be copied for.
+    `LOOK_EVERY` steps, unless the training is closed before. Warns of images that seem to be on another scale than
+    [-1, 1], and where workers are threads because a process that has others cannot be copied.
     """
     steps, batch, seed = integer("steps", steps), integer("batch", batch), integer("seed", seed, 0)
     warmup_steps, decay_steps = integer("warmup_steps", warmup_steps, 0), integer("decay_steps", decay_steps, 0)
     lr, max_norm = number("lr", lr, "(0, inf)"), number("max_norm", max_norm, "(0, inf]")
     ema_decay = number("ema_decay", ema_decay, "[0, 1)")
     _check_kinds(model, diffusion, resume, stop, ranks)
-    labels, ranks = _checked_data(model, images, labels), ranks or Ranks()
+    labels, ranks = _checked_data(model, diffusion, images, labels), ranks or Ranks()
     workers = ranks.cpus if workers is None else integer("workers", workers)
-    if not hasattr(images, "fingerprint"):  # those of a folder are on the scale that they should be on
-        warn_of_scale(diffusion, "images", a_hundred(images), again=True)
     settings = {"batch": batch, "lr": lr, "warmup_steps": warmup_steps, "decay_steps": decay_steps, "seed": seed}
     settings |= {"max_norm": max_norm, "ema_decay": ema_decay, "flip": bool(flip)}
     if micro_batch is not None:
@@ -240,7 +240,7 @@ def train(
             is_last = lambda step: ranks.any(stop is not None and bool(stop())) or step == steps
             check = functools.partial(run.check, is_last)
             taken = descend(draw_and_differentiate, optimizer, ema, steps, rate, max_norm, check)
-            for _ in rest:
+            while not run.last:
                 began = time.monotonic()
                 run.recent.append(0.0)
                 # anew each step, so that the caller's code between the steps keeps its own device
@@ -251,8 +251,6 @@ def train(
                 if run.last:  # no step is left that would notice
                     state.raise_unless_finite()
                 yield state
-                if run.last:
-                    break
 
 
 def _check_kinds(model: Any, diffusion: Any, resume: Any, stop: Any, ranks: Any) -> None:
@@ -265,8 +263,9 @@ def _check_kinds(model: Any, diffusion: Any, resume: Any, stop: Any, ranks: Any)
     check_instance("ranks", ranks, Ranks | None, "Ranks")
 
 
-def _checked_data(model: Module, images: Any, labels: np.ndarray | None) -> np.ndarray | None:
-    """The labels, if they and the images are such as the model can be trained on, or TypeError or ValueError."""
+def _checked_data(model: Module, diffusion: Any, images: Any, labels: np.ndarray | None) -> np.ndarray | None:
+    """The labels, if they and the images are such as the model can be trained on, or TypeError or ValueError; a warning
+    if the images seem to be on another scale."""
     in_memory = isinstance(images, np.ndarray)
     if not in_memory and (is_array(images) or not all(hasattr(images, name) for name in ("shape", "dtype"))):
         raise TypeError(f"images: expected a NumPy array, got {type(images)}, or what is indexed like one")
@@ -275,6 +274,12 @@ def _checked_data(model: Module, images: Any, labels: np.ndarray | None) -> np.n
     labels = checked_labels(labels, len(images))
     if labels is None and getattr(model, "label_dropout", 0):
         raise ValueError("labels: this model is to learn with and without them, so give some; -1 is none")
+    if isinstance(model, UNet):
+        check_labels(model.config, labels, len(images))  # of all, now and not when their turn comes
+    if not hasattr(images, "fingerprint"):  # those of a folder are on the scale that they should be on
+        warn_of_scale("images", a_hundred(images))
+    if isinstance(diffusion, Diffusion):
+        looked_at.add(diffusion)  # so that no worker says it again
     return labels
 
 
