@@ -21,7 +21,7 @@ import numpy as np
 
 from tinyddpm import cli, load_digits, load_model
 from tinyddpm.diffusion.editing import denoise
-from tinyddpm.files.pictures import rows
+from tinyddpm.files.pictures import rows, save_picture
 
 
 def parse_arguments():
@@ -68,7 +68,7 @@ def main():
             error = float(np.sqrt(np.mean((outcome - digits) ** 2)))
             print(f"sigma {sigma:g}  {name:8} error {error:.3f}", flush=True)
             page[f"sigma {sigma:g}: {name}"] = outcome
-    rows(page).save(args.out)
+    save_picture(args.out, rows(page))
     print(f"done in {time.monotonic() - began:.0f} seconds: look at {args.out}")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from tinyddpm import cli, load_digits, load_model
 from tinyddpm.diffusion.editing import inpaint
-from tinyddpm.files.pictures import rows
+from tinyddpm.files.pictures import rows, save_picture
 
 row, column = np.mgrid[:28, :28]
 MASKS = {  # True where pixels are known
@@ -58,7 +58,7 @@ def main():
         completed = inpaint(diffusion, unet, digits[again], mask, **settings).reshape(args.tries, *digits.shape)
         for i, attempt in enumerate(completed):
             page[f"{name}, try {i + 1}"] = attempt
-    rows(page).save(args.out)
+    save_picture(args.out, rows(page))
     print(f"done in {time.monotonic() - began:.0f} seconds: look at {args.out}")
 
 

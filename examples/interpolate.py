@@ -13,7 +13,7 @@ import numpy as np
 
 from tinyddpm import cli, load_digits, load_model
 from tinyddpm.diffusion.editing import interpolate
-from tinyddpm.files.pictures import rows
+from tinyddpm.files.pictures import rows, save_picture
 
 
 def parse_arguments():
@@ -45,7 +45,7 @@ def main():
     for i, (first, last) in enumerate(args.pairs):
         page[f"{first} to {last}: pixels"] = (1 - fractions) * a[i] + fractions * b[i]
         page[f"{first} to {last}: noise"] = between[i]
-    rows(page).save(args.out)
+    save_picture(args.out, rows(page))
     print(f"done in {time.monotonic() - began:.0f} seconds: look at {args.out}")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from tinyddpm import cli, load_model, sample
 from tinyddpm.diffusion.sample import SAMPLERS
-from tinyddpm.files.pictures import grid
+from tinyddpm.files.pictures import grid, save_picture
 
 
 def parse_arguments():
@@ -38,7 +38,7 @@ def main():
         diffusion, unet, (len(labels), 28, 28, 1), args.method, args.steps, args.seed, labels=labels,
         guidance=args.guidance, workers=args.workers, progress=True,
     )  # fmt: skip
-    grid(digits, columns=len(args.digits), scale=2 if len(labels) > 10 else 4).save(args.out)
+    save_picture(args.out, grid(digits, columns=len(args.digits), scale=2 if len(labels) > 10 else 4))
     print(f"{len(labels)} digits in {time.monotonic() - began:.1f} seconds: look at {args.out}")
 
 

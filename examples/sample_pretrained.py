@@ -17,7 +17,7 @@ import numpy as np
 
 from tinyddpm import cli, load_diffusers, load_original, sample
 from tinyddpm.diffusion.sample import SAMPLERS
-from tinyddpm.files.pictures import grid
+from tinyddpm.files.pictures import grid, save_picture
 
 
 def parse_arguments():
@@ -69,7 +69,7 @@ def main():
     settings = {"rng": args.seed, "workers": args.workers, "labels": labels, "progress": True}
     shape = (args.samples, height, width, unet.config["in_channels"])
     images = sample(diffusion, unet, shape, args.method, steps, **settings)
-    grid(images, scale=1 if height >= 128 else 2).save(args.out)
+    save_picture(args.out, grid(images, scale=1 if height >= 128 else 2))
     print(f"done in {time.monotonic() - began:.0f} seconds: look at {args.out}")
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from tinyddpm import cli, load_digits, load_model, sample
 from tinyddpm.diffusion.sample import SAMPLERS, timesteps
-from tinyddpm.files.pictures import rows
+from tinyddpm.files.pictures import rows, save_picture
 
 
 def parse_arguments():
@@ -65,7 +65,7 @@ def main():
     real = images[np.searchsorted(labels, ten)]
     page["real digits"] = real
     print(f"real digits                            {nearest(real, images).mean():.3f}")
-    rows(page).save(args.out)
+    save_picture(args.out, rows(page))
     print(f"look at {args.out}")
 
 

@@ -59,6 +59,7 @@ WRONG = {
     "dtype": ("int32", "float16", "word", 3, thing, []),
     "device": ("gpu", "cuda:x", 3, thing),
     "frames": ([], None, 3, ["a"], [Image.new("CMYK", (2, 2))], thing),
+    "picture": (None, "a", 3, thing),
     "numbers": ([], "a", ["a"], [[1.0]], thing),
     "channels": (0, 3, [], [3, 8], [True, 8], "ab", [1.5, 8], [-4, 8]),
     "sequence": (3, [], [True], "a"),
@@ -155,6 +156,7 @@ TABLE = {
     pictures.rows: dict(named=({"a": X}, "mapping"), columns=(("b",), "words")),
     pictures.page: dict(classes=(None, "any")),
     pictures.noising_strip: dict(diffusion=(DIFFUSION, "any")),
+    pictures.save_picture: dict(picture=(Image.new("L", (2, 2)), "picture")),
     pictures.save_gif: dict(
         frames=([Image.new("L", (2, 2))], "frames"), seconds=(1.0, "number > 0"), hold=(1.0, "number >= 0")
     ),

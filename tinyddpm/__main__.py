@@ -20,7 +20,7 @@ from . import Diffusion, UNet, make_schedule, sample, save_model, train
 from .cli import GUIDANCE, Options, any_path, errors_in_a_line
 from .diffusion.sample import SAMPLERS
 from .files.model import DIGITS_MODEL
-from .files.pictures import grid, page
+from .files.pictures import grid, page, save_picture
 from .files.run_folder import MODEL
 from .program import TrainingRun, opened, run_training, trained_model
 
@@ -108,7 +108,7 @@ def sample_from_model(argv: list[str], prog: str) -> None:
         raise ValueError("--guidance: this model cannot be guided, for it did not learn to do without labels")
     how = {"method": args.method, "steps": min(args.steps, diffusion.T), "rng": args.seed, "workers": args.workers}
     images = draw(unet, diffusion, args.samples, args.labels, args.guidance, progress=True, **how)
-    page(images, unet.config["classes"]).save(args.out)
+    save_picture(args.out, page(images, unet.config["classes"]))
     print(f"{args.samples} images in {time.monotonic() - began:.1f} seconds: look at {args.out}")
 
 

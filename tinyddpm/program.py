@@ -28,6 +28,7 @@ from .files.data import load_digits, load_fashion_mnist, load_mnist
 from .files.folder import ImageFolder
 from .files.lock import alone_in
 from .files.model import configuration, load_model
+from .files.pictures import save_picture
 from .files.replacing import previous
 from .files.run_folder import CHECKPOINT, MODEL, begin_folder, recorded
 from .files.tensors import stored_tensors
@@ -186,7 +187,7 @@ class TrainingRun:
     def save(self, picture: Any, name: str) -> None:
         """Write a picture into the folder."""
         if self.first:
-            picture.save(self.args.out / name)
+            save_picture(self.args.out / name, picture)
 
     @property
     def resume(self) -> pathlib.Path | None:

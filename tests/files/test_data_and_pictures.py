@@ -1,5 +1,6 @@
 """The bundled digits, and the pictures: what they show, pixel by pixel."""
 
+import errno
 import gzip
 import pathlib
 
@@ -12,7 +13,7 @@ from PIL import Image
 
 from tinyddpm import Diffusion, load_digits, make_schedule
 from tinyddpm.files.data import DIGITS, load_mnist
-from tinyddpm.files.pictures import grid, noising_strip, rows, save_gif, save_loss_curve, to_uint8
+from tinyddpm.files.pictures import grid, noising_strip, rows, save_gif, save_loss_curve, save_picture, to_uint8
 
 MNIST = pathlib.Path(__file__).parents[3] / "shared" / "data" / "mnist"
 
@@ -141,6 +142,39 @@ def test_noising_strip_goes_from_the_image_to_noise(b):
             np.testing.assert_array_equal(strip[top : top + 16 : 2, left : left + 16 : 2], to_uint8(x[row])[:, :, 0])
 
 
+FRAME = Image.new("L", (4, 4))
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        lambda path: save_picture(path.with_suffix(".png"), FRAME),
+        lambda path: save_gif(path.with_suffix(".gif"), [FRAME, FRAME]),
+        lambda path: save_loss_curve(path.with_suffix(".png"), [1, 2]),
+    ],
+)
+def test_a_picture_is_there_whole_or_not_at_all(save, tmp_path, monkeypatch):
+    """On a disk that is full before it is complete, what was there stays."""
+    pytest.importorskip("matplotlib")
+    save(tmp_path / "a")
+    (before,) = tmp_path.iterdir()
+    whole, own = before.read_bytes(), Image.Image.save
+
+    def full(picture, path, *how, **settings):
+        own(picture, path, *how, **settings)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match=f"path: cannot write {before}: No space left on device"):
+        save(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == [before] and before.read_bytes() == whole
+
+
+def test_a_picture_has_the_suffix_of_one(tmp_path):
+    with pytest.raises(ValueError, match="path: expected the name of a picture, such as digits.png, got"):
+        save_picture(tmp_path / "digits.txt", FRAME)
+
+
 def test_a_gif_plays_its_frames_and_holds_the_last(tmp_path):
     frames = [grid(np.full((1, 4, 4, 1), v)) for v in (-1.0, 0.0, 1.0)]
     save_gif(tmp_path / "a.gif", frames, seconds=0.6, hold=1.5)
@@ -172,7 +206,10 @@ def test_frames_are_shown_long_enough_to_be_shown_at_all(tmp_path):
 def test_the_loss_curve_shows_every_step_and_the_running_mean(tmp_path, monkeypatch):
     figure = pytest.importorskip("matplotlib.figure")
     seen = []
-    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, dpi: seen.append(self))
+    drawn = figure.Figure.savefig
+    monkeypatch.setattr(
+        figure.Figure, "savefig", lambda self, *how, **more: (seen.append(self), drawn(self, *how, **more))
+    )
     losses = np.random.default_rng(0).uniform(0.1, 1, 150)
     save_loss_curve(tmp_path / "loss.png", losses)
     raw, mean = seen[0].axes[0].lines

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 
 from ..arguments import array_of_numbers, check_floats, check_instance, generator, integer, number
 from ..backend import to_numpy
+from .replacing import replacing
 
 Path = str | pathlib.Path
 
@@ -93,6 +94,18 @@ def noising_strip(diffusion, x0: np.ndarray, rng: int | np.random.Generator, col
     return grid(np.stack(steps, axis=1).reshape(-1, *x0.shape[1:]), columns=len(steps))
 
 
+def save_picture(path: Path, picture: Image.Image, **how: object) -> None:
+    """Write a picture in the format that the suffix of `path` says, whole or not at all. Raises ValueError for a suffix
+    that is no picture's, OSError if it cannot be written. how: settings of Pillow's `save`."""
+    check_instance("path", path, str | os.PathLike, "a path")
+    check_instance("picture", picture, Image.Image, "a picture of Pillow's")
+    path, formats = pathlib.Path(path), Image.registered_extensions()
+    if path.suffix.lower() not in formats:
+        raise ValueError(f"path: expected the name of a picture, such as digits.png, got {path}")
+    with replacing(path) as (unfinished,):
+        picture.save(unfinished, formats[path.suffix.lower()], **how)
+
+
 def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0, hold: float = 2.0) -> None:
     """Write frames as an animated GIF that plays for `seconds`, holds its last frame for `hold` and starts again."""
     check_instance("path", path, str | os.PathLike, "a path")
@@ -108,7 +121,7 @@ def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0, ho
     how = {"L": (16, Image.Quantize.MEDIANCUT), "RGB": (128, Image.Quantize.FASTOCTREE)}
     frames = [frame.quantize(*how[frame.mode], dither=Image.Dither.NONE) for frame in frames]
     times = [max(20, round(1000 * seconds / len(frames)))] * (len(frames) - 1) + [round(1000 * hold)]
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=True)
+    save_picture(path, frames[0], save_all=True, append_images=frames[1:], duration=times, loop=0, optimize=True)
 
 
 def save_loss_curve(path: Path, losses: Sequence[float], steps: Sequence[int] | None = None) -> None:
@@ -136,4 +149,5 @@ def save_loss_curve(path: Path, losses: Sequence[float], steps: Sequence[int] | 
     axes.set(xlabel="step", ylabel="simple loss", yscale="log", title="Training loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with replacing(pathlib.Path(path)) as (unfinished,):
+        figure.savefig(unfinished, dpi=120, format=pathlib.Path(path).suffix[1:] or "png")
