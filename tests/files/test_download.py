@@ -5,6 +5,7 @@ import errno
 import gzip
 import hashlib
 import http.server
+import multiprocessing
 import os
 import pathlib
 import random
@@ -24,12 +25,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
+from tiny_training import on_linux
 
 import tinyddpm.files.data
 import tinyddpm.files.download
 from tinyddpm import load_digits, load_fashion_mnist, load_mnist
 from tinyddpm.files.data import MIRRORS, SHA256, read_idx
 from tinyddpm.files.download import download, fetch, unpack
+from tinyddpm.files.lock import LOCK
 from tinyddpm.files.pictures import to_uint8
 
 MNIST = pathlib.Path(__file__).parents[3] / "shared" / "data" / "mnist"
@@ -211,6 +214,19 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@on_linux
+def test_of_processes_that_want_it_at_a_time_one_fetches_it_for_all(mirror, tmp_path):
+    server = mirror(lambda answer, file: (time.sleep(0.3), good(answer, file)))
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=lambda: os._exit(get(tmp_path, server) != CONTENT)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert len(server.asked) == 1 and names(tmp_path) == [NAME]
+
+
 def assert_whole(cache, *mirrors):
     """It is fetched, kept as it came, and had from the cache from then on."""
     assert get(cache, *mirrors) == CONTENT
@@ -319,7 +335,7 @@ class TestTheNextMirror:
             monkeypatch.setattr(tinyddpm.files.download, "TIMEOUT", 0.2)
 
         def look(answer, file):  # how things are when it is asked
-            seen.extend(names(tmp_path))
+            seen.extend(name for name in names(tmp_path) if name != LOCK)
             good(answer, file)
 
         seen = []
@@ -499,7 +515,7 @@ class TestHalfAFileIsNeverThere:
             child.kill()
             child.wait()
         have = part.stat().st_size
-        assert names(tmp_path) == [part.name] and have <= SOME
+        assert names(tmp_path) == [part.name, LOCK] and have <= SOME
         assert_whole(tmp_path, server)
         assert server.asked == [None, have] and server.sent[1] == len(FILE) - have
 

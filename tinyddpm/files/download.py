@@ -6,6 +6,7 @@ have compressed the same content each in its own way. How a download is resumed 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -19,9 +20,11 @@ import zlib
 from collections.abc import Sequence
 
 from ..bar import progress_bar
+from .lock import alone_in
 from .mistaken import what_it_is
 
 TIMEOUT = 20  # seconds without a byte after which a server counts as gone
+WAIT = 600  # seconds, for another process that fetches something
 _CHUNK = 1 << 16  # bytes
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # no mirror is to blame
 
@@ -32,24 +35,32 @@ def fetch(name: str, mirrors: Sequence[str], cache: pathlib.Path, sha256: str, s
     Args:
         mirrors: the addresses to which `name` is appended, asked in turn, and once more if they gave but a part
         cache: is made if there is none; holds `name` once it is whole, until then `name.0.part` of mirror 0 and so on,
-            from which the next call goes on. One process at a time.
+            from which the next call goes on. One process at a time: others wait, and then find it there
         sha256, size: of the content, unpacked
     Raises:
         ConnectionError: if no mirror gave the file; it tells why, for each
         OSError: if `cache` cannot be read or written to
     """
-    path, failures = cache / name, {}
-    if path.exists():
-        try:
+    if (path := cache / name).exists():
+        with contextlib.suppress(ValueError):  # it stays until it is replaced
             return unpack(path, sha256, size)
-        except ValueError as error:  # it stays until it is replaced
-            failures[path] = error
     try:  # better to know before the download than after
         cache.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache).close()
     except OSError as error:
         raise OSError(f"cache: cannot write to the folder {cache}: {error.strerror}; give another") from error
+    with alone_in(cache, WAIT):
+        return _from_mirrors(path, mirrors, sha256, size)
 
+
+def _from_mirrors(path: pathlib.Path, mirrors: Sequence[str], sha256: str, size: int) -> bytes:
+    """`fetch`, where nobody else is at it."""
+    (cache, name), failures = (path.parent, path.name), {}
+    if path.exists():
+        try:
+            return unpack(path, sha256, size)  # of another process, while this one waited
+        except ValueError as error:
+            failures[path] = error
     limit = size + size // 1000 + 1000  # what gzip makes of bytes that cannot be compressed, and a header
     sources = [(mirror + name, cache / f"{name}.{i}.part") for i, mirror in enumerate(mirrors)]
     for url, part in 2 * sources:

@@ -22,14 +22,21 @@ _TAKEN = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)  # as systems call it
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path, wait: float = 0.0) -> Iterator[None]:
     """Within this block, no other process is in such a block for the same folder; the file `LOCK` is there meanwhile.
 
     Copies that this process makes of itself do not hold the lock. Where a file system has none, there is nothing to
-    stop the others. Raises BlockingIOError, which says who is there, if somebody is.
+    stop the others. Raises BlockingIOError, which says who is there, if somebody is, and still is after `wait` seconds.
     """
-    path = pathlib.Path(folder, LOCK)
-    file = _locked(path)
+    path, deadline = pathlib.Path(folder, LOCK), time.monotonic() + wait
+    while True:
+        try:
+            file = _locked(path)
+            break
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
     try:
         yield
     finally:
