@@ -1,6 +1,7 @@
 """What starts from pictures does what it says, with ideal denoisers, whose answer is known; bad input is refused."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -444,6 +445,18 @@ def test_any_picture_model_and_process(name, shape, b, seed, objective, learned,
         path = use(shape[0], rng=seed, trajectory=True)
         np.testing.assert_array_equal(path[-1], made)
         assert path.shape[1:] == shape and 2 <= len(path) <= 5
+
+
+@pytest.mark.filterwarnings("ignore:steps, iterations")
+@pytest.mark.parametrize("name", USES)
+def test_pictures_on_another_scale_are_warned_about(name):
+    """For those with noise there is no scale to be on."""
+    x = np.random.default_rng(0).uniform(0.01, 1, (2, 16, 16, 3))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        USES[name](DIFFUSION, lambda x, t: 0 * x, x)
+    said = [str(w.message) for w in seen if "expected images in [-1, 1]" in str(w.message)]
+    assert bool(said) == (name != "denoise") and all("if black is 0 and white is 1, take" in text for text in said)
 
 
 @pytest.mark.parametrize("name", USES)
