@@ -25,7 +25,7 @@ nan, inf, thing = math.nan, math.inf, object()
 WRONG = {
     "integer >= 0": (-1, 1.5, 2.0, True, nan, inf, "2", [2]),
     "integer >= 1": (0, -1, 1.5, 2.0, True, nan, inf, "2", [2]),
-    "seed": (-1, 1.5, True, nan, "a", [], [1], thing, np.random.RandomState(0)),
+    "seed": (-1, 1.5, True, nan, "a", [], [1, -1], ["a"], thing, np.random.RandomState(0)),
     "generator": (0, 1.5, "a", np.random.RandomState(0)),
     "number": (nan, inf, -inf, True, "1", [1.0], np.ones(2), thing),
     "number >= 0": (-1, nan, inf, True, "1", [1.0], np.ones(2)),

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+import sys
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +21,8 @@ from .backend import Array, is_array
 
 def integer(name: str, value: object, least: int = 1, most: float = math.inf) -> int:
     """`value` as an int, if it is an integer from `least` to `most`, or ValueError."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= most:
+    value = _plain(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= min(most, 2**63 - 1):
         which = f">= {least}" if most == math.inf else f"from {least} to {most}"
         raise ValueError(f"{name}: expected an integer {which}, got {value!r}")
     return int(value)
@@ -28,11 +31,20 @@ def integer(name: str, value: object, least: int = 1, most: float = math.inf) ->
 def number(name: str, value: object, within: str = "(-inf, inf)") -> float:
     """`value` as a float, if it is a number in an interval such as "(0, 1]", or ValueError; nan is in none."""
     low, high, ends = _interval(within)
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not (real and (low < value < high or value in ends)):
+    real = isinstance(plain := _plain(value), numbers.Real) and not isinstance(plain, bool)
+    try:
+        result = float(plain) if real else math.nan
+    except OverflowError:  # of an integer that is beyond all floats
+        result = math.nan
+    if not (low < result < high or result in ends):
         above = "a finite number" if low == -math.inf else f"a number {'>=' if low in ends else '>'} {low:g}"
         raise ValueError(f"{name}: expected {above if high == math.inf else f'a number in {within}'}, got {value!r}")
-    return float(value)
+    return result
+
+
+def _plain(value: object) -> object:
+    """A number of NumPy, or an array that is one, as Python's."""
+    return value.item() if isinstance(value, (np.generic, np.ndarray)) and value.ndim == 0 else value
 
 
 @functools.cache
@@ -78,9 +90,19 @@ def check_vector(name: str, x: object, like: Array | None = None) -> None:
 
 
 def generator(rng: object) -> np.random.Generator:
-    """The generator that `rng` is, or that of this seed; None: another one every time. ValueError for anything else."""
-    if isinstance(rng, np.random.Generator):
-        return rng
-    if rng is not None and (isinstance(rng, bool) or not isinstance(rng, numbers.Integral) or rng < 0):
-        raise ValueError(f"rng: expected a seed >= 0 or a numpy.random.Generator, got {rng!r}")
+    """The generator that `rng` is, or that of this seed, an integer or several; None: another one every time.
+    ValueError for anything else."""
+    if isinstance(rng, np.random.Generator | np.random.BitGenerator | np.random.SeedSequence | None):
+        return np.random.default_rng(rng)
+    for seed in rng if isinstance(rng, (list, tuple)) and rng else [_plain(rng)]:
+        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
+            raise ValueError(f"rng: expected a seed >= 0 or a numpy.random.Generator, got {rng!r}")
     return np.random.default_rng(rng)
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called the package, whatever is in between."""
+    level, frame = 1, sys._getframe()
+    while frame and frame.f_globals.get("__name__", "").split(".")[0] in (__package__, "contextlib", "tqdm"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

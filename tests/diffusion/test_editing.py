@@ -157,6 +157,7 @@ class TestSDEdit:
 
 
 class TestInversion:
+    @pytest.mark.filterwarnings("ignore:steps, iterations")  # of one iteration
     @pytest.mark.parametrize("b", [1.0, 0.7])
     @pytest.mark.parametrize("objective", ["eps", "v", "x0"])
     def test_with_iterations_it_is_the_exact_inverse_of_ddim(self, b, objective):
@@ -450,13 +451,18 @@ def test_any_picture_model_and_process(name, shape, b, seed, objective, learned,
 @pytest.mark.filterwarnings("ignore:steps, iterations")
 @pytest.mark.parametrize("name", USES)
 def test_pictures_on_another_scale_are_warned_about(name):
-    """For those with noise there is no scale to be on."""
-    x = np.random.default_rng(0).uniform(0.01, 1, (2, 16, 16, 3))
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
-        USES[name](DIFFUSION, lambda x, t: 0 * x, x)
-    said = [str(w.message) for w in seen if "expected images in [-1, 1]" in str(w.message)]
-    assert bool(said) == (name != "denoise") and all("if black is 0 and white is 1, take" in text for text in said)
+    """For those with noise there is no scale to be on; nor for pixels that are not known. It points to the caller."""
+    x, known = np.random.default_rng(0).uniform(0.01, 1, (2, 32, 32, 3)), np.tri(32) > 0
+    mask = {"mask": known} if name == "inpaint" else {}
+    use = (lambda d, model, x, mask: inpaint(d, model, x, mask, steps=4)) if mask else USES[name]
+    for unknown in (1, -1):
+        x[:, ~known] = unknown
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            use(DIFFUSION, lambda x, t: 0 * x, x, **mask)
+        said = [w for w in seen if "expected images in [-1, 1]" in str(w.message)]
+        assert bool(said) == (name == "inpaint" or (name != "denoise" and unknown == 1))
+        assert all("if black is 0 and white is 1, take" in str(w.message) and w.filename == __file__ for w in said)
 
 
 @pytest.mark.parametrize("name", USES)

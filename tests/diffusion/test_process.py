@@ -561,13 +561,14 @@ class TestDiffusionBadInput:
             (-0.42, 2.82, ""),
             (-2.1, 0, ""),
             (-1e9, 0.5, ""),
+            (255, 255, "; if black is 0 and white is 255, take x0 / 127.5 - 1"),
         ],
     )
     def test_images_on_another_scale_are_warned_about_once(self, low, high, remedy):
         """With the range that was seen, and what is to be done; it points to the caller."""
         rng, x0, d = np.random.default_rng(0), np.linspace(low, high, 1024).reshape(4, 16, 16, 1), Diffusion(linear(9))
         with pytest.warns(UserWarning) as seen:
-            for batch in (x0, x0, 0.9 * x0):
+            for batch in (0 * x0, x0, x0, 0.9 * x0):  # what tells nothing counts as nothing
                 d.loss(zeros, batch, rng)
         expected = f"x0: expected images in [-1, 1], got values from {low:.3g} to {high:.3g}{remedy}"
         assert [(str(w.message), w.filename) for w in seen] == [(expected, __file__)]

@@ -260,7 +260,9 @@ class TestRespacing:
         assert seen == [29, 21, 14, 7] * 4
         assert all((image == images[0]).all() for image in images)
         seen.clear()
-        with pytest.warns(UserWarning, match="^steps: the first, t = 7, is 0.603 image, but starts as noise$"):
+        with pytest.warns(
+            UserWarning, match="^steps: the first, t = 7, is 0.603 image, but starts as noise; take spacing 'trailing'$"
+        ):
             sample(d, model, (1, 2, 2, 1), method, [7], spacing="leading")
         assert seen == [7]
         given = sample(d, model, (1, 2, 2, 1), method, range(30))

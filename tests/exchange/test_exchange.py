@@ -401,15 +401,19 @@ class TestFoldersOfOthers:
 
     def test_the_warning_is_about_the_line_that_loads(self, tmp_path):
         saved(tmp_path)
+        (tmp_path / "unet").rename(tmp_path / "alone")
         with pytest.warns(UserWarning, match="has no scheduler_config.json") as warned:
-            load_diffusers(tmp_path / "unet")
+            load_diffusers(tmp_path / "alone")
         assert warned[0].filename == __file__
 
     @pytest.mark.parametrize("learned", [False, True])
     def test_a_network_alone(self, tmp_path, learned):
         unet = saved(tmp_path, in_channels=3, out_channels=6 if learned else 3)
-        with pytest.warns(UserWarning, match="folder: .*unet has no scheduler_config.json, so .* T = 1000, linear"):
-            again, diffusion = load_diffusers(tmp_path / "unet")
+        again, of_pipeline = load_diffusers(tmp_path / "unet")  # its scheduler lies beside it
+        assert of_pipeline.schedule.beta.tolist() == load_diffusers(tmp_path)[1].schedule.beta.tolist()
+        (tmp_path / "unet").rename(tmp_path / "alone")
+        with pytest.warns(UserWarning, match="folder: .*alone has no scheduler_config.json, so .* T = 1000, linear"):
+            again, diffusion = load_diffusers(tmp_path / "alone")
         assert_same_weights(again, unet)
         np.testing.assert_array_equal(diffusion.schedule.beta, np.linspace(1e-4, 0.02, 1000))
         expected = ("eps", "learned_range", "hybrid") if learned else ("eps", "small", "simple")

@@ -1,5 +1,7 @@
 """Workers: threads and processes, and what becomes of them when something goes wrong."""
 
+import contextlib
+import functools
 import multiprocessing
 import os
 import signal
@@ -8,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -56,14 +59,24 @@ class TestThreads:
 
     @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first in, first out", "first in, last out"])
     def test_who_leaves_last_gives_blas_its_threads_back(self, order):
-        """Of several that compute at a time, in whichever order they end, one of them with an error."""
-        with threadpool_limits(2, "blas"), worker_threads(2) as run, worker_threads(1) as other:
+        """Of several threads that compute at a time, in whichever order they end, one of them with an error; whoever
+        had set it before, and to who sets it after."""
+        threads = [ThreadPoolExecutor(1), ThreadPoolExecutor(1)]
+        with threads[0], threads[1], threadpool_limits(2, "blas"), worker_threads(2) as run, worker_threads(1) as other:
             at_work = run(lambda i: 1 / (2 - i), range(3)), other(lambda i: 1 / (2 - i), range(3))
-            assert [next(results) for results in at_work] == [0.5, 0.5] and blas_threads() == {1}
+            for thread, results in zip(threads, at_work):
+                assert thread.submit(next, results).result() == 0.5 and blas_threads() == {1}
             for i, left in zip(order, ({1}, {2})):
                 with pytest.raises(ZeroDivisionError):
-                    list(at_work[i])
+                    threads[i].submit(list, at_work[i]).result()
                 assert blas_threads() == left
+            for thread in threads:
+                assert thread.submit(self.with_one_thread).result() == {1} and blas_threads() == {2}
+
+    @staticmethod
+    def with_one_thread():
+        with threadpool_limits(1, "blas"):
+            return blas_threads()
 
     def test_an_exception_surfaces_and_the_threads_end(self):
         before = threading.active_count()
@@ -260,6 +273,26 @@ def test_where_a_process_cannot_be_copied_they_are_threads(monkeypatch):
         assert list(run(range(4), 1)) == [(i + 1, os.getpid()) for i in range(4)]
 
 
+IDLE = "tqdm", "ipykernel", "IPython", "zmq", "debugpy", "pydevd", "_pydevd_bundle", "multiprocessing.queues"
+
+
+@contextlib.contextmanager
+def notebook(module, name="wait"):
+    """Has a thread that runs what is written in such a module."""
+    end = threading.Event()
+    wait = lambda: end.wait()
+    wait.__module__, wait.__qualname__ = module, name
+    threading.Thread(target=wait, daemon=True).start()
+    yield
+    end.set()
+
+
+@contextlib.contextmanager
+def reading():
+    with ahead(lambda i: i, range(9), 2) as results:
+        yield next(results)
+
+
 @on_linux
 class TestInAProcessThatHasThreads:
     """A copy made while one of them is in a matrix product would never end, nor the making of it."""
@@ -281,10 +314,28 @@ class TestInAProcessThatHasThreads:
             end.set()
             other.join()
 
-    @pytest.mark.parametrize("idle", [lambda: tqdm(range(3), leave=False), lambda: worker_processes(abs, 2)])
+    @pytest.mark.parametrize(
+        "idle",
+        [
+            lambda: tqdm(range(3), leave=False), lambda: worker_processes(abs, 2), reading,
+            lambda: multiprocessing.get_context("fork").Pool(1),
+            *[functools.partial(notebook, f"{module}.some") for module in IDLE],
+        ],
+    )  # fmt: skip
     def test_those_that_compute_nothing_do_not_count(self, idle):
         with idle(), worker_processes(lambda i: os.getpid(), 2) as run:
             assert threading.active_count() > 1 and os.getpid() not in list(run(range(2)))
+
+    @pytest.mark.parametrize(
+        "module", ["__main__", "ipykernelish", "concurrent.futures.thread", "multiprocessing.pool"]
+    )
+    def test_others_do(self, module):
+        with (
+            notebook(module),
+            pytest.warns(UserWarning, match="workers: they are threads"),
+        ):
+            with worker_processes(lambda i: os.getpid(), 2) as run:
+                assert set(run(range(2))) == {os.getpid()}
 
 
 @pytest.mark.parametrize("count", [1, 2])

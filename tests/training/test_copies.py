@@ -57,18 +57,40 @@ def test_views_of_one_vector_are_views_of_its_copy(copied, make, use):
 
 @pytest.mark.parametrize("lies", ["alone", "in a vector", "across its memory", "in another type's memory", "in rows"])
 def test_a_parameter_is_copied_from_wherever_it_lies(copied, lies):
-    memory = np.arange(24, dtype=np.float32)
+    memory, bits = np.arange(24, dtype=np.float32), np.arange(24, dtype=np.uint32)
     p = {
         "alone": Parameter(memory[:6].reshape(2, 3).copy()),
         "in a vector": Parameter(memory[5:11].reshape(2, 3)),
         "across its memory": Parameter(memory[::4].reshape(2, 3)),
-        "in another type's memory": Parameter(memory.view(np.uint32)[3:9].view(np.float32).reshape(2, 3)),
+        "in another type's memory": Parameter(bits[3:9].view(np.float32).reshape(2, 3)),
         "in rows": Parameter(np.arange(24.0).reshape(4, 6)[1:3, 2:5]),
     }[lies]
     second = copied([p, p])
     assert second[0] is second[1] and type(second[0]) is Parameter and second[0] is not p
     np.testing.assert_array_equal(second[0].data, p.data)
     assert second[0].dtype == p.dtype and not np.shares_memory(second[0].data, p.data)
+
+
+class Named(Parameter):
+    """A parameter of one's own."""
+
+    def __init__(self, data, name):
+        super().__init__(data)
+        self.name = name
+
+
+def test_a_parameter_of_one_s_own_keeps_what_it_has(copied):
+    p = copied(Named(np.arange(6.0)[1:3], "a"))
+    assert type(p) is Named and p.name == "a" and p.data.tolist() == [1, 2]
+
+
+def test_an_average_that_is_no_longer_its_model_s_says_so(copied):
+    ema = copied(EMA(UNet(**TINY)))
+    theta = np.ones_like(ema.average)
+    ema.update(theta)
+    ema.model.to(dtype="float64")
+    with pytest.raises(RuntimeError, match="model: its parameters were moved or replaced, so the average is no longer"):
+        ema.update(theta)
 
 
 def test_a_state_of_a_training_is_kept_as_it_was(copied, tmp_path):

@@ -1,11 +1,15 @@
 """The training loop: algorithm 1 by hand, workers and micro-batches, what it takes and what it refuses."""
 
+import dataclasses
 import functools
 import itertools
 import math
 import multiprocessing
+import os
 import re
+import subprocess
 import sys
+import textwrap
 import threading
 import time
 
@@ -23,6 +27,16 @@ from tinyddpm.training.optim import flat_gradient, flatten
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
 DIFFUSION = Diffusion(make_schedule("linear", 20, beta_end=0.6))
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (23, 4, 4, 1)).astype(np.float32)
+
+
+class Nans(np.random.Generator):
+    """Draws no numbers."""
+
+    def uniform(self, low, high, size):
+        return np.full(size, np.nan)
+
+
+NANS = Nans(np.random.PCG64(0))
 
 
 class Probe(Module):
@@ -402,13 +416,19 @@ class TestTrain:
                 r"images: expected float32 \(M, H, W, C\) with M >= 1, got float32 \(0, 4, 4, 1\)",
             ),
             ({"images": IMAGES[0]}, r"images: expected float32 \(M, H, W, C\)"),
-            ({"images": IMAGES.astype(np.float64)}, r"images: expected float32 .* got float64 \(23, 4, 4, 1\)"),
+            ({"images": IMAGES.astype(np.float64)}, r"images: expected float32 .* got float64 \(23, 4, 4, 1\)$"),
+            (
+                {"images": np.zeros((9, 4, 4, 1), np.uint8)},
+                r"images: .* uint8 .*; of 8-bit levels k, images are k / 127.5",
+            ),
+            ({"images": np.zeros((9, 4, 4, 3), np.float32)}, "images: expected 1 channels, as the network has, got"),
+            ({"model": UNet(**TINY, rng=NANS)}, "time1.w: 64 of its 64 numbers are nan or infinite"),
         ],
     )
     def test_bad_input(self, change, message):
-        arguments = dict(images=IMAGES, steps=1, batch=4) | change
+        arguments = dict(model=UNet(**TINY), images=IMAGES, steps=1, batch=4) | change
         with pytest.raises(ValueError, match=message):
-            next(train(UNet(**TINY), DIFFUSION, **arguments))
+            next(train(diffusion=DIFFUSION, **arguments))
 
 
 def test_a_model_that_has_learned_learns_more(tmp_path):
@@ -425,19 +445,61 @@ def test_a_model_that_has_learned_learns_more(tmp_path):
     next(train(unet, diffusion, -IMAGES[:9].repeat(2, axis=1), 1, **settings))  # other images, of another size
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-@pytest.mark.parametrize("again", [False, True], ids=["first", "again"])
-def test_images_on_another_scale_are_warned_about_once(workers, again, capfd):
-    """And not by each worker, for each batch; but by each training."""
-    images, message = (
-        np.repeat(IMAGES, 4, axis=0) / 2 + 0.5,
-        r"images: expected images in \[-1, 1\], got values from 0\.00",
+class Source:
+    """Images that are read when they are indexed, and recognised by what a user says."""
+
+    def __init__(self, images):
+        self.images, self.shape, self.dtype, self.fingerprint = images, images.shape, images.dtype, "mine"
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, indices):
+        return self.images[indices]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted(Diffusion):
+    """A diffusion with an array in it, that cannot be hashed."""
+
+    weights: np.ndarray = None
+
+
+LIGHT = np.repeat(IMAGES, 4, axis=0) / 2 + 0.5
+
+
+@pytest.mark.parametrize("source", [np.asarray, Source])
+@pytest.mark.parametrize(
+    "diffusion", [DIFFUSION, Weighted(DIFFUSION.schedule, weights=np.ones(20))], ids=["ours", "own"]
+)
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (LIGHT, "0.* to 0.99.*; if black is 0 and white is 1"),
+        (255 * LIGHT, "0.* to 254; if"),
+        (0 * LIGHT + 9, "9 to 9; if"),
+    ],
+)
+def test_images_on_another_scale_are_warned_about(source, diffusion, images, said):
+    with pytest.warns(UserWarning, match=rf"images: expected images in \[-1, 1\], got values from {said}") as seen:
+        for _ in range(2):
+            next(train(UNet(**TINY), diffusion, source(images), steps=3, batch=23, micro_batch=6, workers=1))
+    assert len(seen) == 2 and {w.filename for w in seen} == {__file__}  # once for each training, where it is called
+
+
+def test_workers_do_not_say_it_again(tmp_path):
+    """In a process of its own, since copies of this one would tell pytest, and nobody else."""
+    script = """
+        import warnings
+        warnings.simplefilter("always")
+        from tiny_training import DIFFUSION, IMAGES, TINY, UNet, train
+        list(train(UNet(**TINY), DIFFUSION, 255 * (IMAGES + 1), steps=3, batch=23, micro_batch=6, workers=2))
+    """
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True, check=True
     )
-    with pytest.warns(UserWarning, match=message) as seen:
-        for _ in range(1 + again):
-            unet = UNet(**TINY)
-            list(train(unet, DIFFUSION, images, steps=3, batch=23, micro_batch=6, workers=workers))
-    assert len(seen) == 1 + again and capfd.readouterr().err == ""
+    assert done.stderr.count("expected images") == 1, done.stderr
 
 
 def test_images_on_another_scale_are_warned_about_before_they_go_to_a_device(monkeypatch):

@@ -151,18 +151,18 @@ class Parameter(Tensor):
 
     __slots__ = ()
 
-    def __reduce__(self):
-        """Copied or pickled with the vector of which it is a view, if `training.optim.flatten` made it one: it is a
-        view of that one's copy then, too."""
-        vector = self.data.base
-        if not is_array(vector) or vector.ndim != 1 or vector.dtype != self.dtype or not self.data.flags.c_contiguous:
-            return type(self), (self.data,)
-        start = (address(self.data) - address(vector)) // self.dtype.itemsize
-        return _view, (type(self), vector, start, self.shape)
+    def __reduce_ex__(self, protocol: int):
+        """Copied or pickled with all of the vector of which it is a view, if `training.optim.flatten` made it one: it
+        is a view of that one's copy then, too."""
+        vector, whole = self.data.base, self.data.flags.c_contiguous
+        if type(self) is Parameter and whole and is_array(vector) and (vector.ndim, vector.dtype) == (1, self.dtype):
+            start = (address(self.data) - address(vector)) // self.dtype.itemsize
+            return _view, (vector, start, self.shape)
+        return super().__reduce_ex__(protocol)
 
 
-def _view(kind: type, vector: Array, start: int, shape: tuple[int, ...]) -> Parameter:
-    return kind(vector[start : start + math.prod(shape)].reshape(shape))
+def _view(vector: Array, start: int, shape: tuple[int, ...]) -> Parameter:
+    return Parameter(vector[start : start + math.prod(shape)].reshape(shape))
 
 
 def no_scalar(x):

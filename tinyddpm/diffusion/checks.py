@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
-
 import numpy as np
 
-from ..arguments import check_floats, check_instance, one_of
+from ..arguments import check_floats, check_instance, one_of, warn
 from ..backend import Array, is_array, to_numpy
 from .schedule import Schedule
 
@@ -109,21 +106,26 @@ def checked_labels(labels: np.ndarray | None, count: int) -> np.ndarray | None:
     return labels
 
 
-looked_at: weakref.WeakSet = weakref.WeakSet()  # diffusions for which somebody has looked at images already
+def look_at_scale(diffusion: object, name: str, images: Array) -> None:
+    """`warn_of_scale` of what a diffusion is given, until it has warned once. After the first images, only of numbers
+    that are beyond all reason, for some images are light; and not on a GPU, where it would wait for all under way."""
+    seen = getattr(diffusion, "_scale", "new")
+    if seen == "told" or (seen == "fine" and not isinstance(images, np.ndarray)):
+        return
+    if (outcome := warn_of_scale(name, images, first=seen == "new")) is not None:
+        object.__setattr__(diffusion, "_scale", "told" if outcome else "fine")
 
 
-def warn_of_scale(name: str, images: Array, diffusion: object = None) -> None:
-    """Warn, naming the range seen and what to do, if images that should fill [-1, 1] seem to be on another scale. If it
-    is said for which `diffusion`, only of the first that are looked at for it, so that there is one warning, not many.
-    """
-    if diffusion is not None:
-        if diffusion in looked_at:
-            return
-        looked_at.add(diffusion)
+def warn_of_scale(name: str, images: Array, first: bool = True) -> bool | None:
+    """Warn, naming the range seen and what to do, if images that should fill [-1, 1] seem to be on another scale, and
+    return whether; None if nobody can tell, of few numbers. `first`: also if there is no number below 0, or all are
+    near it."""
     low, high = float(images.min()), float(images.max())
-    one_sided_or_faint = low >= 0 or max(-low, high) <= 0.5
-    if low == high or (-2 <= low and high <= 2 and not (one_sided_or_faint and images.size >= 1000)):
-        return  # not if there is a nan
+    if -2 <= low and high <= 2 and (low == high or images.size < 1000):
+        return None
+    if -2 <= low and high <= 2 and not (first and (low >= 0 or max(-low, high) <= 0.5)):
+        return False
     white = next((white for white in (1, 255, 65535) if 0 <= low and high <= white), None)
     remedy = f"; if black is 0 and white is {white}, take {name} / {white / 2:g} - 1" if white else ""
-    warnings.warn(f"{name}: expected images in [-1, 1], got values from {low:.3g} to {high:.3g}{remedy}", stacklevel=3)
+    warn(f"{name}: expected images in [-1, 1], got values from {low:.3g} to {high:.3g}{remedy}")
+    return True

@@ -35,7 +35,7 @@ from ..autograd.functional import mse
 from ..autograd.tensor import Tensor, as_array, no_grad
 from ..backend import Array, like
 from . import bound, losses
-from .checks import check_diffusion, check_images, check_output, check_shape, check_timesteps, warn_of_scale
+from .checks import check_diffusion, check_images, check_output, check_shape, check_timesteps, look_at_scale
 from .clipping import Clip, checked_clip, limit
 from .schedule import Schedule
 
@@ -273,7 +273,7 @@ class Diffusion:
         shape, TypeError for anything but floats; warns, the first time, of images that seem to be on another scale.
         """
         check_images(x0)
-        warn_of_scale("x0", x0, self)
+        look_at_scale(self, "x0", x0)
         check_instance("rng", rng, np.random.Generator, "a generator from numpy.random.default_rng")
         t = rng.integers(0, self.T, size=len(x0))
         eps = like(rng.standard_normal(x0.shape, dtype=x0.dtype), x0)

@@ -13,12 +13,11 @@ import dataclasses
 import inspect
 import math
 import numbers
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ..arguments import check_instance, generator, number, one_of
+from ..arguments import check_instance, generator, number, one_of, warn
 from ..autograd.tensor import as_array
 from ..backend import Array, array_module, is_array, on_device, to_device
 from ..bar import progress_bar
@@ -235,7 +234,7 @@ def sample(
     ts = timesteps(T, T if steps is None else steps, diffusion.spacing if spacing is None else spacing)
     s = diffusion.schedule  # at whose end something may be left too, but of that `make_schedule` has warned
     if start is None and (left := s.input_scale**2 * (s.alpha_bar[ts[-1]] - s.alpha_bar[-1])) > 0.1:
-        warnings.warn(f"steps: the first, t = {ts[-1]}, is {left:.3g} image, but starts as noise", stacklevel=2)
+        warn(f"steps: the first, t = {ts[-1]}, is {left:.3g} image, but starts as noise; take spacing 'trailing'")
     if len(ts) < T:
         diffusion = respace(diffusion, ts)
     dtype, device = getattr(model, "dtype", np.dtype("float32")), getattr(model, "device", "cpu")
@@ -283,8 +282,8 @@ def checked_request(
     shape: Sequence[int], labels: np.ndarray | None, guidance: float | None, start: Array | None
 ) -> np.ndarray | None:
     """The labels as an array of NumPy, if all that is said of the images to make fits, or ValueError."""
-    sizes = tuple(shape) if np.iterable(shape) else ()
-    if len(sizes) != 4 or not all(isinstance(n, numbers.Integral) and n >= 1 for n in sizes):
+    sizes = list(shape) if isinstance(shape, list | tuple | np.ndarray) else []
+    if len(sizes) != 4 or not all(isinstance(n, numbers.Integral) and n >= 1 and n is not True for n in sizes):
         raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape!r}")
     labels = checked_labels(labels, shape[0])
     if guidance is not None and labels is None:

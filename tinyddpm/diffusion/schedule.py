@@ -13,13 +13,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 
 import numpy as np
 
-from ..arguments import array_of_numbers, check_instance, integer, number
+from ..arguments import array_of_numbers, check_instance, integer, number, warn
 
 
 def _table(function):
@@ -62,7 +61,7 @@ class Schedule:
 
     def __reduce__(self):
         """Copies and pickles are made anew, so that they are as immutable."""
-        return Schedule, (self.beta, self.input_scale, self.name, dict(self.parameters))
+        return type(self), (self.beta, self.input_scale, self.name, dict(self.parameters))
 
     def __repr__(self) -> str:
         settings = {"T": len(self), "input_scale": self.input_scale, **self.parameters}
@@ -275,7 +274,7 @@ def discretise(gamma: np.ndarray) -> np.ndarray:
     if flat > len(beta) / 2:
         raise ValueError("gamma: with these parameters it is flat at most of the steps, which add no noise")
     if flat:
-        warnings.warn(f"gamma: it is flat at {flat} of {len(beta)} steps, which add no noise", stacklevel=3)
+        warn(f"gamma: it is flat at {flat} of {len(beta)} steps, which add no noise")
     return beta
 
 
@@ -344,10 +343,9 @@ def make_schedule(
     schedule = Schedule(beta, input_scale, name, parameters)
     left = schedule.input_scale**2 * schedule.alpha_bar[-1]
     if left > 0.01:
-        warnings.warn(
+        warn(
             f"schedule {name!r} with T = {T} ends far from pure noise: {left:.3g} of the image's variance is left at "
             "its last step (input_scale^2 alpha_bar), but sampling starts from N(0, I); take more steps or add more "
-            "noise in each",
-            stacklevel=2,
+            "noise in each"
         )
     return schedule

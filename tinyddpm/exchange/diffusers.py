@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from ..backend import to_numpy
 from ..diffusion.process import Diffusion
+from ..files.lock import alone_in
 from ..files.mistaken import what_it_is, where_it_is
 from ..files.model import unet_from
 from ..files.replacing import replacing
@@ -32,12 +33,12 @@ def load_diffusers(folder: Path, variant: str | None = None) -> tuple[UNet, Diff
     """Return the U-Net and the diffusion of a local folder of diffusers, such as a copy of google/ddpm-cifar10-32.
 
     The folder is that of a pipeline (DDPMPipeline, DDIMPipeline: `unet/` and `scheduler/`, or both at its top) or of a
-    UNet2DModel alone, for which a warning says that it is taken to be trained with diffusers' defaults. Weights may lie
-    in one file, or in shards with an index, which goes first as it does there; `variant` names others, such as "fp16".
-    float16 and bfloat16 ones are widened to float32. The loss, which diffusers does not store, is "simple", or "hybrid"
-    where the variance is learned. How predicted images are clipped, and how fewer steps are spaced, become
-    `diffusion.clip` and `diffusion.spacing`, which `sample` follows. An unknown field that is off (null, false, 0 or
-    empty) is taken to change nothing, and a warning names it.
+    UNet2DModel alone, for which, unless it is the `unet/` of a pipeline, a warning says that it is taken to be trained
+    with diffusers' defaults. Weights may lie in one file, or in shards with an index, which goes first as it does
+    there; `variant` names others, such as "fp16". float16 and bfloat16 ones are widened to float32. The loss, which
+    diffusers does not store, is "simple", or "hybrid" where the variance is learned. How predicted images are clipped,
+    and how fewer steps are spaced, become `diffusion.clip` and `diffusion.spacing`, which `sample` follows. An unknown
+    field that is off (null, false, 0 or empty) is taken to change nothing, and a warning names it.
 
     All T steps of `sample` are those of DDPMPipeline. Two things are otherwise than there in fewer steps: "ddpm" takes
     the small variance where the scheduler has fixed_large (see `diffusion.sample.respace`), and "ddim" derives the
@@ -117,7 +118,8 @@ def save_diffusers(
     check_finite(weights)  # before there are folders
     for name in ("unet", "scheduler"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    with replacing(folder / f"unet/{WEIGHTS}.safetensors", *(folder / name for name in files)) as (first, *others):
+    files_there = (folder / f"unet/{WEIGHTS}.safetensors", *(folder / name for name in files))
+    with alone_in(folder, wait=60), replacing(*files_there) as (first, *others):  # so that all four are of one model
         # diffusers wants to know that the axes are PyTorch's
         write_tensors(first, laid_out(weights, diffusers_layout), {"format": "pt"})
         for part, content in zip(others, files.values()):
@@ -146,6 +148,8 @@ def _scheduler_of(folder: pathlib.Path, learned: bool) -> tuple[dict, pathlib.Pa
     """The configuration of the scheduler in `folder`, and where it is; without one, Ho et al.'s, its variance `learned`
     or not."""
     paths = [folder / "scheduler" / "scheduler_config.json", folder / "scheduler_config.json"]
+    if folder.name == "unet":  # of a pipeline
+        paths.append(folder.parent / "scheduler" / "scheduler_config.json")
     path = next(filter(pathlib.Path.is_file, paths), paths[0])
     if path.is_file() or (folder / "model_index.json").is_file():
         return _read_json(path), path
@@ -178,6 +182,8 @@ def _weights(home: pathlib.Path, variant: str | None) -> Iterator[tuple[pathlib.
     older = home / f"{WEIGHTS}.safetensors{dot}.index.json"  # until diffusers 0.30
     path = next(filter(pathlib.Path.is_file, (index, older, whole)), None)
     if path is None:
+        for link in filter(pathlib.Path.is_symlink, (index, older, whole)):  # as the hub's cache has them
+            raise FileNotFoundError(f"folder: {link} is a link to {link.readlink()}, which is not there: download it")
         raise FileNotFoundError(
             f"folder: there is no {whole}; there are {', '.join(sorted(path.name for path in home.iterdir()))}. "
             f"Supported: a safetensors file, or shards with their index, {index.name}, or with variant='fp16' those of "

@@ -78,7 +78,8 @@ def _read(path: pathlib.Path, dtype: np.dtype) -> tuple[dict[str, Any], dict[str
     """The facts and the tensors of a checkpoint."""
     with stored_tensors(path) as (stored, metadata):
         if "training" not in metadata:
-            raise ValueError(f"path: {path} is no checkpoint of a training")
+            is_model = "; it is a model, and train begins with its weights: train(*load_model(path), ...)"
+            raise ValueError(f"path: {path} is no checkpoint of a training{is_model * ('tinyddpm' in metadata)}")
         return json.loads(metadata["training"]), {name: tensor.read(dtype) for name, tensor in stored.items()}
 
 

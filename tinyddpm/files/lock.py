@@ -29,21 +29,31 @@ def alone_in(folder: Path, wait: float = 0.0) -> Iterator[None]:
     stop the others. Raises BlockingIOError, which says who is there, if somebody is, and still is after `wait` seconds.
     """
     path, deadline = pathlib.Path(folder, LOCK), time.monotonic() + wait
+    here = os.getpid(), os.path.realpath(path)
     while True:
         try:
+            if here in _held:  # the system lets a process lock a file twice, and then unlocks it at the first end
+                raise _in_use(path)
             file = _locked(path)
             break
         except BlockingIOError:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(0.1)
+    if file:
+        _held.add(here)
     try:
         yield
     finally:
+        _held.discard(here)
         if file:
             with contextlib.suppress(OSError):  # Windows keeps what is open
-                path.unlink()
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # and not another's, after it was removed
+                    path.unlink()
             file.close()
+
+
+_held: set[tuple[int, str]] = set()  # by processes, of which some may be copies that inherited it
 
 
 def _locked(path: pathlib.Path) -> BinaryIO | None:
@@ -60,20 +70,29 @@ def _locked(path: pathlib.Path) -> BinaryIO | None:
         except FileNotFoundError:  # whose it was has just removed it
             pass
         except OSError as error:
-            who = path.read_text("utf-8", "replace").strip() if path.exists() else ""
             file.close()
             if error.errno not in _TAKEN:
                 return None
-            who = who or "another process"
-            raise BlockingIOError(
-                f"{path.parent} is in use by {who}; wait for its end or take another folder"
-            ) from None
+            raise _in_use(path) from None
         file.close()
+    else:  # such files are never the same, on this file system
+        return None
     with contextlib.suppress(OSError):  # of a full disk
+        path.chmod(0o666)  # so that other users, too, can ask for it
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %X')}\n".encode())
         file.flush()
     return file
+
+
+def _in_use(path: pathlib.Path) -> BlockingIOError:
+    try:
+        who = path.read_text("utf-8", "replace").strip()
+    except OSError:  # it has ended since
+        who = ""
+    return BlockingIOError(
+        f"{path.parent} is in use by {who or 'another process'}; wait for its end or take another folder"
+    )
 
 
 def _lock(file: BinaryIO) -> None:

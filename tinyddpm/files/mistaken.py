@@ -10,6 +10,7 @@ from collections.abc import Collection
 _UNREAD = "which is never read, for it can run any code: save the tensors with safetensors"
 KINDS = {  # by how a file begins
     rb"\Z": "it is empty",
+    rb"\0{16}": "it begins with zeros, as what was not downloaded to its end: download it again",
     rb"version https://git-lfs": "it is a pointer of git-lfs and not the file itself: run `git lfs pull` in its folder",
     rb"(?i)(\xef\xbb\xbf)?\s*<(!doctype html|html|head|!--)": "it is a web page and not the file: download it again "
     "from the address of the file itself (on huggingface.co with /resolve/ where the page has /blob/)",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from ..arguments import integer
 from ..diffusion.process import Diffusion
 from ..diffusion.schedule import Schedule
 from ..network.unet import UNet
@@ -94,7 +95,7 @@ def unet_from(stored: Mapping[str, Stored], config: Mapping, layout: Layout = ow
     widened, and the network is float64 if any tensor is. Raises ValueError, which lists them all, if tensors are
     missing, unknown, of another shape or not floats; and what `UNet` does of a configuration that makes none.
     """
-    if dict(config).get("blocks", 1) > 1000 + len(stored):  # before lists of so many fill the memory
+    if integer("blocks", dict(config).get("blocks", 1)) > 1000 + len(stored):  # before lists of so many fill the memory
         raise ValueError(TOO_LARGE)
     unet = UNet(**config, rng=_NoWeights(stored))
     left, wrong, found = dict(stored), [], []
@@ -111,7 +112,8 @@ def unet_from(stored: Mapping[str, Stored], config: Mapping, layout: Layout = ow
             found.append((p, tensor, shape, np.argsort(axes)))  # which puts the axes back
     wrong += [f"{name} is unknown" for name in left]
     if wrong:
-        raise ValueError(f"the weights do not fit the configuration: {'; '.join(wrong)}")
+        more = f"; and {len(wrong) - 100} more" if len(wrong) > 100 else ""
+        raise ValueError(f"the weights do not fit the configuration: {'; '.join(wrong[:100])}{more}")
     dtype = np.float64 if any(tensor.format == "F64" for tensor in stored.values()) else np.float32
     for p, tensor, shape, back in found:
         p.data = np.ascontiguousarray(tensor.read(dtype).reshape(shape).transpose(back))

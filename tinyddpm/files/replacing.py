@@ -21,8 +21,8 @@ def replacing(*paths: pathlib.Path, keep: bool = False) -> Iterator[list[pathlib
     """Yield a path beside each of `paths`, that nobody else writes to; at the end, when all are complete and on the
     disk, they are moved to `paths`. An error before that leaves everything as it was.
 
-    Of several writers the last one wins. What one that was killed has left is removed by the next. With `keep`, what
-    was at a path stays as its `previous` one. Raises OSError if a file cannot be written.
+    Of several writers of a file the last one wins. What one that was killed has left is removed by the next. With
+    `keep`, what was at a path stays as its `previous` one. Raises OSError if a file cannot be written.
     """
     unfinished = [path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{secrets.token_hex(2)}.part") for path in paths]
     if folders := [str(path) for path in paths if path.is_dir()]:
@@ -70,12 +70,12 @@ def _is_alive(pid: int) -> bool:
 
 
 def _give_second_name(path: pathlib.Path, name: pathlib.Path) -> None:
-    """And leave it its first, so that there is a file of that name at any moment."""
-    name.unlink(missing_ok=True)
-    try:
-        os.link(path, name)
-    except OSError:  # not every file system has links
-        shutil.copyfile(path, name)
+    """And leave it its first, so that there is a file of either name at any moment."""
+    with replacing(name) as (unfinished,):
+        try:
+            os.link(path, unfinished)
+        except OSError:  # not every file system has links
+            shutil.copyfile(path, unfinished)
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

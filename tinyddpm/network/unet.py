@@ -186,7 +186,7 @@ class UNet(Module):
         arguments = locals()  # before there are other names
         self.config = checked_config({name: arguments[name] for name in arguments if name not in ("self", "rng")})
         channels, attention, blocks, patch = map(self.config.get, ("channels", "attention", "blocks", "patch"))
-        self.dropout, rng = dropout, generator(rng)
+        rng = generator(rng)
         temb_channels = 4 * channels[0]
         last = len(channels) - 1
         halving = 1 if downsample_padding else ((0, 1), (0, 1))
@@ -227,6 +227,11 @@ class UNet(Module):
 
         self.norm_out = GroupNorm(width, groups, norm_eps)
         self.conv_out = Conv2d(width, out_channels * patch**2, 3, rng, padding=1, scale=0.0)
+
+    @property
+    def dropout(self) -> float:
+        """Its probability in each residual block; like that of labels, it is chosen when the network is made."""
+        return self.config["dropout"]
 
     @property
     def label_dropout(self) -> float:

@@ -24,7 +24,6 @@ import signal
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,10 +31,12 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
+import threadpoolctl
 from threadpoolctl import ThreadpoolController, threadpool_limits
 
-from ..arguments import integer
+from ..arguments import integer, warn
 
+AHEAD = "tinyddpm reads ahead"  # so the names of its threads begin
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
@@ -53,11 +54,11 @@ def worker_threads(count: int | None = None, most: int | None = None) -> Iterato
     is taken. One thread is this one: a new one would be new to a GPU's libraries too, which takes them a while.
     Raises ValueError unless `count` is an integer >= 1.
     """
-    count = _worker_count(count, most)
+    count, blas = _worker_count(count, most), ThreadpoolController()
     with contextlib.nullcontext() if count == 1 else ThreadPoolExecutor(count) as pool:
 
         def run(function: Callable, items: Iterable) -> Iterator:
-            with one_blas_thread():  # a setting of the whole process, so only while we need it
+            with one_blas_thread(blas):  # a setting of the whole process, so only while we need it
                 if pool:
                     yield from pool.map(function, items)
                 else:
@@ -71,13 +72,14 @@ _blas_lock, _blas_users, _blas_before = threading.Lock(), 0, None
 
 
 @contextlib.contextmanager
-def one_blas_thread() -> Iterator[None]:
+def one_blas_thread(blas: ThreadpoolController) -> Iterator[None]:
     """Within this block, BLAS computes with one thread, in all of the process; so of the threads that are within, the
     first sees to that, and the last to leave has it as the first found it."""
     global _blas_users, _blas_before
     with _blas_lock:
         if _blas_users == 0:
-            _blas_before = ThreadpoolController().limit(limits=1, user_api="blas")
+            _let_any_thread_set_blas()
+            _blas_before = blas.limit(limits=1, user_api="blas")
         _blas_users += 1
     try:
         yield
@@ -85,7 +87,16 @@ def one_blas_thread() -> Iterator[None]:
         with _blas_lock:
             _blas_users -= 1
             if _blas_users == 0:
+                _let_any_thread_set_blas()
                 _blas_before.restore_original_limits()
+                _let_any_thread_set_blas()
+
+
+def _let_any_thread_set_blas() -> None:
+    """Since threadpoolctl 3.8, the first thread that set OpenBLAS's limit is the only one that may, while it lives."""
+    openblas = getattr(threadpoolctl, "OpenBLASController", None)
+    if clear := getattr(openblas, "clear_controlling_thread", None):
+        clear(force=True)
 
 
 @contextlib.contextmanager
@@ -93,7 +104,7 @@ def ahead(function: Callable, items: Iterable, depth: int) -> Iterator[Iterator]
     """Within this block, yields an iterator over function(item) for each item, in order, which a thread per CPU is up
     to `depth` items ahead with; an exception is raised where its result is asked for. Nothing begins before the first
     is asked for."""
-    with ThreadPoolExecutor(cpu_count()) as pool:
+    with ThreadPoolExecutor(cpu_count(), AHEAD) as pool:
         waiting = collections.deque()
 
         def results() -> Iterator:
@@ -130,10 +141,10 @@ def worker_processes(
     threads = threads or multiprocessing.current_process().daemon or "mpi4py.MPI" in sys.modules
     threads = threads or sys.platform != "linux" or count == 1
     if not threads and (others := _busy_threads()):
-        warnings.warn(
+        warn(
             f"workers: they are threads, which are slower here than processes, for other threads of this program are "
-            f"alive ({', '.join(others)}), and a process cannot be copied while one of them is in a matrix product",
-            stacklevel=2,
+            f"alive ({', '.join(others)}), and a process cannot be copied while one of them is in a matrix product; "
+            "begin before they do, or take workers=1"
         )
         threads = True
     if threads:
@@ -157,15 +168,20 @@ def worker_processes(
 # whose threads wait for others and compute nothing: progress bars, notebooks, debuggers, our pools of processes
 _IDLE = (
     "tqdm.", "ipykernel.", "IPython.", "zmq.", "debugpy.", "pydevd", "_pydevd", "multiprocessing.queues",
-    "concurrent.futures.process",
+    "multiprocessing.pool.Pool.", "concurrent.futures.process",
 )  # fmt: skip
 
 
 def _busy_threads() -> list[str]:
     """The names of this process's other threads that may compute, as far as Python knows of them."""
-    code = lambda thread: (getattr(thread, "_target", None) or type(thread)).__module__ or ""
     others = [thread for thread in threading.enumerate() if thread is not threading.current_thread()]
-    return [thread.name for thread in others if not code(thread).startswith(_IDLE)]
+    return [thread.name for thread in others if not (thread.name.startswith(AHEAD) or _code(thread).startswith(_IDLE))]
+
+
+def _code(thread: threading.Thread) -> str:
+    """Where what a thread runs is written, such as "multiprocessing.pool.Pool._handle_tasks"."""
+    code = getattr(thread, "_target", None) or type(thread)
+    return f"{code.__module__}.{getattr(code, '__qualname__', '')}"
 
 
 def shared_array(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ..arguments import check_vector, number
 from ..autograd.tensor import Parameter
-from ..backend import Array, array_module, paired
+from ..backend import Array, address, array_module, paired
 
 
 def flatten(parameters: list[Parameter], out: Array | None = None) -> Array:
@@ -132,19 +132,22 @@ class EMA:
         average <- d average + (1 - d) theta,   d = min(decay, (1 + n) / (10 + n)) after n updates
 
     so that early on the average follows fast. Ho et al. 2020 draw their samples from it.
-    Raises ValueError unless 0 <= decay < 1.
+    Raises ValueError unless 0 <= decay < 1. `update` raises RuntimeError once `model` has been moved, by `to` for
+    example: then take a new average of it.
     """
 
     def __init__(self, model, decay: float = 0.9999):
-        if not hasattr(model, "parameters"):
+        if not hasattr(model, "parameters") or isinstance(model, type):
             raise TypeError(f"model: expected a Module, got {type(model).__name__}")
         self.decay, self.n = number("decay", decay, "[0, 1)"), 0
         self.model = copy.deepcopy(model)
-        self.average = flatten(self.model.parameters())
+        self.average, self.first = flatten(self.model.parameters()), self.model.parameters()[0]
 
     def update(self, theta: Array) -> None:
         """Move the average towards `theta` (P,), the flat parameters of the model it was copied from."""
         check_vector("theta", theta, self.average)
+        if address(self.first.data) != address(self.average):
+            raise RuntimeError("model: its parameters were moved or replaced, so the average is no longer theirs")
         d = min(self.decay, (1 + self.n) / (10 + self.n))
         ema_update(self.average, theta, d)
         self.n += 1

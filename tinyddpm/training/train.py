@@ -16,18 +16,19 @@ import functools
 import math
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from ..arguments import check_instance, integer, number
+from ..arguments import check_instance, integer, number, warn
 from ..backend import Array, is_array, on_device
-from ..diffusion.checks import checked_labels, looked_at, warn_of_scale
+from ..diffusion.checks import checked_labels, warn_of_scale
 from ..diffusion.process import Diffusion
 from ..files.checkpoint import a_hundred, differences, read_checkpoint, run_config, write_checkpoint
+from ..files.folder import ImageFolder
 from ..files.tensors import Path
+from ..files.tensors import check_finite as check_weights
 from ..network.checks import check_labels
 from ..network.nn import Module
 from ..network.unet import UNet
@@ -136,9 +137,9 @@ class Run:
     def raise_unless_finite(self, step: int = 0, **vectors: Array) -> None:
         """Look at all steps that nobody has looked at, and at `vectors` as `step` has left them."""
         try:
-            for number, outcome in self.unseen:
+            for seen, outcome in self.unseen:
                 outcome[:] = map(float, outcome)
-                check_finite(number, *outcome)
+                check_finite(seen, *outcome)
             with on_device(self.model.device):
                 for name, vector in vectors.items():
                     if not np.isfinite(vector).all():
@@ -216,7 +217,7 @@ def train(
     warmup_steps, decay_steps = integer("warmup_steps", warmup_steps, 0), integer("decay_steps", decay_steps, 0)
     lr, max_norm = number("lr", lr, "(0, inf)"), number("max_norm", max_norm, "(0, inf]")
     ema_decay = number("ema_decay", ema_decay, "[0, 1)")
-    _check_kinds(model, diffusion, resume, stop, ranks)
+    _check_kinds(model, diffusion, flip, resume, stop, ranks)
     labels, ranks = _checked_data(model, diffusion, images, labels), ranks or Ranks()
     workers = ranks.cpus if workers is None else integer("workers", workers)
     settings = {"batch": batch, "lr": lr, "warmup_steps": warmup_steps, "decay_steps": decay_steps, "seed": seed}
@@ -253,12 +254,13 @@ def train(
                 yield state
 
 
-def _check_kinds(model: Any, diffusion: Any, resume: Any, stop: Any, ranks: Any) -> None:
+def _check_kinds(model: Any, diffusion: Any, flip: Any, resume: Any, stop: Any, ranks: Any) -> None:
     """Raise TypeError unless they are what `train` says."""
     check_instance("model", model, Module, "a Module")
-    if not hasattr(diffusion, "loss"):
+    if not hasattr(diffusion, "loss") or isinstance(diffusion, type):
         raise TypeError(f"diffusion: expected a Diffusion, got {type(diffusion).__name__}")
     check_instance("resume", resume, str | os.PathLike | None, "a path")
+    check_instance("flip", flip, bool | np.bool_, "True or False")
     check_instance("stop", stop, Callable | None, "a function without arguments")
     check_instance("ranks", ranks, Ranks | None, "Ranks")
 
@@ -270,16 +272,22 @@ def _checked_data(model: Module, diffusion: Any, images: Any, labels: np.ndarray
     if not in_memory and (is_array(images) or not all(hasattr(images, name) for name in ("shape", "dtype"))):
         raise TypeError(f"images: expected a NumPy array, got {type(images)}, or what is indexed like one")
     if len(images.shape) != 4 or math.prod(images.shape) == 0 or images.dtype != model.dtype:
-        raise ValueError(f"images: expected {model.dtype} (M, H, W, C) with M >= 1, got {images.dtype} {images.shape}")
+        levels = "; of 8-bit levels k, images are k / 127.5 - 1" if np.dtype(images.dtype).kind in "iu" else ""
+        expected = f"images: expected {model.dtype} (M, H, W, C) with M >= 1"
+        raise ValueError(f"{expected}, got {images.dtype} {images.shape}{levels}")
     labels = checked_labels(labels, len(images))
     if labels is None and getattr(model, "label_dropout", 0):
         raise ValueError("labels: this model is to learn with and without them, so give some; -1 is none")
+    check_weights(model.state_dict())  # those of a file, say, or of a training that went wrong
     if isinstance(model, UNet):
+        if images.shape[3] != model.config["in_channels"]:
+            channels = model.config["in_channels"]
+            raise ValueError(f"images: expected {channels} channels, as the network has, got shape {images.shape}")
         check_labels(model.config, labels, len(images))  # of all, now and not when their turn comes
-    if not hasattr(images, "fingerprint"):  # those of a folder are on the scale that they should be on
-        warn_of_scale("images", a_hundred(images))
-    if isinstance(diffusion, Diffusion):
-        looked_at.add(diffusion)  # so that no worker says it again
+    if not isinstance(images, ImageFolder):  # those of a folder are on the scale that they should be on
+        told = warn_of_scale("images", a_hundred(images))
+        if isinstance(diffusion, Diffusion):  # so that no worker says it again
+            object.__setattr__(diffusion, "_scale", "told" if told else "fine")
     return labels
 
 
@@ -290,10 +298,9 @@ def _default_micro_batch(model: Module, images: Any, batch: int, ranks: Ranks) -
 def _warn_of_idle(ranks: Ranks, batches: Batches) -> None:
     count = len(batches.starts)
     if ranks.rank == 0 and ranks.size > count:
-        warnings.warn(
+        warn(
             f"ranks: of {ranks.size}, {ranks.size - count} have nothing to do, since a batch of {batches.size} is "
-            f"{count} micro-batches of {batches.micro_batch}",
-            stacklevel=3,
+            f"{count} micro-batches of {batches.micro_batch}"
         )
 
 
