@@ -262,13 +262,10 @@ def test_adam_clipping_and_average(dtype, weight_decay):
     theta = r.standard_normal(40_000).astype(dtype)
     results = []
     for device in ("cpu", "cuda"):
-        p = Parameter(to_device(theta.copy(), device))
-        flat = flatten([p])
-        adam, ema = (
-            Adam(flat, 1e-2, weight_decay=weight_decay),
-            EMA(Linear(1, 1, r), 0.9),
-        )
-        ema.average = flat.copy()
+        model = Linear(1, 1, r)
+        model.w, model.b = (Parameter(to_device(part.copy(), device)) for part in np.split(theta, [30_000]))
+        flat = flatten(model.parameters())
+        adam, ema = Adam(flat, 1e-2, weight_decay=weight_decay), EMA(model, 0.9)
         norms = []
         for seed in range(3):
             gradient = to_device(np.random.default_rng(seed).standard_normal(40_000).astype(dtype), device)
