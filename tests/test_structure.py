@@ -47,7 +47,14 @@ ONLY_IN = {
     "mmap": {"speed/workers.py"},
     "ctypes": {"speed/workers.py"},
     "threadpoolctl": {"speed/workers.py"},
-    "threading": {"backend.py", "autograd/tensor.py", "speed/winograd.py", "speed/workers.py", "files/folder.py"},
+    "threading": {
+        "backend.py",
+        "autograd/tensor.py",
+        "speed/winograd.py",
+        "speed/workers.py",
+        "files/folder.py",
+        "files/quiet.py",
+    },  # fmt: skip
     "mpi4py": {"speed/ranks.py"},
     "argparse": {"cli.py", "options.py", "program.py"},
     "tqdm": {"bar.py"},

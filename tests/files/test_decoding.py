@@ -7,6 +7,7 @@ import io
 import itertools
 import re
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -17,8 +18,9 @@ from tinyddpm import ImageFolder
 from tinyddpm.files.pictures import to_uint8
 
 H, W = 5, 8
-REASONS = "in no format that Pillow reads|not known which of them are white|which Pillow mistakes|a palette of 8 bits"
-REASONS += "|of which Pillow reads 8|a first frame that is a part|: (decoder error -2|-2|unknown raw mode.*)$"
+REASONS = "in no format that Pillow reads|a kind that Pillow does not read|not known which of them are white"
+REASONS += "|which Pillow mistakes|a palette of 8 bits|of which Pillow reads 8|a first frame that is a part"
+REASONS += "|fewer than 8 bits|: (decoder error -2|-2|unknown raw mode.*)$"
 
 
 def packed(levels, bits, order=">"):
@@ -183,11 +185,71 @@ def test_pnm(tmp_path, white, samples, plain, magic):
     assert is_right(tmp_path / "a.pnm", data, levels / white * 255)
 
 
+def dib(size, height=H):
+    """The header of a bitmap of 32 bits: of 40 bytes, or of 108, which says where in them the alpha is."""
+    header = struct.pack("<IiiHHIIIIII", size, W, height, 1, 32, 3 if size > 40 else 0, *[0] * 5)
+    return (header + struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000)).ljust(size, b"\0")[:size]
+
+
+HEADERS = {  # of pictures of four bytes per pixel, the last one of which is an alpha
+    "tga": bytes([0, 0, 2, *[0] * 9]) + struct.pack("<4H", W, H, 32 | 0x20 << 8, 0)[:6],
+    "bmp": b"BM" + struct.pack("<III", 122 + 4 * H * W, 0, 122) + dib(108),
+    "dib": dib(108),
+    "ico": struct.pack("<HHHBBBBHHII", 0, 1, 1, W, H, 0, 0, 1, 32, 40 + 4 * H * W + 4 * H, 22) + dib(40, 2 * H),
+    "cur": struct.pack("<HHHBBBBHHII", 0, 2, 1, W, H, 0, 0, 0, 0, 40 + 4 * H * W + 4 * H, 22) + dib(40, 2 * H),
+}
+
+
 @pytest.mark.parametrize("alpha", [0, 255])
-def test_tga_whose_alpha_is_0_throughout_has_none(tmp_path, alpha):
-    header = bytes([0, 0, 2, *[0] * 9]) + struct.pack("<4H", W, H, 32 | 0x20 << 8, 0)[:6]
-    pixels = np.broadcast_to([10, 100, 200, alpha], (H, W, 4))
-    assert is_right(tmp_path / "a.tga", header + packed(pixels, 8), np.array([200, 100, 10]))
+@pytest.mark.parametrize("name", HEADERS)
+def test_if_alpha_is_0_throughout_programs_that_know_none_have_written_it(tmp_path, name, alpha):
+    data = HEADERS[name] + bytes([10, 100, 200, alpha]) * (H * W) + bytes(4 * H)
+    assert is_right(tmp_path / f"a.{name}", data, np.array([200, 100, 10]))
+
+
+@pytest.mark.parametrize("name", ["png", "tif", "webp"])
+def test_elsewhere_it_is_meant(tmp_path, name):
+    data = io.BytesIO()
+    Image.new("RGBA", (W, H), (200, 100, 10, 0)).save(data, {"tif": "TIFF"}.get(name, name))
+    assert is_right(tmp_path / f"a.{name}", data.getvalue(), np.array([255, 255, 255]))
+
+
+@pytest.mark.parametrize("name", ["xbm", "psd"])
+def test_bitmaps_in_which_1_is_black(tmp_path, name):
+    """As ImageMagick shows both, and Photoshop the one and the X Window System the other."""
+    black = np.random.default_rng(0).integers(0, 2, (H, W))
+    if name == "xbm":
+        numbers = ", ".join(f"0x{row:02x}" for row in np.packbits(black, axis=1, bitorder="little").ravel())
+        data = f"#define a_width {W}\n#define a_height {H}\nstatic char a_bits[] = {{\n{numbers}}};\n".encode()
+    else:
+        header = b"8BPS" + struct.pack(">H6xHIIHH", 1, 1, H, W, 1, 0)
+        data = header + bytes(12) + bytes(2) + packed(black, 1)
+    assert is_right(tmp_path / f"a.{name}", data, 255 - 255 * black[:, :, None])
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 7, 8, 12, 16])
+@pytest.mark.parametrize("name", ["jp2", "j2k"])
+def test_jpeg_2000_in_which_white_is_as_many_bits_as_it_says(tmp_path, name, bits):
+    """A white picture; what Pillow writes has 8 or 16 bits, and as all is equal, only the header says how many."""
+    if not Image.core.__dict__.get("jpeg2k_encoder"):
+        pytest.skip("this Pillow knows no JPEG 2000")
+    data = io.BytesIO()
+    picture = np.full((H, W), 0xFFFF if bits > 8 else 0xFF, np.uint16 if bits > 8 else np.uint8)
+    Image.fromarray(picture).save(data, "JPEG2000", no_jp2=name == "j2k")
+    data = bytearray(data.getvalue())
+    place = data.index(b"\xff\x4f\xff\x51") + 42
+    assert data[place] == (15 if bits > 8 else 7)
+    data[place] = bits - 1
+    if name == "jp2":
+        data[data.index(b"ihdr") + 14] = bits - 1
+    assert is_right(tmp_path / f"a.{name}", bytes(data), np.full(3, 255)) == (bits >= 8)
+
+
+def test_an_icon_of_sixteen_bits(tmp_path):
+    levels = np.random.default_rng(0).integers(0, 2**16, (H, W, 1))
+    data = png(levels, 16, 0)
+    data = struct.pack("<HHHBBBBHHII", 0, 1, 1, W, H, 0, 0, 1, 16, len(data), 22) + data
+    assert is_right(tmp_path / "a.ico", data, levels / 257)
 
 
 def test_a_gif_whose_first_frame_is_a_part_of_it(tmp_path):
@@ -201,3 +263,16 @@ def test_sixteen_bits_of_which_nobody_says_what_is_white(tmp_path):
     cards = [("SIMPLE", "T"), ("BITPIX", 16), ("NAXIS", 2), ("NAXIS1", W), ("NAXIS2", H)]
     header = "".join(f"{name:8}= {value:>20}".ljust(80) for name, value in cards) + "END"
     assert not is_right(tmp_path / "a.fits", header.ljust(2880).encode() + bytes(2 * W * H), -np.ones(3))
+
+
+def test_what_belongs_to_one_picture_is_no_second_one(tmp_path):
+    layers = struct.pack(">II", 48, 44) + struct.pack(">h", 2) + bytes(42)
+    psd = b"8BPS" + struct.pack(">H6xHIIHH", 1, 1, H, W, 8, 1) + bytes(8) + layers + bytes(2) + bytes([90]) * (H * W)
+    (tmp_path / "a.psd").write_bytes(psd)
+    photo, other = Image.new("RGB", (W, H), (90, 90, 90)), Image.new("RGB", (W, H))
+    for name in ("b.jpg", "c.mpo"):
+        photo.save(tmp_path / name, "MPO", save_all=True, append_images=[other])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        images = ImageFolder(tmp_path, (H, W))
+    assert images.files == ["a.psd", "b.jpg", "c.mpo"] and np.ptp(to_uint8(images[:])) <= 2

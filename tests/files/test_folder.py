@@ -5,6 +5,7 @@ import errno
 import gc
 import os
 import pathlib
+import re
 import struct
 import threading
 import time
@@ -23,6 +24,14 @@ from tinyddpm import ImageFolder, load_digits
 from tinyddpm.files.pictures import to_uint8
 
 
+@pytest.fixture(autouse=True)
+def waits(monkeypatch):
+    """The seconds that are waited for a folder that is away: none, but those that a test puts into the list."""
+    seconds = []
+    monkeypatch.setattr(tinyddpm.files.folder, "_WAITS", seconds)
+    return seconds
+
+
 def put(path, picture=None, **how):
     """Save a picture, or a small grey one, and make the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +45,9 @@ def cut_short(path):
     """Leave of a file its header, and half of the rest."""
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2 + 20])
+
+
+TEXT = "it is text, which begins with {!r}; if it was downloaded, that is what the server had to say"
 
 
 def noise(*shape, dtype=np.uint8, seed=0):
@@ -86,24 +98,26 @@ class TestWhichFiles:
         assert len(ImageFolder(tmp_path, 4)) == 11
 
     def test_not_what_is_hidden_nor_other_files(self, tmp_path):
-        for file in ("a.png", ".b.png", ".cache/c.png", "d/.e/f.png"):
+        of_systems = ("__MACOSX/a.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg", "d/@eaDir/b.jpg", "lost+found/a.png")
+        for file in ("a.png", ".b.png", ".cache/c.png", "d/.e/f.png", *of_systems):
             put(tmp_path / file)
         put(tmp_path / "g.eps")  # needs Ghostscript
         put(tmp_path / "h.pdf")  # is only written
-        for file in ("i.txt", "j.h5", "k", "png", "l/m.HEIC", "l/n.heic", "Thumbs.db"):
+        beside = (
+            "i.txt LICENSE README x/README.md x/y.py x/y.ipynb y.sh y.pdf z.zip zz.zip z.npy z.mp4 Thumbs.db".split()
+        )
+        for file in (*beside, "1.a", "2.a", "3.a", "4.b", "5.b", "j.jpg_", "k", "png", "l/m.HEIC"):
             (tmp_path / file).parent.mkdir(exist_ok=True)
             (tmp_path / file).write_bytes(b"text")
         images, said = told(tmp_path)
         assert images.files == ["a.png"] and not images.skipped
         assert said == [
-            "7 files are left out for their suffix, with which Pillow reads none: 2 without one (k), 2 .heic "
-            "(l/m.HEIC), 1 .eps (g.eps), ...; if they are pictures, pip install pillow-heif, and call "
-            "pillow_heif.register_heif_opener() first, or convert them"
+            "10 files left out for the suffix, with which Pillow reads none: 1 .heic (l/m.HEIC), 3 .a (1.a), 2 .b "
+            "(4.b), 2 without one (k), 1 .eps (g.eps), 1 .jpg_ (j.jpg_); if they are pictures, pip install "
+            "pillow-heif, and call pillow_heif.register_heif_opener() first, or convert them"
         ]
-        (tmp_path / "a.png").unlink()
-        with pytest.raises(
-            ValueError, match="in folders in it, but there is none; 7 files are left out for their suff"
-        ):
+        (tmp_path / "a.png").unlink()  # then what is beside may be what is meant
+        with pytest.raises(ValueError, match=r"in it, but there is none; 24 files left out .* 2 .zip \(z.zip\)"):
             ImageFolder(tmp_path, 4)
 
     def test_a_format_that_has_been_registered_with_pillow(self, tmp_path, monkeypatch):
@@ -122,7 +136,7 @@ class TestWhichFiles:
     def test_no_file_is_given_to_ghostscript_whatever_its_name(self, tmp_path):
         put(tmp_path / "a.png")
         put(tmp_path / "b.eps").rename(tmp_path / "b.png")
-        with pytest.warns(UserWarning, match="1 of 2 files are left out: b.png: in no format that Pillow reads$"):
+        with pytest.warns(UserWarning, match="1 of 2 files are left out: b.png: EPS, damaged or of a kind that"):
             assert ImageFolder(tmp_path, 4).files == ["a.png"]
 
     def test_links_are_followed_but_not_in_circles(self, tmp_path):
@@ -154,12 +168,13 @@ class TestWhichFiles:
     def test_where_no_picture_can_be_read_there_is_no_class(self, tmp_path):
         put(tmp_path / "cats/1.png")
         (tmp_path / "above.png").touch()
-        for name in ("apes", "bats", ".bees"):
+        for name in ("apes", "bats", ".bees", "labels"):
             (tmp_path / name).mkdir()
+        (tmp_path / "labels/1.txt").touch()
         (tmp_path / "apes/1.png").touch()
         images, said = told(tmp_path)
         assert images.classes == ("cats",) and said == [
-            "2 of 3 files are left out: above.png: empty; apes/1.png: empty",
+            "2 of 3 files are left out: above.png and 1 more: empty",
             "no classes, for want of a picture that can be read: apes, bats",
         ]
 
@@ -167,7 +182,17 @@ class TestWhichFiles:
         "files, classes, inside",
         [
             ("train/cats/1 train/dogs/2 train/dogs/3 test/cats/4", "test, train", "train"),
-            ("Train/1 val/2 val/3", "Train, val", "val"),
+            ("Train/1 val/2 val/3", "Train, val", "Train"),
+            ("seg_train/seg_train/x/1 seg_test/seg_test/y/2", "seg_test, seg_train", "seg_train/seg_train"),
+            ("train/a/1 test/a/2 samples/3", "samples, test, train", "train"),
+            ("train/a/1 unsup/2 unsup/3", "train, unsup", "train"),
+            ("archive/dataset/cats/1 archive/dataset/dogs/2", "archive", "archive/dataset"),
+            ("a/b/train/x/1 a/b/test/x/2 a/b/test/y/3", "a", "a/b/train"),
+            ("train/cats/1 validation_set/cats/2", "train, validation_set", "train"),
+            ("train2017/1 val2017/2", "train2017, val2017", "train2017"),
+            ("cat/indoor/1 dog/indoor/2", "", None),
+            ("bullet_train/1 steam_train/2 train_station/3", "", None),
+            ("archive/dataset/1", "", None),
             ("pets/cats/1 pets/dogs/2", "pets", "pets"),
             ("2019/cats/1 2020/cats/2 2020/dogs/3 2021/x/y/4", "2019, 2020, 2021", "2020"),
             ("cats/1 dogs/a/2", "", None),
@@ -380,7 +405,7 @@ class TestWhatIsShown:
         put(tmp_path / "a.png")
         put(tmp_path / "b.tif", np.zeros((4, 4), np.float32))
         put(tmp_path / "c.tif", np.zeros((4, 4), np.int32))
-        with pytest.warns(UserWarning, match="b.tif: numbers of more than 8 bits, .*; c.tif: numbers of more"):
+        with pytest.warns(UserWarning, match="b.tif and 1 more: numbers of more than 8 bits, and it is not kn"):
             assert ImageFolder(tmp_path, 4).files == ["a.png"]
 
     @pytest.mark.parametrize("channels", [1, 3])
@@ -410,7 +435,7 @@ class TestWhatIsShown:
             put(tmp_path / name / f"a.{name}", frames[0], save_all=True, append_images=frames[1:], **how)
             images, said = told(tmp_path / name, 8)
             assert (to_uint8(images[:]) == 30).all() and said == [
-                f"of 1 files with several frames or pages, the first is taken: a.{name}"
+                f"of 1 file with several frames or pages, the first is taken: a.{name}"
             ]
 
 
@@ -492,9 +517,31 @@ class TestDamage:
         assert [warning.category for warning in seen] == [UserWarning] and seen[0].filename == __file__
         message = str(seen[0].message)
         assert message.startswith(
-            f"{tmp_path}: 5 of 6 files are left out: a.png: empty; b.jpg: in no format that Pillow "
+            f"{tmp_path}: 5 of 6 files are left out: a.png: empty; b.jpg: {TEXT.format('no picture')};"
         )
-        assert message.endswith("; ...") and message.count(": ") == 5 and "_io" not in message
+        assert message.endswith("; e.gif: GIF, damaged or of a kind that Pillow does not read")
+        assert "; c.png: " in message and "; d.webp: " in message and "_io" not in message
+
+    @pytest.mark.parametrize(
+        "start, why",
+        [
+            (b"version https://git-lfs.github.com/spec/v1\noid sha256:", "a pointer of git-lfs"),
+            (b"<!DOCTYPE html><html>", "a web page"),
+            (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC, as phones save photos: pip install pillow-heif"),
+            (b"\0\0\0\x1cftypmif1\0\0\0\0mif1heic", "HEIC"),
+            (b"<svg xmlns='http://www.w3.org/2000/svg'>", "SVG, a drawing"),
+            (b'<?xml version="1.0"?>\n<!-- drawn -->\n<svg>', "SVG"),
+            (b"II*\0\x08\0\0\0" + bytes(6), "TIFF, damaged or of a kind that Pillow does not read"),
+            (b"\x89PNG\r\n\x1a\n", "PNG, damaged"),
+            (b"\xfe\xfe\xfe", "in no format that Pillow reads"),
+        ],
+    )
+    def test_the_reason_is_given_once_and_the_commonest_first(self, tmp_path, start, why):
+        put(tmp_path / "z.png"), (tmp_path / "a.png").touch()
+        for name in ("b.jpg", "c.jpg", "d.jpg"):
+            (tmp_path / name).write_bytes(start)
+        (said,) = told(tmp_path)[1]
+        assert re.fullmatch(f"4 of 5 files are left out: b.jpg and 2 more: (it is )?{why}.*; a.png: empty", said)
 
     def test_bombs_are_refused(self, tmp_path, monkeypatch):
         put(tmp_path / "a.png")
@@ -545,10 +592,10 @@ class TestDamage:
         np.testing.assert_array_equal(got, whole[[0, 0, 0, 0, 6, 6, 6, 6]])
         assert images.skipped.keys() == {"a/1.png", "a/2.png", "a/3.png", "b/4.jpg", "b/5.png", "b/7.png"}
         assert "truncated" in images.skipped["a/1.png"] and images.skipped["b/5.png"] == "No such file or directory"
-        assert images.skipped["a/2.png"] == "in no format that Pillow reads"
+        assert images.skipped["a/2.png"] == TEXT.format("something else")
         assert len(seen) == 6 and all(warning.filename == __file__ for warning in seen)
         said = {str(warning.message).removeprefix(f"{images._folder}: ") for warning in seen}
-        assert "a/2.png is replaced by another picture from now on: in no format that Pillow reads" in said
+        assert f"a/2.png is replaced by another picture from now on: {TEXT.format('something else')}" in said
         assert "a/3.png is replaced by another picture this time: No such file or directory" in said
         np.testing.assert_array_equal(images[:], got)  # and is not warned of again
 
@@ -584,7 +631,7 @@ class TestDamage:
         images, whole = damaged
         (pathlib.Path(images._folder) / "a/0.png").unlink()
         for _ in range(2):
-            with pytest.raises(OSError, match="no picture of class 'a' of .* can be read any more; a/2.png: in no for"):
+            with pytest.raises(OSError, match="no picture of class 'a' of .* can be read now; a/2.png: it is text"):
                 images[2]
         with pytest.warns(UserWarning):
             np.testing.assert_array_equal(images[7], whole[6])
@@ -592,7 +639,7 @@ class TestDamage:
     def test_a_folder_of_which_nothing_is_left(self, tmp_path):
         images = ImageFolder(put(tmp_path / "a.png").parent, 4)
         (tmp_path / "a.png").write_text("something else")
-        with pytest.raises(OSError, match=f"no picture of {tmp_path} can be read any more; a.png: in no format"):
+        with pytest.raises(OSError, match=f"no picture of {tmp_path} can be read any more; a.png: it is text"):
             images[0]
 
     def test_of_threads_that_stumble_over_the_same_file_one_warns(self, damaged, monkeypatch):
@@ -694,14 +741,92 @@ class TestFaultsOfTheMedium:
         images, said = told(folder)
         assert said == [
             "1 of 60 files are left out: b/50.png: Permission denied",
-            "2 of 60 files cannot be read now, and are tried again later: a/3.png: Input/output error; b/40.png: "
-            "Input/output error",
+            "2 of 60 files cannot be read now, and are tried again later: a/3.png and 1 more: Input/output error",
         ]
         assert len(images) == 59 and images.skipped.keys() == {"a/3.png", "b/40.png", "b/50.png"}
         assert len(images[:]) == 59  # without a warning
         away |= {f"{i}.png": (1, errno.ESTALE) for i in range(60)}
         with pytest.raises(OSError, match=f"^{folder}: 10 pictures in a row cannot be read, the last one a/.*: Stale"):
             ImageFolder(folder, 4)
+
+    def test_of_a_folder_that_goes_away_while_it_is_looked_at_no_picture_is_lost(self, drive):
+        folder, away = drive
+        away |= {f"{i}.png": (1, errno.ENOENT) for i in range(20, 29)}
+        images, said = told(folder)
+        assert len(images) == 60 and "9 of 60 files cannot be read now, and are tried again later: a/20" in said[0]
+        away |= {f"{i}.png": (1, errno.ENOENT) for i in range(20, 30)}
+        with pytest.raises(OSError, match="10 pictures in a row cannot be read, the last one a/29.png: No such file"):
+            ImageFolder(folder, 4)
+
+    @pytest.mark.parametrize("wrong", ["cut short", "empty", "text"])
+    def test_ten_damaged_ones_in_a_row_are_no_fault_of_the_drive(self, drive, wrong):
+        """Nor are nine faults, twelve damaged ones and nine faults. To read one that is cut short, Pillow may go to a
+        place before its start, which is an error of the system's."""
+        folder, away = drive
+        bad = put(folder / "a.pcx").read_bytes()[:200] if wrong == "cut short" else b"no picture" * (wrong == "text")
+        (folder / "a.pcx").unlink(missing_ok=True)
+        images = ImageFolder(folder, 4)
+        whole = images[:]
+        for i in range(31, 60):
+            (folder / f"b/{i}.png").write_bytes(bad)
+        with pytest.warns(UserWarning):
+            np.testing.assert_array_equal(images[31:], whole[[30] * 29])
+        assert set(images.skipped.values()) <= {"damaged", "empty", TEXT.format("no picture")}
+        for i in range(31, 60):
+            put(folder / f"b/{i}.png")
+        for i in range(12):
+            (folder / f"a/z{i}.png").write_bytes(bad)
+        away |= {f"{i}.png": (1, errno.EIO) for i in (28, 29, *range(3, 10), *range(30, 39))}
+        assert len(told(folder)[0]) == 60
+
+    def test_at_the_start_it_is_waited_for_too(self, drive, waits):
+        folder, away = drive
+        waits += [0]
+        away |= {f"{i}.png": (1, errno.EIO) for i in range(20, 30)}
+        images, said = told(folder)
+        assert len(images) == 60 and not images.skipped
+        assert said == [
+            "10 pictures in a row cannot be read, the last one a/29.png: Input/output error; it is tried "
+            "again for 0 seconds"
+        ]
+
+    def test_of_threads_that_wait_one_warns(self, drive, waits, monkeypatch):
+        folder, _ = drive
+        images, waiting = ImageFolder(folder, 4), threading.Barrier(4, lambda: folder.with_name("x").rename(folder), 5)
+        whole, waits[:] = images[:], [1]
+        monkeypatch.setattr(tinyddpm.files.folder.time, "sleep", lambda seconds: waiting.wait())
+        folder.rename(folder.with_name("x"))
+        with concurrent.futures.ThreadPoolExecutor(4) as pool, pytest.warns(UserWarning) as seen:
+            np.testing.assert_array_equal(list(pool.map(images.__getitem__, range(4))), whole[:4])
+        assert len(seen) == 1
+
+    @pytest.mark.parametrize("pictures, lasts", [(60, 2), (60, 3), (6, 2), (6, 3)])
+    def test_it_is_waited_for_with_one_warning(self, drive, waits, monkeypatch, pictures, lasts):
+        """Of a class of few pictures too."""
+        folder, _ = drive
+        for i in range(pictures // 2, 30):
+            (folder / f"a/{i}.png").unlink(), (folder / f"b/{i + 30}.png").unlink()
+        waits += [1, 4]
+        images, slept = ImageFolder(folder, 4), []
+        whole, hidden = images[:], folder.with_name(f"{folder.name} hidden")
+
+        def sleep(seconds):
+            slept.append(seconds)
+            if len(slept) == lasts:
+                hidden.rename(folder)
+
+        monkeypatch.setattr(tinyddpm.files.folder.time, "sleep", sleep)
+        folder.rename(hidden)
+        words = (
+            "10 pictures in a row cannot be read" if pictures > 6 else "no picture of class 'a' of .* can be read now"
+        )
+        with pytest.warns(UserWarning, match=f"{words}.*; it is tried again for 5 seconds$") as seen:
+            if lasts > 2:
+                with pytest.raises(OSError, match=words):
+                    images[:]
+            else:
+                np.testing.assert_array_equal(images[:], whole)
+        assert len(seen) == 1 and seen[0].filename == __file__ and slept == [1, 4] and not images.skipped
 
     def test_too_many_open_files_are_no_fault_of_a_picture(self, tmp_path, monkeypatch):
         images = ImageFolder(put(tmp_path / "a.png").parent, 4)
@@ -761,5 +886,5 @@ class TestBadInput:
         with pytest.raises(ValueError, match=expected + "there is none"):
             ImageFolder(tmp_path, 4)
         (tmp_path / "a.png").touch()
-        with pytest.raises(ValueError, match=expected + "none of 1 files can be read: a.png: empty"):
+        with pytest.raises(ValueError, match=expected + "none of 1 file can be read: a.png: empty"):
             ImageFolder(tmp_path, 4)

@@ -19,7 +19,7 @@ import numpy as np
 from ..diffusion.clipping import DYNAMIC
 from ..diffusion.process import Diffusion
 from ..diffusion.schedule import Schedule, make_schedule, rescale_to_zero_terminal_snr
-from ..files.folder import quiet
+from ..files.quiet import without_warnings
 from ..network.checks import checked_config, checked_size
 from ..network.unet import UNet
 
@@ -232,8 +232,7 @@ def _schedule(c: dict) -> Schedule:
         return Schedule(rescale_to_zero_terminal_snr(schedule.beta)) if zero_snr else schedule
     name = SCHEDULES[c["beta_schedule"]]
     ends = {} if name == "cosine" else {"beta_start": c["beta_start"], "beta_end": c["beta_end"]}
-    with quiet, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # whether it ends in pure noise: it is too late to choose another
+    with without_warnings():  # whether it ends in pure noise: it is too late to choose another
         return make_schedule(name, T, zero_terminal_snr=zero_snr, **ends)
 
 

@@ -3,5 +3,6 @@ decoding.py), pictures of what comes out (pictures.py), models (model.py), check
 training leaves in its folder (run_folder.py).
 
 tensors.py and replacing.py see to it that a file is whole and sound, or not there, and mistaken.py says what it is
-instead; lock.py sees to it that one program at a time is at work in a folder.
+instead; lock.py sees to it that one program at a time is at work in a folder, and quiet.py that no warnings are shown
+for a while.
 """

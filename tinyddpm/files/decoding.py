@@ -9,16 +9,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 
 import numpy as np
+
+from .layout import READ_BY
+from .mistaken import what_it_is
 
 # what Pillow recognises, but cannot show without help: Ghostscript, Windows, or a handler that somebody has to write
 _NEED_HELP = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
 # tags of TIFF
 _BITS, _PHOTOMETRIC, _PLANES, _COLORMAP, _EXTRA, _NUMBERS = 258, 262, 284, 320, 338, 339
 _WHITE_IS_ZERO, _YCBCR, _SEPARATE, _PREMULTIPLIED, _UNSIGNED = 0, 6, 2, 1, 1  # values of these
+# formats that Pillow knows nothing of unless it is taught, by how a file begins
+_UNKNOWN = {
+    rb"(?s).{4}ftyp(hei|hev|(mif1|msf1).{4,40}hei)": ("HEIF", f"HEIC, as phones save photos: {READ_BY['.heic']}"),
+    rb"(?s).{4}ftypavi": ("AVIF", f"AVIF: {READ_BY['.avif']}"),
+    rb"(?is)(\xef\xbb\xbf)?\s*(<\?xml.*|<!--.*|<!doctype svg.*)?<svg": ("SVG", "SVG, a drawing, which has no pixels"),
+}
+# of these, written by a program that knows no alpha, all pixels say that they are transparent
+_OFTEN_WITHOUT_ALPHA = {"TGA", "BMP", "DIB", "ICO", "CUR"}
 
 
 def readable_suffixes() -> set[str]:
@@ -26,6 +38,7 @@ def readable_suffixes() -> set[str]:
     from PIL import Image
 
     formats = _formats()
+    formats.append("MPO")  # of several photos, which is known by its suffix, and read as the JPEG that it begins with
     return {suffix for suffix, name in Image.registered_extensions().items() if name in formats}
 
 
@@ -39,7 +52,7 @@ def _formats() -> list[str]:
 @contextlib.contextmanager
 def opened(path: str) -> Iterator:
     """A picture whose header alone is read as yet. Raises whatever Pillow does, ValueError if it is refused."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -48,24 +61,42 @@ def opened(path: str) -> Iterator:
         raise ValueError("empty")
     # given the file, and not its path, Pillow leaves it to us to close it, and maps none into memory, which would
     # end the process if the file were cut short meanwhile
-    with open(path, "rb") as stream, Image.open(stream, formats=_formats()) as picture:
-        count, limit = picture.width * picture.height, Image.MAX_IMAGE_PIXELS
-        if limit is not None and count > limit:  # up to twice as many, Pillow itself merely warns
-            raise ValueError(f"{count} pixels, more than the {limit} of PIL.Image.MAX_IMAGE_PIXELS")
-        if why := _unclear(picture):
-            raise ValueError(why)
-        yield picture
+    with open(path, "rb") as stream:
+        try:
+            picture = Image.open(stream, formats=_formats())
+        except UnidentifiedImageError:
+            stream.seek(0)
+            raise ValueError(_no_picture(stream.read(1000))) from None
+        with picture:
+            count, limit = picture.width * picture.height, Image.MAX_IMAGE_PIXELS
+            if limit is not None and count > limit:  # up to twice as many, Pillow itself merely warns
+                raise ValueError(f"{count} pixels, more than the {limit} of PIL.Image.MAX_IMAGE_PIXELS")
+            if why := _unclear(picture):
+                raise ValueError(why)
+            yield picture
+
+
+def _no_picture(start: bytes) -> str:
+    """What a file is that begins so, and of which Pillow makes no picture."""
+    from PIL import Image
+
+    for pattern, (name, words) in _UNKNOWN.items():
+        if name not in Image.OPEN and re.match(pattern, start):
+            return words
+    for name, (_, accepts) in Image.OPEN.items():
+        with contextlib.suppress(Exception):  # it is too short
+            if accepts and accepts(start[:16]) is True:
+                return f"{name}, damaged or of a kind that Pillow does not read"
+    return what_it_is(start) or "in no format that Pillow reads"
 
 
 def reason(error: Exception) -> str:
     """What is wrong with a file. Raises the error again if it is no fault of the file's: too many are open, or there is
     no memory left."""
-    from PIL import UnidentifiedImageError
-
     if isinstance(error, MemoryError) or getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         raise error
-    if isinstance(error, UnidentifiedImageError):
-        return "in no format that Pillow reads"
+    if getattr(error, "errno", None) == errno.EINVAL:  # it is shorter than it says
+        return "damaged"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -139,6 +170,11 @@ def _unclear(picture) -> str | None:
         return "a transparent colour of 16 bits, of which Pillow reads 8"
     if picture.format == "GIF" and "transparency" not in picture.info and picture.tile[0][1] != (0, 0, *picture.size):
         return "a first frame that is a part of the picture, without a colour for the rest"
+    if picture.format == "JPEG2000":
+        picture.fp.seek(0)
+        depth = re.search(rb"(?s)\xff\x4f\xff\x51.{38}(.)", picture.fp.read(2**16))  # in the marker SIZ, less 1
+        if depth and depth[1][0] & 127 < 7:
+            return "numbers of fewer than 8 bits, of which Pillow makes none that reach white"
     if picture.format != "TIFF":
         return None
     tags, raw = picture.tag_v2, picture.info["compression"] == "raw"
@@ -161,16 +197,18 @@ def _raw_mode(picture) -> str:
 
 def _flat(picture, mode: str):
     """A loaded picture as bytes of grey ("L") or "RGB", over white where it is transparent."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if picture.mode.startswith("I"):
         return _eight_bits(picture).convert(mode)
+    if picture.mode == "1" and picture.format in ("XBM", "PSD"):  # in these, 1 is black
+        picture = ImageOps.invert(picture.convert("L"))
     if picture.mode in _VIA:
         picture = picture.convert(_VIA[picture.mode])
     palette = getattr(picture.palette, "mode", "")
     if picture.mode in ("RGBA", "RGBa", "LA", "PA") or palette == "RGBA" or "transparency" in picture.info:
         colours = picture.convert("RGBA")
-        if picture.format != "TGA" or colours.getextrema()[3] != (0, 0):  # as programs write it that know no alpha
+        if picture.format not in _OFTEN_WITHOUT_ALPHA or colours.getextrema()[3] != (0, 0):
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), colours)
     return picture.convert(mode)
 

@@ -6,26 +6,33 @@ million pictures some are always damaged, and they should cost a warning, not a 
 
 from __future__ import annotations
 
+import collections
 import errno
 import hashlib
 import itertools
 import os
 import pathlib
 import threading
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from ..bar import progress_bar
 from .decoding import has_more, opened, pixels, readable_suffixes, reason
-from .layout import find, misleading, not_read, shortly, suffix
+from .layout import find, folders, how_many, misleading, not_read, shortly, suffix
+from .quiet import without_warnings
 
 # what a file system says for certain; its other faults, such as those of a network drive, may pass
 _LASTING = {errno.ENOENT, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG}
 _MOST_FAULTS = 10  # in a row: beyond them it is the folder that cannot be read
+_WAITS = (1, 4, 15)  # seconds until it is tried again
 _MOST_WARNINGS = 20  # of single pictures: beyond them nobody reads on
-quiet = threading.Lock()  # which warnings are shown is a matter of the whole process: one at a time may change it
+
+
+class _Away(OSError):
+    """The folder, or all of a class, cannot be read now; that may pass."""
 
 
 class ImageFolder:
@@ -40,11 +47,12 @@ class ImageFolder:
 
     A picture that cannot be read when its turn comes is warned of, and another one of its class, drawn by lot, stands
     in for it, so that labels stay right: from then on if it is damaged, or this once if it cannot be had, for the fault
-    of a drive or a network may pass. If ten in a row cannot be had, that is an error: the folder is gone.
+    of a drive or a network may pass. If ten in a row cannot be had, or none of a class, they are tried again after 1, 4
+    and 15 seconds; then it is an error.
 
     Args:
         folder: it and the folders in it, linked ones too, are searched for files with the suffix of a format that
-            Pillow reads; but not what is hidden, whose name begins with a dot.
+            Pillow reads; but not what is hidden, whose name begins with a dot, nor what systems put there (`__MACOSX`).
         size: (H, W), or one integer for both.
         channels: C: 1 for grey, 3 for RGB.
         progress: whether to show a bar while the files are looked at, if they are many.
@@ -82,6 +90,7 @@ class ImageFolder:
         self._lock = threading.Lock()
         self._damaged: set[str] = set()  # of `skipped`, those that are not tried again
         self._warnings = 0
+        self._is_away = False
         self.skipped: dict[str, str] = {}
         # strings, of 80 bytes or so: a million paths of pathlib would take half a gigabyte
         self.files: list[str] = []
@@ -89,12 +98,13 @@ class ImageFolder:
         suffixes, found, others = readable_suffixes(), [], []
         for file in find(self._folder):
             (found if suffix(file) in suffixes else others).append(file)
-        remarks = [*self._look_at(found, progress), *not_read(others)]
+        below = folders(self._folder, [*found, *others])
+        remarks = [*self._patiently(self._look_at, found, progress), *not_read(others)]
         if not self.files:
-            wrong = [f"none of {len(found)} files can be read: {_whys(self.skipped)}" if found else "there is none"]
+            wrong = [f"none of {how_many(len(found))} can be read: {_whys(self.skipped)}" if found else "there is none"]
             raise ValueError(
                 f"folder: expected pictures (.jpg, .png, ...) in {folder} or in folders in it, but "
-                f"{'; '.join([*wrong, *not_read(others)])}"
+                f"{'; '.join([*wrong, *not_read(others, beside=())])}"
             )
 
         self.shape = (len(self.files), *map(int, height_width), int(channels))
@@ -108,25 +118,25 @@ class ImageFolder:
             self.labels = np.repeat(np.arange(len(sizes)), sizes)
         self._starts = np.cumsum([0, *sizes])  # of each class among the files, which are sorted by it
         self._numbers = np.arange(len(self))
-        for remark in [*remarks, *misleading(str(folder), self.files, self.classes)]:
+        for remark in [*remarks, *misleading(str(folder), self.files, self.classes, below)]:
             warnings.warn(f"{folder}: {remark}", stacklevel=2)
 
     def _look_at(self, found: list[str], progress: bool) -> list[str]:
         """See by their headers which files are pictures, and return what is to be said about them."""
         left_out, later, more, in_a_row = {}, {}, [], 0
-        few = not progress or len(found) < 1000
-        bar = progress_bar(found, "looking at files", unit="file", disable=few)
-        with quiet, warnings.catch_warnings():  # Pillow's own, in all threads: what is the matter is said by us
-            warnings.simplefilter("ignore")
-            for file in bar:
+        self.files = []
+        is_quick = len(found) < 1000
+        with without_warnings():  # Pillow's own: what is the matter is said by us
+            for file in progress_bar(found, "looking at files", unit="file", disable=is_quick or not progress):
+                path = os.path.join(self._folder, file)
                 try:
-                    with opened(os.path.join(self._folder, file)) as picture:
+                    with opened(path) as picture:
                         more += [file] * has_more(picture)
                     in_a_row = 0
                 except Exception as error:  # of a damaged file, Pillow raises nearly anything
                     why = reason(error)
-                    if not _is_of_the_medium(error) or error.errno in _LASTING:
-                        left_out[file] = why
+                    if not _may_pass_at_first(error, path):
+                        left_out[file], in_a_row = why, 0
                         continue
                     later[file] = why
                     in_a_row += 1
@@ -134,12 +144,14 @@ class ImageFolder:
                         raise self._gone(file, why) from error
                 self.files.append(file)
         self.skipped = left_out | later
-        remarks = {
-            f"{len(left_out)} of {len(found)} files are left out: {_whys(left_out)}": left_out,
-            f"{len(later)} of {len(found)} files cannot be read now, and are tried again later: {_whys(later)}": later,
-            f"of {len(more)} files with several frames or pages, the first is taken: {shortly(more)}": more,
-        }
-        return [remark for remark, about in remarks.items() if about]
+        remarks, of_all = [], f"of {how_many(len(found))}"
+        if left_out:
+            remarks += [f"{len(left_out)} {of_all} are left out: {_whys(left_out)}"]
+        if later:
+            remarks += [f"{len(later)} {of_all} cannot be read now, and are tried again later: {_whys(later)}"]
+        if more:
+            remarks += [f"of {how_many(len(more))} with several frames or pages, the first is taken: {shortly(more)}"]
+        return remarks
 
     def __len__(self) -> int:
         return len(self.files)
@@ -154,17 +166,17 @@ class ImageFolder:
     def __getitem__(self, indices: int | slice | list[int] | np.ndarray) -> np.ndarray:
         """The images that NumPy would take: (n, H, W, C) for n indices or a slice, (H, W, C) for an integer.
 
-        Raises IndexError for an index out of range, OSError if no picture of a class can be read any more.
+        Raises IndexError for an index out of range, OSError if no picture of a class can be read.
         """
         numbers = self._numbers[indices]
         read = np.empty((*numbers.shape, *self.shape[1:]), np.uint8)
         for place in np.ndindex(numbers.shape):
-            read[place] = self._read(numbers[place])
+            read[place] = self._patiently(self._read, numbers[place])
         return read.astype(np.float32) / np.float32(127.5) - 1
 
     def _read(self, number: int) -> np.ndarray:
-        """The pixels of a picture, or of another one of its class that can be read."""
-        k, failed, faults = np.searchsorted(self._starts, number, side="right") - 1, {}, 0
+        """The pixels of a picture, or of another one of its class that can be read. Raises _Away if that may pass."""
+        k, failed, in_a_row = np.searchsorted(self._starts, number, side="right") - 1, {}, 0
         for other in _in_turn(number, *self._starts[k : k + 2]):
             file = self.files[other]
             if file in self._damaged:
@@ -175,13 +187,14 @@ class ImageFolder:
                 break
             except Exception as error:
                 failed[file] = why, may_pass = reason(error), _is_of_the_medium(error)
-                faults += may_pass
-                if faults == _MOST_FAULTS:
+                in_a_row = in_a_row + 1 if may_pass else 0
+                if in_a_row == _MOST_FAULTS:
                     raise self._gone(file, why) from error
         else:
             whose, file = f"class {self.classes[k]!r} of " if self.classes else "", self.files[number]
             why = failed[file][0] if file in failed else self.skipped[file]
-            raise OSError(f"no picture of {whose}{self._folder} can be read any more; {file}: {why}")
+            kind, when = (_Away, "now") if any(may for _, may in failed.values()) else (OSError, "any more")
+            raise kind(f"no picture of {whose}{self._folder} can be read {when}; {file}: {why}")
         for file, (why, may_pass) in failed.items():
             self._replace(file, why, may_pass)
         return read
@@ -197,15 +210,36 @@ class ImageFolder:
         if not is_known and count <= _MOST_WARNINGS:
             when = "this time" if may_pass else "from now on"
             last = "; further ones are in `skipped`, and not shown" if count == _MOST_WARNINGS else ""
-            warnings.warn(f"{self._folder}: {file} is replaced by another picture {when}: {why}{last}", stacklevel=4)
+            warnings.warn(f"{self._folder}: {file} is replaced by another picture {when}: {why}{last}", stacklevel=5)
 
-    def _gone(self, file: str, why: str) -> OSError:
-        return OSError(f"{self._folder}: {_MOST_FAULTS} pictures in a row cannot be read, the last one {file}: {why}")
+    def _patiently(self, attempt: Callable, *args):
+        """What attempt(*args) returns; it is called again after a wait, and another, if the folder is away."""
+        for seconds in _WAITS:
+            try:
+                result = attempt(*args)
+                self._is_away = False
+                return result
+            except _Away as away:
+                with self._lock:  # of all threads that wait, one warns
+                    is_known, self._is_away = self._is_away, True
+                if not is_known:
+                    warnings.warn(f"{away}; it is tried again for {sum(_WAITS)} seconds", stacklevel=3)
+            time.sleep(seconds)
+        return attempt(*args)
+
+    def _gone(self, file: str, why: str) -> _Away:
+        return _Away(f"{self._folder}: {_MOST_FAULTS} pictures in a row cannot be read, the last one {file}: {why}")
 
 
 def _is_of_the_medium(error: Exception) -> bool:
     """Whether the system says that a file cannot be read, and not Pillow, of what is in it, that it makes no sense."""
-    return getattr(error, "errno", None) is not None
+    return getattr(error, "errno", None) not in (None, errno.EINVAL)  # to go to a place before the start of the file
+
+
+def _may_pass_at_first(error: Exception, path: str) -> bool:
+    """Whether a file that has just been listed may be read later. If it is not there, the folder is away."""
+    is_gone = getattr(error, "errno", None) == errno.ENOENT and not os.path.islink(path)
+    return is_gone or _is_of_the_medium(error) and error.errno not in _LASTING
 
 
 def _in_turn(number: int, first: int, last: int) -> Iterator[int]:
@@ -216,7 +250,10 @@ def _in_turn(number: int, first: int, last: int) -> Iterator[int]:
 
 
 def _whys(skipped: dict[str, str]) -> str:
-    return shortly([f"{file}: {why}" for file, why in skipped.items()], "; ")
+    """Each reason once, the commonest first, with the first of its files."""
+    first = {why: file for file, why in reversed(skipped.items())}
+    counts = collections.Counter(skipped.values()).most_common()
+    return shortly((f"{first[why]}{f' and {n - 1} more' * (n > 1)}: {why}" for why, n in counts), "; ", 8)
 
 
 def _fingerprint(files: list[str], shape: tuple[int, ...]) -> str:
