@@ -185,6 +185,7 @@ class TestWhichFiles:
             ("Train/1 val/2 val/3", "Train, val", "Train"),
             ("seg_train/seg_train/x/1 seg_test/seg_test/y/2", "seg_test, seg_train", "seg_train/seg_train"),
             ("train/a/1 test/a/2 samples/3", "samples, test, train", "train"),
+            ("train/cat/in/1 train/cat/out/2 train/dog/in/3 test/cat/in/4", "test, train", "train"),
             ("train/a/1 unsup/2 unsup/3", "train, unsup", "train"),
             ("archive/dataset/cats/1 archive/dataset/dogs/2", "archive", "archive/dataset"),
             ("a/b/train/x/1 a/b/test/x/2 a/b/test/y/3", "a", "a/b/train"),
@@ -781,7 +782,7 @@ class TestFaultsOfTheMedium:
 
     def test_at_the_start_it_is_waited_for_too(self, drive, waits):
         folder, away = drive
-        waits += [0]
+        waits += [0, 0]
         away |= {f"{i}.png": (1, errno.EIO) for i in range(20, 30)}
         images, said = told(folder)
         assert len(images) == 60 and not images.skipped
@@ -789,6 +790,9 @@ class TestFaultsOfTheMedium:
             "10 pictures in a row cannot be read, the last one a/29.png: Input/output error; it is tried "
             "again for 0 seconds"
         ]
+        away |= {f"{i}.png": (2, errno.EIO) for i in range(30)}
+        with pytest.warns(UserWarning, match="10 pictures in a row .*; it is tried again"):  # each time that it is away
+            images[1]
 
     def test_of_threads_that_wait_one_warns(self, drive, waits, monkeypatch):
         folder, _ = drive
