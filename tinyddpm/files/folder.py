@@ -67,8 +67,8 @@ class ImageFolder:
     Raises ValueError for bad arguments or if there is no picture, FileNotFoundError if there is no such folder,
     NotADirectoryError if it is a file, OSError if it or a folder in it cannot be listed or nothing in it be read. Warns
     of files that are left out: they are damaged, too large (`PIL.Image.MAX_IMAGE_PIXELS`), of a kind that would come
-    out wrong, or with a suffix that is no text's but that Pillow does not read; and of folders that may not be the
-    classes that are meant.
+    out wrong, or with a suffix that may be a picture's but that Pillow does not read; of folders that may not be the
+    classes that are meant; and when it waits for the folder.
     """
 
     ndim = 4
