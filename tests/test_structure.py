@@ -194,7 +194,7 @@ def test_the_budget_of_lines():
     sizes = {file: lines_of_code(PACKAGE / file) for file in FILES}
     read = sum(count for file, count in sizes.items() if room(file) in SHELVES)
     assert read < 2400, read
-    assert sum(sizes.values()) - read < 3300, sizes
+    assert sum(sizes.values()) - read < 3600, sizes
     assert max(sizes.values()) < 300, sizes
 
 
