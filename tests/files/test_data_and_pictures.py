@@ -152,10 +152,12 @@ FRAME = Image.new("L", (4, 4))
         lambda path: save_gif(path.with_suffix(".gif"), [FRAME, FRAME]),
         lambda path: save_loss_curve(path.with_suffix(".png"), [1, 2]),
     ],
+    ids=["picture", "gif", "loss_curve"],
 )
-def test_a_picture_is_there_whole_or_not_at_all(save, tmp_path, monkeypatch):
+def test_a_picture_is_there_whole_or_not_at_all(save, request, tmp_path, monkeypatch):
     """On a disk that is full before it is complete, what was there stays."""
-    pytest.importorskip("matplotlib")
+    if "loss_curve" in request.node.name:
+        pytest.importorskip("matplotlib")
     save(tmp_path / "a")
     (before,) = tmp_path.iterdir()
     whole, own = before.read_bytes(), Image.Image.save
