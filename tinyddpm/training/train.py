@@ -218,7 +218,8 @@ def train(
     lr, max_norm = number("lr", lr, "(0, inf)"), number("max_norm", max_norm, "(0, inf]")
     ema_decay = number("ema_decay", ema_decay, "[0, 1)")
     _check_kinds(model, diffusion, flip, resume, stop, ranks)
-    labels, ranks = _checked_data(model, diffusion, images, labels), ranks or Ranks()
+    labels, some = _checked_data(model, diffusion, images, labels)
+    ranks = ranks or Ranks()
     workers = ranks.cpus if workers is None else integer("workers", workers)
     settings = {"batch": batch, "lr": lr, "warmup_steps": warmup_steps, "decay_steps": decay_steps, "seed": seed}
     settings |= {"max_norm": max_norm, "ema_decay": ema_decay, "flip": bool(flip)}
@@ -226,7 +227,7 @@ def train(
         settings["micro_batch"] = integer("micro_batch", micro_batch)
     if decay_steps:
         settings["steps"] = steps
-    config = run_config(model, diffusion, images, labels, **settings)
+    config = run_config(model, diffusion, images, labels, some, **settings)
     with _begun(model, diffusion, config, resume, ranks) as (optimizer, ema, run, facts):
         if optimizer.n >= steps:
             outcome, speed = [facts["loss"], facts["grad_norm"]], facts["images_per_second"]
@@ -265,9 +266,11 @@ def _check_kinds(model: Any, diffusion: Any, flip: Any, resume: Any, stop: Any, 
     check_instance("ranks", ranks, Ranks | None, "Ranks")
 
 
-def _checked_data(model: Module, diffusion: Any, images: Any, labels: np.ndarray | None) -> np.ndarray | None:
-    """The labels, if they and the images are such as the model can be trained on, or TypeError or ValueError; a warning
-    if the images seem to be on another scale."""
+def _checked_data(
+    model: Module, diffusion: Any, images: Any, labels: np.ndarray | None
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The labels, and a hundred images, if they are such as the model can be trained on, or TypeError or ValueError; a
+    warning if the images seem to be on another scale. Of a folder of pictures, which are not, none is read."""
     in_memory = isinstance(images, np.ndarray)
     if not in_memory and (is_array(images) or not all(hasattr(images, name) for name in ("shape", "dtype"))):
         raise TypeError(f"images: expected a NumPy array, got {type(images)}, or what is indexed like one")
@@ -284,11 +287,12 @@ def _checked_data(model: Module, diffusion: Any, images: Any, labels: np.ndarray
             channels = model.config["in_channels"]
             raise ValueError(f"images: expected {channels} channels, as the network has, got shape {images.shape}")
         check_labels(model.config, labels, len(images))  # of all, now and not when their turn comes
-    if not isinstance(images, ImageFolder):  # those of a folder are on the scale that they should be on
-        told = warn_of_scale("images", a_hundred(images))
+    some = None if isinstance(images, ImageFolder) else a_hundred(images)
+    if some is not None:
+        told = warn_of_scale("images", some)
         if isinstance(diffusion, Diffusion):  # so that no worker says it again
             object.__setattr__(diffusion, "_scale", "told" if told else "fine")
-    return labels
+    return labels, some
 
 
 def _default_micro_batch(model: Module, images: Any, batch: int, ranks: Ranks) -> int:
