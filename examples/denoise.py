@@ -29,15 +29,15 @@ def parse_arguments():
     add = parser.add
     add(
         "--sigma",
+        above=0,
         type=float,
         nargs="+",
         default=[1.0, 2.0],
         help="strengths of the noise; from black to white it is 2 [1 2]",
     )
-    add("--steps", type=int, default=50, help="of the way back, at most [%(default)s]")
+    add("--steps", type=int, default=50, least=1, help="of the way back, at most [%(default)s]")
     add("--samples", type=int, default=10, least=1, help="how many digits [%(default)s]")
     parser.add_usual(out="denoise.png", gives="other digits and noise")
-    parser.positive += ["sigma", "steps"]
     return parser.parse_args()
 
 

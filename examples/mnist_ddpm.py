@@ -1,12 +1,12 @@
 """Train a DDPM on handwritten digits and watch them appear: `python examples/mnist_ddpm.py`.
 
-This is the tutorial, to be read from the top. What is not in here is in the package, one idea to a file; options, the
-folder for the results and all else that is not about diffusion are in tinyddpm/program.py. The network is told which
-digit each image is, so that it can be asked for digits afterwards, as often as you like: --digits 2026.
+This is the tutorial, to be read from the top. What is not in here is in the package, one idea to a file; what is not
+about diffusion is in tinyddpm/program.py, and the options are in tinyddpm/options.py. The network is told which digit
+each image is, so that it can be asked for digits afterwards, as often as you like: --digits 2026.
 
 A run that ended, by Ctrl-C or by a power cut, goes on as if it had not with --resume (and --out, if it was given).
-Images of your own: --data FOLDER, with a folder in it for each class if there are any. On many machines:
-`mpiexec -n N python examples/mnist_ddpm.py --mpi`.
+--start RUN, with a new --out, begins another with what that one has learned. Images of your own: --data FOLDER, with a
+folder in it for each class, if any. On many machines: `mpiexec -n N python examples/mnist_ddpm.py --mpi`.
 """
 
 import itertools
@@ -16,6 +16,7 @@ import numpy as np
 
 from tinyddpm import Diffusion, UNet, make_schedule, program, sample, save_model, train
 from tinyddpm.files.pictures import grid, noising_strip, page, save_gif
+from tinyddpm.files.run_folder import MODEL
 
 
 def make_model(args, images, labels):
@@ -49,7 +50,7 @@ def train_and_sample(run):
     """run, a `program.TrainingRun`, has the options, the data and the folder, and does what is not about diffusion."""
     args = run.args
     images, labels = run.load_data()  # (M, H, W, C) floats in [-1, 1], and (M,) integers or None
-    diffusion, unet = run.started(images, labels) or make_model(args, images, labels)  # --start says whether
+    diffusion, unet = run.start_model(images, labels) or make_model(args, images, labels)  # that of --start, if any
     run.prepare(unet, images)
 
     def training(unet, steps, **settings):  # algorithm 1: a generator that yields its state after every step
@@ -70,7 +71,7 @@ def train_and_sample(run):
         last = state  # its .loss, .grad_norm and so on are in metrics.csv, it is in a checkpoint now and then
     if not run.first:
         return
-    save_model(args.out / program.MODEL, last.ema.model, diffusion)
+    save_model(args.out / MODEL, last.ema.model, diffusion)
     print(f"trained  {last.step:,} steps in {last.seconds / 60:.1f} minutes")
 
     frames, visited = [], itertools.count()

@@ -18,8 +18,15 @@ def parse_arguments():
     parser = cli.Options(__doc__)
     add = parser.add
     add("--digits", default="0123456789", help="which to draw [%(default)s]")
-    add("--rows", type=int, default=4, least=1, help="how many times [%(default)s]")
-    add("--guidance", type=float, default=2.0, help="how clearly they are to be those; 1, as in the data [%(default)s]")
+    add("--rows", type=int, default=4, least=1, most=1000, help="how many times [%(default)s]")
+    add(
+        "--guidance",
+        type=float,
+        default=2.0,
+        least=-1000,
+        most=1000,
+        help="how clearly they are to be those; 1, as in the data [%(default)s]",
+    )
     add("--method", default="ddpm", choices=SAMPLERS, help="the sampler [%(default)s]")
     add("--steps", type=int, default=20, help="of the sampler [%(default)s]")
     add("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")

@@ -24,11 +24,11 @@ def parse_arguments():
     parser = cli.Options(__doc__)
     add = parser.add
     add("folder", metavar="FOLDER", type=cli.any_path, help="a pipeline or a model that diffusers saved")
-    add("--samples", type=int, default=16, least=1, help="how many images [%(default)s]")
+    add("--samples", type=int, default=16, least=1, most=cli.SAMPLES, help="how many images [%(default)s]")
     add("--method", default="ddim", choices=SAMPLERS, help="the sampler [%(default)s]")
     add("--steps", type=int, least=1, help="of the sampler [50; all of them for ddpm]")
     add("--label", type=int, help="the class of the images, for a model that knows classes [each in turn]")
-    add("--size", type=int, least=1, help="their height and width [those of the model]")
+    add("--size", type=int, least=1, most=4096, help="their height and width [those of the model]")
     add("--variant", help="another file of weights in the folder, such as fp16")
     add("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="float32", help="of products on a GPU: float32, tf32, bf16 or fp16 [%(default)s]")

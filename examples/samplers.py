@@ -25,7 +25,13 @@ def parse_arguments():
     add("--methods", nargs="+", default=list(SAMPLERS), choices=SAMPLERS, help="the samplers [all]")
     add("--steps", type=int, nargs="+", default=[3, 5, 10, 20, 50], help="of each [3 5 10 20 50]")
     add("--most", type=int, default=250, help="and for ddpm so many too [%(default)s]")
-    add("--guidance", type=float, help="how clearly digits are to be what they are called, such as 2 [as in the data]")
+    add(
+        "--guidance",
+        type=float,
+        least=-1000,
+        most=1000,
+        help="how clearly digits are to be what they are called, such as 2 [as in the data]",
+    )
     parser.add_usual(out="samplers.png")
     return parser.parse_args()
 

@@ -4,6 +4,8 @@ test_program.py.
 """
 
 import argparse
+import contextlib
+import errno
 import io
 import os
 import pathlib
@@ -11,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 
 import pytest
 from tiny_training import in_a_copy, on_linux, step_in, training
@@ -175,7 +178,9 @@ class TestOptions:
         parser.add("--seed", type=int)
         wrong = ["1000000001", "-9" + 99 * "0"] if kind is int else ["nan", "inf", "-inf", "1e999"]
         for value in wrong:
-            must = "1000000000 at most" if kind is int else "a number"
+            must = (
+                "a number" if kind is float else f"1{9 * '0'} at most" if int(value) > 0 else f"-1{9 * '0'} or greater"
+            )
             assert said(parser, f"--how-much={value}") == (
                 f"program.py: error: --how-much must be {must}, got {kind(value)}"
             )
@@ -248,6 +253,19 @@ class TestWords:
             self.said(monkeypatch, stream, "a word")
         assert ended.value.code == "program.py: not all that was to be printed could be: No space left on device"
 
+    @pytest.mark.parametrize("terminal", [True, False])
+    def test_of_a_disk_that_breaks_is_told_but_not_of_a_terminal_that_goes(self, monkeypatch, terminal):
+        class Gone(io.StringIO):
+            isatty = lambda self: terminal and not self.tried
+            tried = False
+
+            def write(self, text):
+                self.tried = True
+                raise OSError(errno.EIO, "Input/output error")
+
+        with contextlib.nullcontext() if terminal else pytest.raises(SystemExit, match="could be: Input/output error"):
+            self.said(monkeypatch, Gone(), "a word")
+
     def test_an_error_is_told_all_the_same(self, monkeypatch):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
         with pytest.raises(SystemExit) as ended, errors_in_a_line("program.py"):
@@ -288,6 +306,15 @@ class TestErrorsInALine:
     def test_too_little_memory(self):
         advice = "out of memory, of which fewer --workers or a smaller --batch need less: "
         assert self.left_by(MemoryError("Unable to allocate 9 TiB")) == f"program.py: {advice}Unable to allocate 9 TiB"
+
+    def test_a_warning_has_the_same_form_and_only_here(self):
+        shown = lambda: warnings.formatwarning("odd", UserWarning, "file.py", 3)
+        before = shown()
+        for name in ("program.py", "it"):
+            with errors_in_a_line(None if name == "program.py" else name):
+                assert shown() == f"\n{name}: odd\n"
+            self.left_by(ValueError("no"), "another")
+            assert shown() == before
 
     def test_ctrl_c(self, capsys):
         """130 is what a shell says of a program that Ctrl-C ended."""

@@ -20,34 +20,35 @@ from tiny_training import DIFFUSION, TINY, step_in, training
 
 from tinyddpm import UNet, load_digits, load_model, program, save_model
 from tinyddpm.files import run_folder
+from tinyddpm.files.checkpoint import OtherRun
 from tinyddpm.files.model import configuration
 from tinyddpm.files.replacing import previous
 from tinyddpm.program import TrainingRun, steps_within
 
 
 class TestOptions:
-    POSITIVE = {
-        "minutes": float, "steps": int, "batch": int, "lr": float, "patch": int, "blocks": int, "timesteps": int,
-        "sampling-steps": int, "samples": int, "sample-every": int, "save-every": int, "workers": int, "size": int,
+    COUNTS = {  # how many there may be at most, of which there has to be one
+        "steps": 10**9, "batch": 10**5, "patch": 1000, "blocks": 100, "timesteps": 10**5, "sampling-steps": 10**5,
+        "samples": 10**4, "sample-every": 10**9, "save-every": 10**9, "workers": 1024, "size": 4096,
     }  # fmt: skip
+    MEASURES = {"minutes": (1e-9, 10**6), "lr": (1e-9, 10**9), "guidance": (-1000, 1000)}
 
-    @pytest.mark.parametrize("name", POSITIVE)
-    def test_what_must_be_positive_in_a_training(self, said, name):
-        parser, kind = program.training_options(None, prog="program.py"), self.POSITIVE[name]
-        for wrong in ["0", "-1", *(["nan", "inf", "-inf", "-1e-9"] if kind is float else [])]:
-            line = f"program.py: error: --{name} must be greater than 0, got {kind(wrong)}"
-            assert said(parser, f"--{name}={wrong}") == line
-        for right in ["1", "7", *(["1e-9", "1e9"] if kind is float else [])]:
-            assert vars(parser.parse_args([f"--{name}={right}"]))[name.replace("-", "_")] == kind(right)
-
-    def test_the_others_of_a_training_need_not_be(self):
-        parser = program.training_options(None)
-        assert {name.replace("_", "-") for name in parser.positive} == set(self.POSITIVE) and parser.least == {
-            "seed": 0
-        }
-        args = parser.parse_args(["--seed=0", "--guidance=-1", "--channels", "8"])
-        assert (args.seed, args.guidance, args.channels) == (0, -1, [8])
-        assert args.steps is None and args.workers is None
+    @pytest.mark.parametrize("name", [*COUNTS, *MEASURES, "channels", "seed"])
+    def test_each_number_has_its_limits(self, said, name):
+        parser = program.training_options(None, prog="program.py")
+        least, most = self.MEASURES.get(name, (1, self.COUNTS.get(name, 8192)))
+        refused = lambda value: said(parser, f"--{name}={value}").removeprefix(f"program.py: error: --{name} must be ")
+        for right in (least, most):
+            assert vars(parser.parse_args([f"--{name}={right}"]))[name.replace("-", "_")] in (right, [right])
+        if name in self.MEASURES:
+            a_number = "a number" if name == "guidance" else "a number greater than 0"
+            for wrong in ["nan", "inf", "-inf", *([] if name == "guidance" else ["0", "-1e-9"])]:
+                assert refused(wrong) == f"{a_number}, got {float(wrong)}"
+            assert refused(1e300) == f"{most} at most, got 1e+300"
+        elif name != "seed":  # which may be any, from 0
+            assert refused(most + 1) == f"{most} at most, got {most + 1}"
+        if name in self.COUNTS:
+            assert refused(0) == "1 or greater, got 0" and refused(-1) == "1 or greater, got -1"
 
 
 @pytest.fixture
@@ -123,9 +124,12 @@ class TestArguments:
              "height and a width that are multiples of 4, and images have 30"),
             *(([f"--start={model}", "--out=./runs/a/"], "--out: runs/a holds the model that --start names, and keeps "
                "it; take a new folder") for model in ("runs/a", "runs/b/../a/model.safetensors")),
-            (["--minutes=nan"], "--minutes must be greater than 0, got nan"),
+            (["--minutes=nan"], "--minutes must be a number greater than 0, got nan"),
             (["--guidance=inf"], "--guidance must be a number, got inf"),
             (["--steps=9999999999"], "--steps must be 1000000000 at most, got 9999999999"),
+            (["--steps=3", "--minutes=1"], "--steps, --minutes: each says how long to train, so give one of them"),
+            (["--digits=1", "--start=runs/a"], "--digits, --start: digits are drawn by the model in --out, so leave "
+             "out one of them"),
             (["--step=3"], "unrecognized arguments: --step=3"),
             (["--out="], "argument --out: expected a path, got none"),
         ],
@@ -172,7 +176,7 @@ class TestArguments:
         kept = {"steps": "40", "seed": "3", "size": "8", "channels": "8 16"}
         began = f"without --{name}" if value is None else f"with --{name} {kept.get(name, '')}"
         assert says.startswith(f"--{name}: a run goes on as it began, {began}")
-        another = "--start runs/one/checkpoint.safetensors with a new --out begins another from its weights"
+        another = "--start runs/one with a new --out begins another from its weights"
         assert says.endswith(f"; {another}")
         same = ["--channels", "8", "16"] if name == "channels" else [f"--{name}={kept[name]}"] if name in kept else []
         assert arguments("--resume", "--out=runs/one", *same).steps == 40
@@ -185,14 +189,21 @@ class TestArguments:
         run.open_folder()
         assert json.loads((begun / "options.json").read_text()) == before  # it may be refused yet
 
-        def refused():
-            raise ValueError("checkpoint.safetensors is of another run: images: [[4, 8, 8, 3]] there, others here")
+        def refused(**differing):
+            error = OtherRun("it is of another run: ...")
+            error.differing = {"T": (20, 10)} | differing  # whatever else differs
+            raise error
             yield
 
-        with pytest.raises(
-            ValueError, match="^--data: not the images of before, with which alone a run goes on; check"
+        then, now, fewer = [[1200, 8, 8, 3], "1"], [[1200, 8, 8, 3], "2"], [[11, 8, 8, 3], "2"]
+        for differing, says in (
+            ({"images": (then, now)}, "--data: not the images of before, with which alone a run goes on; it is"),
+            ({"labels": ("1", "2")}, "--data: not the images of before, with which alone a run goes on; it is"),
+            ({"images": (then, fewer)}, "--data: 11 pictures, the run had 1,200; it is of another"),
+            ({}, "it is of another run"),
         ):
-            list(run.followed(refused(), None))
+            with pytest.raises(ValueError, match=f"^{says}"):
+                list(run.followed(refused(**differing), None))
         assert json.loads((begun / "options.json").read_text()) == before
         for _ in run.followed(training(None, 1)[1], lambda state: None):
             pass
@@ -228,7 +239,7 @@ class TestStart:
         ranks = OfRanks()
         ranks.gathered = lambda value: [pickle.loads(pickle.dumps(value))]  # as MPI sends it
         run = TrainingRun(arguments("--size=8", *options), ranks)
-        return run, run.started(*run.load_data())
+        return run, run.start_model(*run.load_data())
 
     def test_the_network_and_the_process_are_those_of_the_model(self, models, capsys):
         run, (diffusion, unet) = self.started("--start=told.safetensors", "--data=digits", "--no-labels")
@@ -244,11 +255,13 @@ class TestStart:
     @pytest.mark.parametrize(
         ("model", "data", "classes", "says"),
         [
-            ("plain", "mine", 2, "it has learned of no classes; here are 2 classes, and learning of these begins anew"),
-            ("told", "mine", 2, "it has learned of 3 classes; here are 2 classes, and learning of these begins anew"),
-            ("told", "mine/a", None, "it has learned of 3 classes; here are no classes, and learning of these begins"),
-            ("ten", "mine/a", None, "it has learned of 10 classes; here are no classes, and learning of these begins"),
-            ("ten", "digits", 10, None), ("two", "mine", 2, None), ("plain", "mine/a", None, None),
+            ("plain", "mine", 2, "it has learned of no classes; learning of the 2 here begins anew"),
+            ("told", "mine", 2, "it has learned of 3 classes; learning of the 2 here begins anew"),
+            ("told", "mine/a", None, "it has learned of 3 classes, and is told of none here"),
+            ("ten", "mine/a", None, "it has learned of 10 classes, and is told of none here"),
+            ("ten", "digits", 10, "it has learned of 10 classes, and takes those here for them: 0 for its 0, ..."),
+            ("two", "mine", 2, "it has learned of 2 classes, and takes those here for them"),
+            ("plain", "mine/a", None, None),
         ],
     )  # fmt: skip
     def test_what_it_knew_is_kept(self, models, capsys, model, data, classes, says):
@@ -284,7 +297,7 @@ class TestStart:
             ("plain.safetensors --blocks=2", "--blocks: the model of --start has 1, which stays, got 2"),
             ("plain.safetensors --data=mine", "--data: its images have 3 channels, and the model of --start has 1; "
              "--grey makes them grey"),
-            ("rgb.safetensors --data=mine --grey", "--data: its images have 1 channels, and the model of --start has "
+            ("rgb.safetensors --data=mine --grey", "--data: its images have 1 channel, and the model of --start has "
              "3$"),
             ("plain.safetensors --data=mine --size=10", "--size: of the model of --start, 2 levels and squares of 2 x "
              "2 pixels need a height and a width that are multiples of 4, and images have 10"),
@@ -295,6 +308,16 @@ class TestStart:
     def test_what_does_not_fit_is_refused_by_name(self, models, options, says):
         with pytest.raises(ValueError, match=f"^{says}"):
             self.started(*f"--start={options}".split())
+
+    def test_a_checkpoint_that_is_damaged_is_named(self, models):
+        (models / "runs/mnist").mkdir(parents=True)
+        checkpoint, before = (models / "runs/mnist" / f"checkpoint{kind}.safetensors" for kind in ("", ".previous"))
+        checkpoint.write_bytes(b"")
+        options = "--resume", "--start=plain.safetensors", "--no-labels"
+        with pytest.raises(ValueError, match="checkpoint.safetensors is not a readable safetensors file: it is empty"):
+            self.started(*options)
+        (models / "plain.safetensors").rename(before)
+        assert self.started(*options)[1][1].config["channels"] == (4, 8)
 
     def test_the_same_as_the_model_has_may_be_said(self, models):
         options = ["--channels", "4", "8", "--blocks=1", "--patch=2", "--objective=eps", "--timesteps=20"]
@@ -384,6 +407,19 @@ class TestTrainingRun:
             ValueError, match="^--data must be digits, mnist, fashion or a folder, and there is no fold"
         ):
             a_run(tmp_path, "--data=nowhere").load_data()
+
+    @pytest.mark.filterwarnings("ignore:.* files are left out")
+    def test_results_of_a_run_are_not_learned_from(self, tmp_path):
+        """Its pictures are pages of many; but a run that began with them goes on."""
+        (folder := tmp_path / "in" / "runs" / "mnist").mkdir(parents=True)
+        Image.new("RGB", (9, 8)).save(folder / "samples.png")
+        for name in ("checkpoint.safetensors", "options.json"):
+            assert len(a_run(tmp_path, f"--data={tmp_path / 'in'}").load_data()[0]) == 1
+            (folder / name).touch()
+        for data in (tmp_path / "in", folder):
+            with pytest.raises(ValueError, match=f"^--data: in {folder} are the results of a run, which are not to be"):
+                a_run(tmp_path, f"--data={data}").load_data()
+        assert len(a_run(folder, "--resume", f"--data={tmp_path / 'in'}").load_data()[0]) == 1
 
     def test_a_folder(self, tmp_path):
         for name in ("a", "b"):
@@ -549,6 +585,12 @@ class TestTrainedModel:
         assert unet.config["channels"] == TINY["channels"] and diffusion.T == DIFFUSION.T and labels == [2, 0, 2, 1]
         assert moved == [(("cuda:1",), {"precision": "fp16"})]
 
+    def test_that_of_the_checkpoint_which_is_never_older(self, folder):
+        save_model(folder / "checkpoint.safetensors", UNet(**TINY, classes=9), DIFFUSION)
+        assert self.asked(folder, "--digits=8")[0].config["classes"] == 9
+        (folder / "model.safetensors").unlink()
+        assert self.asked(folder, "--digits=8")[0].config["classes"] == 9
+
     def test_digits_that_it_does_not_know(self, folder):
         with pytest.raises(ValueError, match="^--digits: this model knows 0 to 2, got 103$"):
             self.asked(folder, "--digits=103")
@@ -558,10 +600,6 @@ class TestTrainedModel:
 
 
 class TestRunTraining:
-    @pytest.fixture(autouse=True)
-    def undone(self, monkeypatch):
-        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-
     @pytest.fixture
     def ranks(self, monkeypatch):
         """What the processes are to be; whether they ran within `abort_on_error` is noted."""
@@ -599,19 +637,20 @@ class TestRunTraining:
         monkeypatch.setattr(sys, "argv", ["program.py"])
         (tmp_path / "model.safetensors").write_text("")
 
+        shown, before = [], warnings.formatwarning
+
         def fails(run):
-            warnings.warn("nearly", UserWarning, stacklevel=1)
+            shown.append(warnings.formatwarning("odd", UserWarning, "file.py", 3))
             raise FloatingPointError("step 3: the loss is nan")
 
         for settings, name in (({}, "program.py"), ({"prog": "python -m that"}, "python -m that")):
             for more in ([], ["--digits=1"]):
-                with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
+                with pytest.raises(SystemExit) as ended:
                     program.run_training(fails, None, [f"--out={tmp_path}", *more], **settings)
                 assert ended.value.code == f"{name}: step 3: the loss is nan"
                 assert ranks.ended == ([] if more else [ended.value.code])  # nobody waits for who draws digits
                 ranks.ended.clear()
-            assert warnings.formatwarning("odd", UserWarning, "file.py", 3) == f"\n{name}: odd\n"
+            assert shown.pop() == f"\n{name}: odd\n" and warnings.formatwarning is before
 
     def test_what_is_wrong_before_there_are_ranks_is_said_in_a_line_too(self, monkeypatch, tmp_path):
         def none(mpi):

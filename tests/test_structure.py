@@ -26,10 +26,10 @@ ROOMS = {
     "files": {"backend", "arguments", "bar", "network", "diffusion"},
     "training": {"backend", "arguments", "autograd", "network", "diffusion", "speed", "files"},
     "exchange": {"backend", "network", "diffusion", "files", "training"},
-    "cli": set(),
+    "cli": {"files"},
     "options": {"diffusion", "files", "speed", "cli"},
     "program": {"network", "diffusion", "files", "speed", "exchange", "cli", "options"},
-    "__main__": {"diffusion", "files", "cli", "program", "tinyddpm"},
+    "__main__": {"diffusion", "files", "exchange", "cli", "options", "program", "tinyddpm"},
 }
 # What a learner reads: these files import nothing that is only faster, or only practical. Of training it is the loop
 # and what it needs; train.py, which goes on from checkpoints and hands the work out, is for users.
@@ -62,7 +62,7 @@ ONLY_IN = {
     "msvcrt": {"files/lock.py"},
     "importlib": {"backend.py"},  # the twins, when they are first needed
     "signal": {"cli.py", "speed/workers.py"},
-    "PIL": {"files/pictures.py", "files/data.py", "files/decoding.py", "cli.py"},
+    "PIL": {"files/pictures.py", "files/data.py", "files/decoding.py"},
     "matplotlib": {"files/pictures.py"},
     "safetensors": {"files/tensors.py"},
     "torch": set(),

@@ -17,12 +17,14 @@ import time
 import numpy as np
 
 from . import Diffusion, UNet, make_schedule, sample, save_model, train
-from .cli import GUIDANCE, Options, any_path, errors_in_a_line
+from .cli import GUIDANCE, SAMPLES, Options, any_path, errors_in_a_line
 from .diffusion.sample import SAMPLERS
+from .exchange.opening import opened
 from .files.model import DIGITS_MODEL
 from .files.pictures import grid, page, save_picture
 from .files.run_folder import MODEL
-from .program import TrainingRun, opened, run_training, trained_model
+from .options import wrong_side
+from .program import TrainingRun, run_training, trained_model
 
 EVALUATION = pathlib.Path(__file__).parents[1] / "examples" / "measure" / "evaluate_digits.py"
 
@@ -50,7 +52,7 @@ def train_on_images(run: TrainingRun) -> None:
     (_, H, W, C), attention = images.shape, [False] * len(args.channels)
     told = {} if labels is None else {"classes": int(labels.max()) + 1, "label_dropout": 0.1}
     shape = {"image_size": (H, W), "patch": args.patch}
-    diffusion, unet = run.started(images, labels) or (
+    diffusion, unet = run.start_model(images, labels) or (
         Diffusion(make_schedule("cosine", args.timesteps, input_scale=0.5), args.objective),
         UNet(C, C, args.channels, args.blocks, attention, rng=args.seed, **shape, **told),
     )
@@ -81,12 +83,13 @@ def sample_from_model(argv: list[str], prog: str) -> None:
     add = parser.add
     kinds = "save_model's file, a training's checkpoint or folder, diffusers' folder, or a file with Ho et al.'s names"
     add("model", nargs="?", type=any_path, default=DIGITS_MODEL, help=f"{kinds} [the model that comes along]")
-    add("--samples", type=int, default=40, least=1, help="how many images [%(default)s]")
+    add("--samples", type=int, default=40, least=1, most=SAMPLES, help="how many images [%(default)s]")
     add("--labels", type=int, nargs="+", help="their classes, repeated to fill --samples [each in turn]")
-    add("--guidance", type=float, help=f"how clearly they are to be those; 1, as in the data [{GUIDANCE}, if it can]")
+    clearly = f"how clearly they are to be those; 1, as in the data [{GUIDANCE}, if it can]"
+    add("--guidance", type=float, least=-1000, most=1000, help=clearly)
     add("--method", default="ddpm", choices=SAMPLERS, help="the sampler [%(default)s]")
-    add("--steps", type=int, default=25, least=1, help="of the sampler [%(default)s]")
-    add("--size", type=int, least=1, help="height and width of the images [those of the model]")
+    add("--steps", type=int, default=25, least=1, most=10**5, help="of the sampler [%(default)s]")
+    add("--size", type=int, least=1, most=4096, help="height and width of the images [those of the model]")
     add("--variant", help="of a folder of diffusers, another file of weights, such as fp16")
     add("--device", default="cpu", help="cpu, cuda or cuda:N [%(default)s]")
     add("--precision", default="float32", help="of products on a GPU: float32, tf32, bf16 or fp16 [%(default)s]")
@@ -96,6 +99,8 @@ def sample_from_model(argv: list[str], prog: str) -> None:
     unet, diffusion = opened(args.model, args.variant)
     unet.to(args.device, precision=args.precision)
     if args.size:
+        if wrong := wrong_side(args.size, unet.config["patch"], len(unet.config["channels"])):
+            raise ValueError(f"--size: {wrong}")
         unet.config["image_size"] = (args.size, args.size)
     if unet.config["image_size"] is None:
         raise ValueError("--size: this model does not say how large its images are, so it has to be given")
@@ -112,12 +117,11 @@ def sample_from_model(argv: list[str], prog: str) -> None:
     print(f"{args.samples} images in {time.monotonic() - began:.1f} seconds: look at {args.out}")
 
 
-def evaluate(argv: list[str]) -> None:
+def evaluate(argv: list[str], prog: str) -> None:
     """Run examples/measure/evaluate_digits.py."""
     if not EVALUATION.exists():
         raise FileNotFoundError("the classifier is not in the package, but in a checkout of its repository")
-    sys.argv = [str(EVALUATION), *argv]
-    runpy.run_path(str(EVALUATION), run_name="__main__")
+    runpy.run_path(str(EVALUATION))["main"](argv, prog=prog)
 
 
 def main(argv: list[str]) -> None:
@@ -130,7 +134,7 @@ def main(argv: list[str]) -> None:
             sample_from_model(rest, prog)
     elif command == "evaluate":
         with errors_in_a_line(prog):
-            evaluate(rest)
+            evaluate(rest, prog)
     elif command in ("-h", "--help"):
         with errors_in_a_line(prog):
             print(__doc__)

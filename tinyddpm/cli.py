@@ -14,11 +14,13 @@ import os
 import pathlib
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 GUIDANCE = 1.5  # unless another is asked for
-MOST = 10**9  # of whatever is counted
+SAMPLES = 10**4  # at most, in a picture
+MOST = 10**9  # of whatever is counted, unless that has a limit of its own
 
 
 class Options(argparse.ArgumentParser):
@@ -28,19 +30,20 @@ class Options(argparse.ArgumentParser):
     def __init__(self, text: str | None, **settings: Any):
         shown = argparse.RawDescriptionHelpFormatter
         super().__init__(description=text, formatter_class=shown, allow_abbrev=False, **settings)
-        self.least: dict[str, int] = {}
-        self.positive: list[str] = []  # of these, any number above 0
+        self.limits: dict[str, tuple[float, float, float]] = {}
+        self.within = ""  # what is parsed, if it is not the command line
 
-    def add(self, name: str, least: int | None = None, **settings: Any) -> None:
-        """`add_argument`; if it is a number, it must be `least` or more."""
-        action = self.add_argument(name, **settings)
-        if least is not None:
-            self.least[action.dest] = least
+    def add(self, name: str, least: float = -MOST, most: float = MOST, above: float = -math.inf, **settings: Any):
+        """`add_argument`; if it is a number, it must be from `least` to `most`, and greater than `above`."""
+        self.limits[self.add_argument(name, **settings).dest] = least, most, above
+
+    def error(self, message: str) -> NoReturn:
+        super().error(self.within + message)
 
     def add_usual(self, out: str, seed: int = 0, gives: str = "other digits") -> None:
         """What every example has that draws a picture: --seed, another of which gives others, --workers and --out."""
         self.add("--seed", type=int, default=seed, least=0, help=f"another one gives {gives} [%(default)s]")
-        self.add("--workers", type=int, least=1, help="how many work side by side [one per CPU]")
+        self.add("--workers", type=int, least=1, most=1024, help="how many work side by side [one per CPU]")
         self.add("--out", type=picture_path, default=out, help="the picture [%(default)s]")
 
     def parse_args(self, *args: Any, **settings: Any) -> argparse.Namespace:  # type: ignore[override]
@@ -53,13 +56,12 @@ class Options(argparse.ArgumentParser):
 
     def _must(self, name: str, number: float) -> str:
         """What the number that an option has is not, and must be."""
-        if name in self.positive and not 0 < number < math.inf:
-            return "greater than 0"
-        if name in self.least and number < self.least[name]:
-            return f"{self.least[name]} or greater"
-        if isinstance(number, float):
-            return "" if math.isfinite(number) else "a number"
-        return "" if name == "seed" or abs(number) <= MOST else f"{MOST} at most"
+        least, most, above = self.limits.get(name, (-MOST, MOST, -math.inf))
+        if isinstance(number, float) and not math.isfinite(number) or number <= above:
+            return "a number" if above == -math.inf else f"a number greater than {above}"
+        return (
+            f"{least} or greater" if number < least else f"{most} at most" if number > most and name != "seed" else ""
+        )
 
     def given(self, argv: list[str] | None) -> dict[str, Any]:
         """What the command line itself says, without defaults."""
@@ -85,14 +87,14 @@ def any_path(path: str) -> pathlib.Path:
 def picture_path(path: str) -> pathlib.Path:
     """`path`, if a picture can be written there, for argparse: better to know that before the work than after.
 
-    Raises ArgumentTypeError if its folder does not exist or Pillow does not know its suffix.
+    Raises ArgumentTypeError if its folder does not exist or its suffix is none that pictures are written with.
     """
-    from PIL import Image
+    from .files.pictures import format_of
 
     picture = any_path(path)
     if not picture.parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {picture.parent}")
-    if picture.is_dir() or picture.suffix.lower() not in Image.registered_extensions():
+    if picture.is_dir() or format_of(picture) is None:
         raise argparse.ArgumentTypeError(f"expected a picture such as digits.png, got {picture}")
     return picture
 
@@ -103,6 +105,7 @@ class _Words:
 
     def __init__(self, stream: TextIO | None):
         self.stream = stream or open(os.devnull, "w")  # None: it is closed
+        self.terminal = self.stream.isatty()  # which it is no more once it has gone
         self.lost: OSError | None = None  # what came in between, but for a reader who has gone
         if hasattr(self.stream, "reconfigure"):
             self.stream.reconfigure(errors="backslashreplace")
@@ -120,8 +123,8 @@ class _Words:
         try:
             action(*arguments)
         except OSError as error:
-            if error.errno not in (errno.EPIPE, errno.EINVAL, errno.EIO):  # EINVAL: a pipe, to Windows; EIO: a terminal
-                self.lost = error
+            gone = (errno.EPIPE, errno.EINVAL, errno.EIO if self.terminal else None)  # EINVAL: a pipe, to Windows
+            self.lost = self.lost if error.errno in gone else error
             with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
 
@@ -147,9 +150,10 @@ def words_get_through() -> Iterator[None]:
 
 @contextlib.contextmanager
 def errors_in_a_line(name: str | None = None, needs: str = "") -> Iterator[None]:
-    """Of an error that says what was wrong, no more is shown than that, after the `name` of the program, and what it
-    `needs` that is not there. Ctrl-C ends it as a shell expects. Words get through, or are left out."""
-    name = name or pathlib.Path(sys.argv[0]).name
+    """Of an error or a warning that says what was wrong, no more is shown than that, after the `name` of the program,
+    and what it `needs` that is not there. Ctrl-C ends it as a shell expects. Words get through, or are left out."""
+    name, before = name or pathlib.Path(sys.argv[0]).name, warnings.formatwarning
+    warnings.formatwarning = lambda message, *_: f"\n{name}: {message}\n"
     try:
         with words_get_through():
             yield
@@ -164,6 +168,8 @@ def errors_in_a_line(name: str | None = None, needs: str = "") -> Iterator[None]
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         sys.exit(130)  # what a shell says of a program that Ctrl-C ended
+    finally:
+        warnings.formatwarning = before
 
 
 def run(main: Callable[[], Any], **settings: str) -> None:
@@ -183,8 +189,8 @@ def stop_signals(notice: str = "") -> Iterator[Callable[[], bool]]:
 
     def ask(number: int, frame: Any) -> None:
         asked.append(number)
-        for number in before:
-            signal.signal(number, signal.SIG_DFL)
+        for either in before:
+            signal.signal(either, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # nobody may be reading any more
             os.write(2, f"\n{notice}\n".encode() if notice else b"")  # print may be at work where this breaks in
 

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import os
 import pathlib
-import re
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -19,19 +19,18 @@ from typing import Any
 
 import numpy as np
 
-from .cli import errors_in_a_line, stop_signals
+from .cli import Options, errors_in_a_line, stop_signals
 from .diffusion.process import Diffusion
 from .diffusion.schedule import Schedule
-from .exchange.diffusers import load_diffusers
-from .exchange.original import load_original
+from .exchange.opening import fitted, opened
+from .files.checkpoint import OtherRun
 from .files.data import load_digits, load_fashion_mnist, load_mnist
 from .files.folder import ImageFolder
 from .files.lock import alone_in
 from .files.model import configuration, load_model
 from .files.pictures import save_picture
 from .files.replacing import previous
-from .files.run_folder import CHECKPOINT, MODEL, begin_folder, recorded
-from .files.tensors import stored_tensors
+from .files.run_folder import CHECKPOINT, OPTIONS, begin_folder, ended, model_in, recorded
 from .network.unet import UNet
 from .options import DATA, OF_ONE_TIME, OF_THE_MODEL, SIDE, shown, training_arguments, training_options, wrong_side
 from .speed.ranks import Ranks
@@ -46,14 +45,30 @@ def run_training(main: Callable[[TrainingRun], None], text: str | None, argv: li
     parser = training_options(text, **settings)
     with errors_in_a_line(settings.get("prog")):
         args = training_arguments(parser, argv)
-        warnings.formatwarning = lambda message, *_: f"\n{parser.prog}: {message}\n"
         ranks = Ranks(args.mpi)
         args = ranks.gathered(args)[0]  # which may have found the options of before
         if args.digits is not None:  # which the first draws alone, so that nobody waits for it
             return main(TrainingRun(args, ranks)) if ranks.rank == 0 else None
-        with ranks.abort_on_error(), errors_in_a_line(settings.get("prog")):
+        with ranks.abort_on_error(), errors_in_a_line(settings.get("prog")), _folder(parser, args.out):
             with alone_in(args.out) if ranks.rank == 0 else contextlib.nullcontext():
                 main(TrainingRun(args, ranks))
+
+
+@contextlib.contextmanager
+def _folder(parser: Options, out: pathlib.Path) -> Iterator[None]:
+    """Within this block there is this folder; if it is new, and nothing came into it, it goes again."""
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:  # better to know now than after the training
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        parser.error(f"--out: cannot write to {out}: {error.strerror}")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for folder in new:
+                folder.rmdir()
 
 
 class TrainingRun:
@@ -101,7 +116,10 @@ class TrainingRun:
             self.say("start    the checkpoint in the folder goes on, and has its own weights")
         try:
             return load_model(checkpoint)
-        except (OSError, ValueError):  # the training will say that it goes on from the one before
+        except (OSError, ValueError):
+            if not previous(checkpoint).exists():
+                raise
+            # the training will say that it goes on from the one before
             return load_model(previous(checkpoint))
 
     def load_data(self) -> tuple[Any, np.ndarray | None]:
@@ -115,29 +133,37 @@ class TrainingRun:
             elif args.data == "fashion":
                 images, labels = load_fashion_mnist()
             elif os.path.isdir(args.data):
+                runs = (file.parent for file in pathlib.Path(args.data).rglob(CHECKPOINT))
+                if not self.goes_on and (run := next((run for run in runs if (run / OPTIONS).exists()), None)):
+                    raise ValueError(f"--data: in {run} are the results of a run, which are not to be learned from")
                 images = ImageFolder(args.data, args.size, channels=1 if args.grey else 3)  # read as they are needed
                 labels = images.labels
             else:
                 moved = "; if it was moved, --data says where it is now" if args.resume else ""
-                raise ValueError(
-                    f"--data must be {', '.join(DATA)} or a folder, and there is no folder {args.data}{moved}"
-                )
+                why = f"{args.data} is none" if os.path.exists(args.data) else f"there is no folder {args.data}{moved}"
+                raise ValueError(f"--data must be {', '.join(DATA)} or a folder, and {why}")
         return images, None if args.no_labels else labels
 
-    def started(self, images: Any, labels: np.ndarray | None) -> tuple[Diffusion, UNet] | None:
+    def start_model(self, images: Any, labels: np.ndarray | None) -> tuple[Diffusion, UNet] | None:
         """The diffusion and the network that --start names, made to fit the images; None without --start."""
         if self.model is None:
             return None
         (unet, diffusion), (_, H, W, C) = self.model, images.shape
         if (theirs := unet.config["in_channels"]) != C:
             grey = "; --grey makes them grey" if (theirs, C) == (1, 3) else ""
-            raise ValueError(f"--data: its images have {C} channels, and the model of --start has {theirs}{grey}")
+            has = f"{C} channel{'s' * (C > 1)}"
+            raise ValueError(f"--data: its images have {has}, and the model of --start has {theirs}{grey}")
         classes, known = None if labels is None else int(labels.max()) + 1, unet.config["classes"]
         if not self.goes_on:
             self.say(f"start    from {self.args.start}")
-            if classes != known:
-                of, here = (f"{n} classes" if n else "no classes" for n in (known, classes))
-                self.say(f"         it has learned of {of}; here are {here}, and learning of these begins anew")
+            if classes and classes == known:
+                self.say(f"         it has learned of {known} classes, and takes those here for them: 0 for its 0, ...")
+            elif classes:
+                self.say(
+                    f"         it has learned of {known or 'no'} classes; learning of the {classes} here begins anew"
+                )
+            elif known:
+                self.say(f"         it has learned of {known} classes, and is told of none here")
         return diffusion, fitted(unet, (H, W), classes, self.args.seed)
 
     def prepare(self, unet: Any, images: Any) -> None:
@@ -177,8 +203,9 @@ class TrainingRun:
             return
         if args.resume and not self.goes_on:
             print("resumed  from the beginning, for there is no checkpoint")
+        how = "it had had all its steps" if ended(args.out) else "--resume would have gone on from it"
         if earlier := begin_folder(args.out, self.options(), args.resume, PICTURES):
-            print(f"earlier  the run that was there is in {earlier.name} now; --resume would have gone on from it")
+            print(f"earlier  the run that was there is in {earlier.name} now; {how}")
 
     def options(self) -> dict[str, Any]:
         """Those to remember."""
@@ -212,12 +239,13 @@ class TrainingRun:
                 states = recorded(states, args.out, *how)
             try:
                 yield from states
-            except ValueError as error:
-                if not re.search("another run: (images|labels): ", str(error)):
+            except OtherRun as error:
+                if error.differing.keys().isdisjoint(("images", "labels")):
                     raise
-                raise ValueError(
-                    f"--data: not the images of before, with which alone a run goes on; {error}"
-                ) from error
+                (shape, _), (other, _) = error.differing.get("images", ([(0,), ""],) * 2)
+                counts = f"{other[0]:,} pictures, the run had {shape[0]:,}"
+                what = counts if shape[0] != other[0] else "not the images of before, with which alone a run goes on"
+                raise ValueError(f"--data: {what}; {error}") from error
 
 
 def steps_within(minutes: float, training: Callable, unet: Any) -> int:
@@ -233,39 +261,9 @@ def steps_within(minutes: float, training: Callable, unet: Any) -> int:
 # ---------------------------------------------------------------------------------------------------------- its models
 
 
-def opened(path: pathlib.Path, variant: str | None = None) -> tuple[UNet, Diffusion]:
-    """The network and the diffusion at a path, whoever wrote them. Of the folder of a training, its model, or what it
-    has learned so far."""
-    path = next((path / name for name in (MODEL, CHECKPOINT) if (path / name).is_file()), path)
-    if path.is_dir():
-        return load_diffusers(path, variant)
-    if variant is not None:
-        raise ValueError(f"--variant: only a folder of diffusers has variants, and {path} is none")
-    with stored_tensors(path) as (_, metadata):
-        ours = "tinyddpm" in metadata
-    return load_model(path) if ours else load_original(path)
-
-
-def fitted(unet: UNet, image_size: tuple[int, int], classes: int | None, seed: int = 0) -> UNet:
-    """A network with the weights of `unet`, for images of this size and so many classes. Unless it knew as many, each
-    begins as if it had not been told: with the vector of "no label", the mean of all if there was none."""
-    config, state = unet.config | {"image_size": image_size}, unet.state_dict()
-    if classes != config["classes"]:
-        vectors = state.pop("class_embedding.w", np.zeros((1, state["time2.b"].size)))
-        untold = vectors[-1] if config["label_dropout"] else vectors.mean(axis=0)
-        config |= {"classes": classes, "label_dropout": 0.1 if classes else 0.0}
-        if classes:
-            state["class_embedding.w"] = np.tile(untold, (classes + 1, 1))
-        else:
-            state["time2.b"] += untold  # to which a class's vector is added
-    new = UNet(**config, rng=seed)
-    new.load_state_dict(state)
-    return new
-
-
 def trained_model(args: argparse.Namespace) -> tuple[Any, Any, list[int]]:
     """The network and the diffusion in the folder of a run, and the labels that --digits asks for."""
-    unet, diffusion = load_model(args.out / MODEL)
+    unet, diffusion = load_model(model_in(args.out))
     labels, classes = [int(digit) for digit in args.digits], unet.config["classes"]
     if not classes:
         raise ValueError(f"--digits: the model in {args.out} was trained without labels, so it does not know digits")

@@ -34,7 +34,7 @@ from tinyddpm.bar import progress_bar
 from tinyddpm.diffusion.sample import SAMPLERS
 from tinyddpm.files.data import load_mnist
 from tinyddpm.files.replacing import replacing
-from tinyddpm.files.run_folder import MODEL
+from tinyddpm.files.run_folder import model_in
 from tinyddpm.files.tensors import stored_tensors, write_tensors
 from tinyddpm.network.nn import Conv2d, GroupNorm, Linear, Module
 from tinyddpm.speed.workers import worker_threads
@@ -230,36 +230,37 @@ def table(result):
 # ------------------------------------------------------------------------------------------------------- where from
 
 
-def parse_arguments():
-    parser = cli.Options(__doc__)
+def parse_arguments(argv, **settings):
+    parser = cli.Options(__doc__, **settings)
     add = parser.add
     add(
         "source", nargs="?", type=cli.any_path, help="a model or checkpoint, a folder of pictures, or an .npz of images"
     )
-    add("--samples", type=int, default=1000, help="how many digits to draw or take [%(default)s]")
+    add("--samples", type=int, default=1000, least=10, most=2000, help="how many digits to draw or take [%(default)s]")
     add("--data", default="digits", choices=("digits", "mnist"), help="what the model learned from [%(default)s]")
     add("--method", default="ddpm", choices=SAMPLERS, help="the sampler, of a model [%(default)s]")
     add("--steps", type=int, default=25, least=1, help="of the sampler, at most T [%(default)s]")
-    add("--guidance", type=float, default=cli.GUIDANCE, help="of the sampler, if the model knows labels [%(default)s]")
+    told = "of the sampler, if the model knows labels [%(default)s]"
+    add("--guidance", type=float, default=cli.GUIDANCE, least=-1000, most=1000, help=told)
     add("--seed", type=int, default=0, least=0, help="the same one gives the same numbers [%(default)s]")
     add("--workers", type=int, least=1, help="how many work side by side [one per CPU]")
     add("--classifier", type=cli.any_path, default=CLASSIFIER, help="another than the one that comes along")
     add("--json", type=cli.any_path, help="write the numbers to this file too")
     add("--train", type=cli.any_path, metavar="FILE", help="train the classifier anew and write it to this file")
     add("--train-steps", type=int, default=4000, least=1, help="of that [%(default)s]")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if (args.source is None) == (args.train is None):
         parser.error("expected what to evaluate, or --train FILE")
     if args.source and not args.source.exists():
         parser.error(f"there is no {args.source}")
-    if args.source and (args.source / MODEL).is_file():  # the folder of a training, whose pictures are pages of many
-        args.source /= MODEL
-    if not 10 <= args.samples <= 2000:  # of real digits, five times as many are needed
-        parser.error(f"--samples must be from 10 to 2000, got {args.samples}")
+    if args.source:  # if it is the folder of a training, not its pictures, which are pages of many
+        args.source = model_in(args.source)
     for name in ("json", "train"):  # better to know now than after the work
         path = getattr(args, name)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             parser.error(f"--{name}: cannot write {path}, which is a folder or in none")
+    if args.json and args.train:
+        parser.error("--json: with --train nothing is evaluated, so leave it out")
     if args.json and args.json.resolve() == args.source.resolve():
         parser.error(f"--json: {args.json} is what is to be evaluated")
     return args
@@ -340,8 +341,8 @@ def train_and_test(args):
     print(f"right about {right:.2%} of {len(truth):,} digits it has not learned from: {args.train}")
 
 
-def main():
-    args = parse_arguments()
+def main(argv=None, **settings):
+    args = parse_arguments(argv, **settings)
     if args.train:
         return train_and_test(args)
     classifier, full = load_classifier(args.classifier), args.data == "mnist"

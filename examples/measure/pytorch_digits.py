@@ -21,13 +21,12 @@ from tinyddpm.files.replacing import replacing
 def parse_arguments():
     parser = cli.Options(__doc__)
     add = parser.add
-    add("--minutes", type=float, default=5, help="of training [%(default)s]")
-    add("--lr", type=float, default=2e-3, help="AdamW's learning rate at first [%(default)s]")
+    add("--minutes", type=float, default=5, above=0, help="of training [%(default)s]")
+    add("--lr", type=float, default=2e-3, above=0, help="AdamW's learning rate at first [%(default)s]")
     add("--samples", type=int, default=500, least=1, help="how many digits to draw [%(default)s]")
     add("--threads", type=int, least=1, help="of PyTorch [as many as it likes]")
     add("--seed", type=int, default=0, least=0, help="another one gives other digits [%(default)s]")
     add("--out", type=cli.any_path, default="pytorch_digits.npz", help="the digits [%(default)s]")
-    parser.positive += ["minutes", "lr"]
     return parser.parse_args()
 
 

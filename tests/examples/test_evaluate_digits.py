@@ -370,6 +370,8 @@ def damaged(digits):
     save_model(digits / "large.safetensors", UNet(image_size=32), Diffusion(make_schedule("linear", 1000)))
     (digits / "run").mkdir(exist_ok=True)
     shutil.copy(digits / "large.safetensors", digits / "run" / "model.safetensors")
+    shutil.copytree(digits / "run", digits / "killed")
+    (digits / "killed" / "model.safetensors").rename(digits / "killed" / "checkpoint.safetensors")
     content = bytearray(SCRIPT.with_name("digit_classifier.safetensors").read_bytes())
     content[-1] ^= 1
     (digits / "flipped.safetensors").write_bytes(content)
@@ -381,7 +383,7 @@ def damaged(digits):
     [
         ([], "expected what to evaluate, or --train FILE"),
         (["nowhere"], "there is no nowhere"),
-        (["{digits}/uint8.npz", "--samples=5"], "--samples must be from 10 to 2000, got 5"),
+        (["{digits}/uint8.npz", "--samples=5"], "--samples must be 10 or greater, got 5"),
         (["{digits}/uint8.npz", "--workers=0"], "--workers must be 1 or greater, got 0"),
         (["{digits}/uint8.npz", "--seed=-1"], "--seed must be 0 or greater, got -1"),
         (["{digits}/uint8.npz", "--json=nowhere/r.json"], "--json: cannot write nowhere/r.json"),
@@ -405,6 +407,8 @@ def damaged(digits):
         (["{digits}/colour.safetensors"], "expected a model of grey digits of 28 x 28 pixels, got one of 3 channels"),
         (["{digits}/large.safetensors"], "for images of (32, 32)"),
         (["{digits}/run"], "for images of (32, 32)"),  # of a training's folder, the model and not the pictures
+        (["{digits}/killed"], "for images of (32, 32)"),  # it has pictures of its samples, and only a checkpoint
+        (["--train={digits}/c", "--json={digits}/r"], "--json: with --train nothing is evaluated, so leave it out"),
         (["{digits}/few.npz", "--json={digits}/few.npz"], "few.npz is what is to be evaluated"),
     ],
 )

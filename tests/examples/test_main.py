@@ -7,7 +7,6 @@ import runpy
 import shutil
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -23,12 +22,12 @@ from tinyddpm import (
     load_digits,
     load_model,
     make_schedule,
-    program,
     sample,
     save_diffusers,
     save_model,
     train,
 )  # fmt: skip
+from tinyddpm.exchange import opening
 from tinyddpm.exchange.names import laid_out, original_layout
 from tinyddpm.files import run_folder
 from tinyddpm.files.pictures import grid, page
@@ -48,11 +47,8 @@ TINY = [
 
 @pytest.fixture(autouse=True, scope="module")
 def undone():
-    """A training says how warnings are shown, `evaluate` what this program is called: both for good. And without the
-    loss curve, it takes half the time."""
+    """Without the loss curve, a training takes half the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(warnings, "formatwarning", warnings.formatwarning)
-        patch.setattr(sys, "argv", sys.argv)
         patch.setattr(run_folder, "save_loss_curve", lambda *_: None)
         yield
 
@@ -167,7 +163,10 @@ class TestTrain:
         shutil.copy(folders[by_command] / "model.safetensors", model)
         out, options = tmp_path / "out", ["--steps=2", "--save-every=1", f"--start={model}"]
         begin(out, *few, *options)
-        assert f"start    from {model}\nde" in capsys.readouterr().out
+        assert (
+            f"start    from {model}\n         it has learned of 10 classes, and takes those here for them"
+            in capsys.readouterr().out
+        )
         (unet, diffusion), (images, labels) = load_model(model), load_digits()
         before = unet.state_dict()
         settings = {"lr": 4e-3, "decay_steps": 1, "seed": 5, "labels": labels, "workers": 1}
@@ -210,14 +209,14 @@ class TestTrain:
     def test_another_run_does_not_lose_the_one_before(self, folders, tmp_path, capsys):
         folder = shutil.copytree(folders[by_command], tmp_path / "run")
         by_command(folder, *TINY, "--steps=1")
-        assert "the run that was there is in earlier-1 now" in capsys.readouterr().out
+        assert "the run that was there is in earlier-1 now; it had had all its steps\n" in capsys.readouterr().out
         assert_same(folder / "earlier-1", folders[by_command], "options.json", "step_00002.png")
         assert not (folder / "step_00002.png").exists()
 
     @pytest.mark.parametrize(
         ("arguments", "code", "message"),
         [
-            (["--steps=0"], 2, "error: --steps must be greater than 0, got 0"),
+            (["--steps=0"], 2, "error: --steps must be 1 or greater, got 0"),
             (["--seed=-1"], 2, "error: --seed must be 0 or greater, got -1"),
             (["--digits=3"], 2, "error: --digits: there is no model in "),
             (
@@ -226,10 +225,13 @@ class TestTrain:
                 "--data must be digits, mnist, fashion or a folder, and there is no folder nowhere",
             ),
             (["--device=gpu"], 1, "device: 'gpu' is unknown; use 'cpu', 'cuda' or 'cuda:N'"),
+            (["--start=nowhere"], 1, "--start: path: there is no file "),
+            ([f"--data={__file__}"], 1, f"--data must be digits, mnist, fashion or a folder, and {__file__} is none"),
         ],
     )
     def test_bad_input_is_refused_in_a_line(self, refused, tmp_path, arguments, code, message):
-        got, text = refused("train", f"--out={tmp_path}", *arguments)
+        """And leaves no folder."""
+        got, text = refused("train", f"--out={tmp_path / 'new' / 'out'}", *arguments)
         assert got == code and f"python -m tinyddpm train: {message}" in text and "Traceback" not in text
         assert not list(tmp_path.iterdir())
 
@@ -256,7 +258,7 @@ def kinds(tmp_path_factory):
     original = with_weights(UNet(1, 1, (32, 32), 1, (False, True), groups=32))
     tensors = laid_out(original.state_dict(), lambda name, ndim: original_layout(name, ndim, 2))
     save_file({name: np.ascontiguousarray(w) for name, w in tensors.items()}, folder / "original.safetensors")
-    (folder / "run").mkdir()  # the folder of a training, whose model is the one to take
+    (folder / "run").mkdir()  # the folder of a training that has gone on since it ended: its checkpoint is to be taken
     save_model(folder / "run" / "model.safetensors", plain, DIFFUSION)
     for state in training(None, 5)[1]:
         state.save(folder / "checkpoint.safetensors")
@@ -266,7 +268,7 @@ def kinds(tmp_path_factory):
         "plain.safetensors": (folder, plain, DIFFUSION),
         "classes.safetensors": (folder, told, DIFFUSION),
         "diffusers": (folder, told, DIFFUSION),
-        "run": (folder, plain, DIFFUSION),
+        "run": (folder, state.ema.model, TRAINED),
         "original.safetensors": (folder, original, Diffusion(make_schedule("linear", 1000), variance="large")),
         "checkpoint.safetensors": (folder, state.ema.model, TRAINED),
     }
@@ -312,7 +314,7 @@ class TestSample:
             ("diffusers", None),
             ("original.safetensors", 8),
             ("checkpoint.safetensors", 4),
-            ("run", None),
+            ("run", 4),
         ],
     )
     def test_a_model_of_any_kind(self, kinds, tmp_path, capsys, name, size):
@@ -338,9 +340,9 @@ class TestSample:
         assert drawn.shape == (2 * (12 + 4), 2 * (12 + 4))
 
     def test_device_precision_and_variant_arrive(self, models, tmp_path, monkeypatch, capsys):
-        calls, to, load = [], UNet.to, program.load_diffusers
+        calls, to, load = [], UNet.to, opening.load_diffusers
         monkeypatch.setattr(UNet, "to", lambda self, *x, **settings: calls.append((x, settings)) or to(self, "cpu"))
-        monkeypatch.setattr(program, "load_diffusers", lambda *x: calls.append(x) or load(x[0]))
+        monkeypatch.setattr(opening, "load_diffusers", lambda *x: calls.append(x) or load(x[0]))
         options = ["--variant=fp16", "--device=cuda:1", "--precision=bf16", "--steps=1", "--samples=1"]
         self.drawn(tmp_path, capsys, models / "diffusers", *options)
         assert calls == [(models / "diffusers", "fp16"), (("cuda:1",), {"precision": "bf16"})]
@@ -364,7 +366,11 @@ class TestSample:
             (["--guidance=nan"], 2, "error: --guidance must be a number, got nan"),
             (["{models}/original.safetensors"], 1, "--size: this model does not say how large its images are"),
             (["{models}/checkpoint.safetensors"], 1, "--size: this model does not say how large its images are"),
-            (["{models}/plain.safetensors", "--size=7"], 1, "x: height and width must be multiples of 2"),
+            (
+                ["{models}/plain.safetensors", "--size=7"],
+                1,
+                "--size: 2 levels and squares of 1 x 1 pixels need a height and a width that are multiples of 2, and ",
+            ),
             (["{models}/plain.safetensors", "--variant=fp16"], 1, "--variant: only a folder of diffusers has variants"),
             (["{models}/diffusers", "--variant=fp16"], 1, "diffusion_pytorch_model.fp16.safetensors"),
             (["--device=gpu"], 1, "device: 'gpu' is unknown; use 'cpu', 'cuda' or 'cuda:N'"),
@@ -372,6 +378,8 @@ class TestSample:
             (["--steps=0"], 2, "error: --steps must be 1 or greater, got 0"),
             (["--samples=0"], 2, "error: --samples must be 1 or greater, got 0"),
             (["--size=0"], 2, "error: --size must be 1 or greater, got 0"),
+            (["--samples=1000000000"], 2, "error: --samples must be 10000 at most, got 1000000000"),
+            (["--guidance=1e308"], 2, "error: --guidance must be 1000 at most, got 1e+308"),
             (["--workers=0"], 2, "error: --workers must be 1 or greater, got 0"),
             (["--seed=-1"], 2, "error: --seed must be 0 or greater, got -1"),
             (["--method=euler"], 2, "error: argument --method: invalid choice: 'euler'"),
@@ -399,13 +407,14 @@ class TestSample:
 class TestEvaluate:
     def test_it_hands_its_arguments_on(self, monkeypatch):
         script, ran = str(EXAMPLES / "measure" / "evaluate_digits.py"), []
-        monkeypatch.setattr(runpy, "run_path", lambda path, run_name: ran.append((path, run_name, sys.argv)))
+        main = lambda argv, prog: ran.append((argv, prog))
+        monkeypatch.setattr(runpy, "run_path", lambda path: ran.append(path) or {"main": main})
         commands.main(["evaluate", "runs/mnist/model.safetensors", "--samples=50"])
-        assert ran == [(script, "__main__", [script, "runs/mnist/model.safetensors", "--samples=50"])]
+        assert ran == [script, (["runs/mnist/model.safetensors", "--samples=50"], "python -m tinyddpm evaluate")]
 
     def test_it_is_that_script_which_answers(self, refused, tmp_path):
         code, text = refused("evaluate", tmp_path, "--samples=5")
-        assert code == 2 and "evaluate_digits.py: error: --samples must be from 10 to 2000, got 5" in text
+        assert code == 2 and "python -m tinyddpm evaluate: error: --samples must be 10 or greater, got 5" in text
 
     def test_without_a_checkout_it_says_what_is_missing(self, monkeypatch, refused, tmp_path):
         monkeypatch.setattr(commands, "EVALUATION", tmp_path / "evaluate_digits.py")
@@ -425,7 +434,7 @@ class TestAll:
         [
             ("train", "python -m tinyddpm train", ["data", "resume", "digits", "mpi", "out"]),
             ("sample", "python -m tinyddpm sample", ["samples", "labels", "guidance", "size", "variant", "out"]),
-            ("evaluate", "evaluate_digits.py", ["samples", "classifier", "json"]),
+            ("evaluate", "python -m tinyddpm evaluate", ["samples", "classifier", "json"]),
         ],
     )
     def test_each_has_help(self, capsys, command, usage, options):

@@ -34,8 +34,8 @@ def test_it_draws_what_evaluate_digits_reads(monkeypatch, tmp_path, capsys):
         ("--samples=0", "--samples must be 1 or greater, got 0"),
         ("--threads=0", "--threads must be 1 or greater, got 0"),
         ("--seed=-1", "--seed must be 0 or greater, got -1"),
-        ("--minutes=0", "--minutes must be greater than 0, got 0.0"),
-        ("--lr=nan", "--lr must be greater than 0, got nan"),
+        ("--minutes=0", "--minutes must be a number greater than 0, got 0.0"),
+        ("--lr=nan", "--lr must be a number greater than 0, got nan"),
     ],
 )
 def test_bad_input_is_refused_in_a_line(refusal, option, message):

@@ -1,5 +1,6 @@
 """The bundled digits, and the pictures: what they show, pixel by pixel."""
 
+import argparse
 import errno
 import gzip
 import pathlib
@@ -12,8 +13,18 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 
 from tinyddpm import Diffusion, load_digits, make_schedule
+from tinyddpm.cli import picture_path
 from tinyddpm.files.data import DIGITS, load_mnist
-from tinyddpm.files.pictures import grid, noising_strip, rows, save_gif, save_loss_curve, save_picture, to_uint8
+from tinyddpm.files.pictures import (
+    format_of,
+    grid,
+    noising_strip,
+    rows,
+    save_gif,
+    save_loss_curve,
+    save_picture,
+    to_uint8,
+)
 
 MNIST = pathlib.Path(__file__).parents[3] / "shared" / "data" / "mnist"
 
@@ -175,6 +186,22 @@ def test_a_picture_is_there_whole_or_not_at_all(save, request, tmp_path, monkeyp
 def test_a_picture_has_the_suffix_of_one(tmp_path):
     with pytest.raises(ValueError, match="path: expected the name of a picture, such as digits.png, got"):
         save_picture(tmp_path / "digits.txt", FRAME)
+
+
+@pytest.mark.parametrize("suffix", sorted(Image.registered_extensions()))
+def test_a_suffix_of_which_nothing_can_be_written_is_refused_before_any_work(tmp_path, suffix):
+    """Many are of formats that Pillow only reads, or writes with another program, or not grey or not in colour."""
+    path = tmp_path / f"p{suffix}"
+    for mode in ("L", "RGB"):
+        if format_of(path):
+            save_picture(path, Image.new(mode, (300, 290)))
+            assert path.stat().st_size and picture_path(str(path)) == path
+            continue
+        with pytest.raises(ValueError, match="path: expected the name of a picture, such as digits.png, got"):
+            save_picture(path, Image.new(mode, (300, 290)))
+        with pytest.raises(argparse.ArgumentTypeError, match="^expected a picture such as digits.png, got"):
+            picture_path(str(path))
+    assert format_of(path) or suffix not in (".png", ".jpg", ".jpeg", ".gif", ".tif", ".bmp", ".webp")
 
 
 def test_a_gif_plays_its_frames_and_holds_the_last(tmp_path):

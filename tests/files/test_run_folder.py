@@ -13,7 +13,7 @@ from tiny_training import in_a_copy, on_linux
 
 from tinyddpm import Diffusion, UNet, load_model, make_schedule, train
 from tinyddpm.files.checkpoint import differences
-from tinyddpm.files.run_folder import MetricsLog, begin_folder, recorded, set_aside
+from tinyddpm.files.run_folder import MetricsLog, begin_folder, ended, model_in, recorded, set_aside, write_options
 
 DIFFUSION = Diffusion(make_schedule("cosine", 20), "x0")
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (12, 4, 4, 1)).astype(np.float32)
@@ -56,6 +56,28 @@ def test_a_run_that_goes_on(tmp_path, capsys):
     out, err = capsys.readouterr()
     assert (out + err).count("resumed  at step 2") == 1 and "7/7" in err
     assert np.loadtxt(tmp_path / "metrics.csv", delimiter=",", skiprows=1)[:, 0].tolist() == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_run_that_has_ended(tmp_path, capsys):
+    begin_folder(tmp_path, {"steps": 7})
+    says = f"ended    this run has had its 7 steps; --start {tmp_path} with a new --out learns on from it"
+    for stopped, said in ((True, ""), (False, "resumed  at step 2 of 7"), (False, says)):
+        for _ in recorded(
+            training(resume=tmp_path / "checkpoint.safetensors", stop=[bool, lambda: True][stopped]), tmp_path, 7
+        ):
+            pass
+        text = "".join(capsys.readouterr())
+        assert ended(tmp_path) != stopped and said in text and ("ended" in text) == (said == says)
+    (tmp_path / "options.json").write_text("[]")
+    assert not ended(tmp_path) and not ended(tmp_path / "nowhere")
+
+
+def test_what_a_run_has_learned_so_far(tmp_path):
+    """The model is of before, once the run went on; alone, it will do."""
+    assert model_in(tmp_path) == tmp_path and model_in(str(tmp_path / "nowhere")) == tmp_path / "nowhere"
+    for name in ("model.safetensors", "checkpoint.safetensors"):
+        (tmp_path / name).touch()
+        assert model_in(tmp_path) == model_in(tmp_path / name) == tmp_path / name
 
 
 def test_what_cannot_be_written_is_told_the_first_time_and_the_last(tmp_path, capsys):
@@ -102,8 +124,11 @@ def test_begin_folder(tmp_path):
     (tmp_path / "notes.txt").touch()  # the user's own
     assert begin_folder(tmp_path, options, resume=True) is None and names(tmp_path) == before | {"notes.txt"}
     assert json.loads((tmp_path / "options.json").read_text())["lr"] == 0.2  # for it may be refused yet
-    (tmp_path / "options.json").unlink()
-    assert begin_folder(tmp_path, options, resume=True) is None and names(tmp_path) == before | {"notes.txt"}
+    (tmp_path / "options.json").unlink()  # and if it is not there, it is not made, for the same reason
+    assert begin_folder(tmp_path, options, resume=True) is None and names(tmp_path) == (before | {"notes.txt"}) - {
+        "options.json"
+    }
+    write_options(tmp_path, options)
     others = ["step_*.png", "samples.png"]
     assert begin_folder(tmp_path, options | {"lr": 0.3}, others=others) == tmp_path / "earlier-1"
     assert names(tmp_path / "earlier-1") == before

@@ -25,6 +25,12 @@ from .replacing import previous, replacing
 from .tensors import Path, stored_tensors, write_tensors
 
 
+class OtherRun(ValueError):
+    """A checkpoint is of a run with another configuration; `differing` are its fields, as (there, here)."""
+
+    differing: dict[str, tuple[Any, Any]] = {}
+
+
 def write_checkpoint(
     path: Path, average: Module, diffusion: Any, vectors: Mapping[str, np.ndarray], facts: Mapping[str, Any]
 ) -> None:
@@ -51,8 +57,8 @@ def read_checkpoint(
 
     If it is damaged, the one before is read, with a warning. Nothing is changed unless all fits. What `config` lacks is
     as it was.
-    Raises ValueError or OSError if neither is whole, ValueError if it is of a run with another configuration; the
-    fields are named.
+    Raises ValueError or OSError if neither is whole, OtherRun, a ValueError, if it is of a run with another
+    configuration; the fields are named.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -66,7 +72,9 @@ def read_checkpoint(
         facts, found = _read(previous(path), average.dtype)
     if differing := differences(facts["config"], facts["config"] | config):
         more = f"; and {len(differing) - 8} more" if len(differing) > 8 else ""
-        raise ValueError(f"{path} is of another run: {'; '.join(differing[:8])}{more}")
+        error = OtherRun(f"{path} is of another run: {'; '.join(differing[:8])}{more}")
+        error.differing = {k: (v, config.get(k, v)) for k, v in facts["config"].items() if config.get(k, v) != v}
+        raise error
     found.pop("schedule.beta", None)
     for name, vector in vectors.items():
         vector[...] = to_device(found.pop(TRAINING + name), average.device)

@@ -19,6 +19,8 @@ from ..backend import to_numpy
 from .replacing import replacing
 
 Path = str | pathlib.Path
+# Of those that Pillow writes, as it is built here: some it reads only, or for another program, or not in any size.
+FORMATS = {"AVIF", "BMP", "EPS", "GIF", "JPEG", "JPEG2000", "PDF", "PCX", "PNG", "PPM", "SGI", "TGA", "TIFF", "WEBP"}
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -94,16 +96,21 @@ def noising_strip(diffusion, x0: np.ndarray, rng: int | np.random.Generator, col
     return grid(np.stack(steps, axis=1).reshape(-1, *x0.shape[1:]), columns=len(steps))
 
 
+def format_of(path: pathlib.Path) -> str | None:
+    """The format in which a grey or an RGB picture can be written, as the suffix of `path` says, or None."""
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    return kind if kind in FORMATS & Image.SAVE.keys() else None
+
+
 def save_picture(path: Path, picture: Image.Image, **how: object) -> None:
     """Write a picture in the format that the suffix of `path` says, whole or not at all. Raises ValueError for a suffix
-    that is no picture's, OSError if it cannot be written. how: settings of Pillow's `save`."""
+    that is none of `FORMATS`, OSError if it cannot be written. how: settings of Pillow's `save`."""
     check_instance("path", path, str | os.PathLike, "a path")
     check_instance("picture", picture, Image.Image, "a picture of Pillow's")
-    path, formats = pathlib.Path(path), Image.registered_extensions()
-    if path.suffix.lower() not in formats:
+    if (kind := format_of(path := pathlib.Path(path))) is None:
         raise ValueError(f"path: expected the name of a picture, such as digits.png, got {path}")
     with replacing(path) as (unfinished,):
-        picture.save(unfinished, formats[path.suffix.lower()], **how)
+        picture.save(unfinished, kind, **how)
 
 
 def save_gif(path: Path, frames: Sequence[Image.Image], seconds: float = 4.0, hold: float = 2.0) -> None:

@@ -17,26 +17,43 @@ import numpy as np
 from ..bar import progress_bar
 from .pictures import save_loss_curve
 from .replacing import previous, replacing
-from .tensors import Path
+from .tensors import Path, stored_tensors
 
 CHECKPOINT, LOG, OPTIONS, LOSS_CURVE = "checkpoint.safetensors", "metrics.csv", "options.json", "loss.png"
 MODEL = "model.safetensors"  # what the training is for, written by whoever runs it
 
 
+def model_in(path: Path) -> pathlib.Path:
+    """The file with what a run has learned so far, if `path` is its folder, else `path`. That is the checkpoint, which
+    has the same averaged weights as the model, and is never older: the model may be of before the run went on."""
+    files = (pathlib.Path(path, name) for name in (CHECKPOINT, MODEL))
+    return next((file for file in files if file.is_file()), pathlib.Path(path))
+
+
+def ended(folder: Path) -> bool:
+    """Whether the run in a folder has had all its steps, as far as can be read."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        with stored_tensors(pathlib.Path(folder, CHECKPOINT)) as (_, metadata):
+            taken = json.loads(metadata["training"])["step"]
+        return taken >= json.loads(pathlib.Path(folder, OPTIONS).read_text("utf-8"))["steps"]
+    return False
+
+
 def begin_folder(
     folder: Path, options: dict[str, Any], resume: bool = False, others: Iterable[str] = ()
 ) -> pathlib.Path | None:
-    """Write the options of a run, of JSON's types, to options.json in its folder; a run that goes on keeps its own. If
-    there is a checkpoint that is not to be resumed, it is moved with its log, loss curve, options and model, and what
+    """Write the options of a run, of JSON's types, to options.json in its folder, which is made if there is none; a run
+    that goes on keeps its own, or has none until `recorded` knows that the training accepts these. If there is a
+    checkpoint that is not to be resumed, it is moved with its log, loss curve, options and model, and what
     is named like one of the `others`, such as step_*.png, to a folder in this one, earlier-1 or earlier-2 or ..., which
     is returned. Only one run may be in a folder, see `alone_in`. Raises OSError if that cannot be done."""
     folder, earlier = pathlib.Path(folder), None
+    folder.mkdir(parents=True, exist_ok=True)
     if (folder / CHECKPOINT).exists():
-        if resume and (folder / OPTIONS).exists():
+        if resume:
             return None
-        if not resume:
-            ours = CHECKPOINT, previous(folder / CHECKPOINT).name, LOG, OPTIONS, LOSS_CURVE, MODEL
-            earlier = set_aside(folder, (*ours, *others))
+        ours = CHECKPOINT, previous(folder / CHECKPOINT).name, LOG, OPTIONS, LOSS_CURVE, MODEL
+        earlier = set_aside(folder, (*ours, *others))
     write_options(folder, options)
     return earlier
 
@@ -67,6 +84,7 @@ def recorded(
     """
     folder = pathlib.Path(folder)
     log, recent, troubles, saved = MetricsLog(folder / LOG), collections.deque(maxlen=100), set(), None
+    had_ended = ended(folder)
 
     def attempt(what: str, action: Callable, *arguments: Any) -> bool:
         try:
@@ -95,7 +113,9 @@ def recorded(
                     attempt("grid", draw, state)
                 if bar.n == 0 and state.step > 1:
                     bar.n = bar.initial = saved = state.step - 1
-                    bar.write(f"resumed  at step {state.step:,} of {steps:,}")
+                    another = f"--start {folder} with a new --out learns on from it"
+                    resumed = f"resumed  at step {state.step:,} of {steps:,}"
+                    bar.write(f"ended    this run has had its {steps:,} steps; {another}" if had_ended else resumed)
                 recent.append(state)
                 if state.seen:  # a GPU runs behind, and who looked at each of its losses would have to wait for it
                     loss = np.mean([s.loss for s in recent])
