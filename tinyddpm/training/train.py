@@ -258,7 +258,7 @@ def train(
 def _check_kinds(model: Any, diffusion: Any, flip: Any, resume: Any, stop: Any, ranks: Any) -> None:
     """Raise TypeError unless they are what `train` says."""
     check_instance("model", model, Module, "a Module")
-    if not hasattr(diffusion, "loss") or isinstance(diffusion, type):
+    if not hasattr(diffusion, "loss") or diffusion is Diffusion:
         raise TypeError(f"diffusion: expected a Diffusion, got {type(diffusion).__name__}")
     check_instance("resume", resume, str | os.PathLike | None, "a path")
     check_instance("flip", flip, bool | np.bool_, "True or False")
