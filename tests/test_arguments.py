@@ -156,6 +156,7 @@ TABLE = {
     pictures.rows: dict(named=({"a": X}, "mapping"), columns=(("b",), "words")),
     pictures.page: dict(classes=(None, "any")),
     pictures.noising_strip: dict(diffusion=(DIFFUSION, "any")),
+    pictures.format_of: {},
     pictures.save_picture: dict(picture=(Image.new("L", (2, 2)), "picture")),
     pictures.save_gif: dict(
         frames=([Image.new("L", (2, 2))], "frames"), seconds=(1.0, "number > 0"), hold=(1.0, "number >= 0")

@@ -96,20 +96,20 @@ def noising_strip(diffusion, x0: np.ndarray, rng: int | np.random.Generator, col
     return grid(np.stack(steps, axis=1).reshape(-1, *x0.shape[1:]), columns=len(steps))
 
 
-def format_of(path: pathlib.Path) -> str | None:
+def format_of(path: Path) -> str | None:
     """The format in which a grey or an RGB picture can be written, as the suffix of `path` says, or None."""
-    kind = Image.registered_extensions().get(path.suffix.lower())
+    check_instance("path", path, str | os.PathLike, "a path")
+    kind = Image.registered_extensions().get(pathlib.Path(path).suffix.lower())
     return kind if kind in FORMATS & Image.SAVE.keys() else None
 
 
 def save_picture(path: Path, picture: Image.Image, **how: object) -> None:
     """Write a picture in the format that the suffix of `path` says, whole or not at all. Raises ValueError for a suffix
     that is none of `FORMATS`, OSError if it cannot be written. how: settings of Pillow's `save`."""
-    check_instance("path", path, str | os.PathLike, "a path")
     check_instance("picture", picture, Image.Image, "a picture of Pillow's")
-    if (kind := format_of(path := pathlib.Path(path))) is None:
+    if (kind := format_of(path)) is None:
         raise ValueError(f"path: expected the name of a picture, such as digits.png, got {path}")
-    with replacing(path) as (unfinished,):
+    with replacing(pathlib.Path(path)) as (unfinished,):
         picture.save(unfinished, kind, **how)
 
 
