@@ -201,7 +201,8 @@ def train(
         flip: whether to mirror half of the images, left to right, anew each time.
         resume: a checkpoint that `TrainState.save` wrote, to go on from, to the bit as if there had been no end; if
             there is no such file, the training begins. The other arguments have to be the same, except for `workers`,
-            `ranks` and, without `decay_steps`, `steps`. A run that had come to its end yields its last state again.
+            `ranks` and, without `decay_steps`, `steps`. A run that had come to its end yields its last state again; to
+            learn on from it is another run, of the model that `load_model` finds in its checkpoint.
         stop: asked in each step; when it says yes, that step is the last. With several ranks, one is enough.
         ranks: the processes of an MPI job that share the work, see `speed.ranks.Ranks`; all yield the same states, and
             each has images, model and all else. Rank 0 alone reads the checkpoint.
