@@ -106,8 +106,8 @@ def test_the_loss_curve_is_left_out_politely_without_matplotlib(tmp_path):
 @pytest.mark.slow
 def test_a_rehearsal_tells_how_many_steps_take_so_many_minutes(tmp_path):
     """And the same many give the same digits, so that nothing but their number depends on the clock."""
-    options = [*TINY[1:], "--minutes=0.1"]
-    result = run(*options, f"--out={tmp_path / 'clock'}")
+    options = TINY[1:]
+    result = run(*options, "--minutes=0.1", f"--out={tmp_path / 'clock'}")
     assert result.returncode == 0, result.stderr
     (steps,) = re.findall(r"training ([\d,]+) steps, about 0.1 minutes", result.stdout)
     assert ("so few learn little" in result.stdout) == (int(steps.replace(",", "")) < 200)
