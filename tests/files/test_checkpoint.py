@@ -537,7 +537,8 @@ def test_killed_anywhere_in_writing_a_checkpoint_it_goes_on_from_this_one_or_the
         if not dies_in_the_next_save(path, where):
             break
         outcomes.append(at_step(path) - before)
-        assert len(list(tmp_path.iterdir())) <= 3  # the two checkpoints and the one that was not finished
+        # the two checkpoints, the one that was not finished, and the second name that one of them was to have
+        assert len(list(tmp_path.iterdir())) <= 4
     assert outcomes == sorted(outcomes) and set(outcomes) == {0, 1} and len(outcomes) > 15
     assert at_step(path) == before + 1 and sorted(p.suffix for p in tmp_path.iterdir()) == [".safetensors"] * 2
 
