@@ -323,7 +323,9 @@ class TestExample:
         assert "--mpi is missing: mpiexec started 2 processes, which would all do the same" in result.stderr
 
     def test_what_is_not_finite_ends_all(self, mpiexec, tmp_path):
-        result = mpiexec(2, EXAMPLE, *TINY, "--lr=1e9", "--steps=200", "--mpi", f"--out={tmp_path}")
+        result = mpiexec(
+            2, EXAMPLE, *TINY, "--lr=1e9", "--steps=200", "--sample-every=999", "--mpi", f"--out={tmp_path}"
+        )
         assert result.returncode != 0
         assert re.search(
             r"which ends the job: mnist_ddpm.py: step \d+: (the loss is|it has left numbers in)", result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -113,6 +114,7 @@ class Ranks:
                 print(
                     f"rank {self.rank} of {self.size} failed, which ends the job: {text}", file=sys.stderr, flush=True
                 )
+                time.sleep(0.2)  # for mpiexec to pass it on: what it has not read by the end of the job is lost
                 self.world.Abort(1)
             raise
 
