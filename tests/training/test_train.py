@@ -16,9 +16,22 @@ import time
 import numpy as np
 import pytest
 
-from tinyddpm import Adam, Diffusion, Schedule, UNet, backward, load_model, make_schedule, sample, save_model, train
+from tinyddpm import (
+    Adam,
+    Diffusion,
+    ImageFolder,
+    Schedule,
+    UNet,
+    backward,
+    load_model,
+    make_schedule,
+    sample,
+    save_model,
+    train,
+)
 from tinyddpm.autograd.functional import mse
 from tinyddpm.autograd.tensor import Parameter, Tensor, op
+from tinyddpm.files.pictures import grid
 from tinyddpm.network.nn import Linear, Module
 from tinyddpm.speed.micro_batches import GROUPS, READ_AHEAD
 from tinyddpm.training.batches import batch_indices
@@ -485,6 +498,14 @@ def test_images_on_another_scale_are_warned_about(source, diffusion, images, sai
         for _ in range(2):
             next(train(UNet(**TINY), diffusion, source(images), steps=3, batch=23, micro_batch=6, workers=1))
     assert len(seen) == 2 and {w.filename for w in seen} == {__file__}  # once for each training, where it is called
+
+
+def test_a_folder_of_light_pictures_is_on_its_scale(tmp_path):
+    """A batch of it may be light all over, and no worker takes that for another scale."""
+    grid(np.linspace(0.2, 1, 1024, dtype=np.float32).reshape(1, 32, 32, 1), gap=0).save(tmp_path / "1.png")
+    images = ImageFolder(tmp_path, 32)
+    assert images[:].min() >= 0
+    next(train(UNet(3, 3, **TINY), Diffusion(DIFFUSION.schedule), images, 1, 4, workers=1))
 
 
 def test_workers_do_not_say_it_again(tmp_path):

@@ -113,7 +113,12 @@ def look_at_scale(diffusion: object, name: str, images: Array) -> None:
     if seen == "told" or (seen == "fine" and not isinstance(images, np.ndarray)):
         return
     if (outcome := warn_of_scale(name, images, first=seen == "new")) is not None:
-        object.__setattr__(diffusion, "_scale", "told" if outcome else "fine")
+        note_scale(diffusion, outcome)
+
+
+def note_scale(diffusion: object, told: bool) -> None:
+    """Note on a diffusion, for `look_at_scale`, that its images have been looked at, and whether that led to a warning."""
+    object.__setattr__(diffusion, "_scale", "told" if told else "fine")
 
 
 def warn_of_scale(name: str, images: Array, first: bool = True) -> bool | None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from ..arguments import check_instance, integer, number, warn
 from ..backend import Array, is_array, on_device
-from ..diffusion.checks import checked_labels, warn_of_scale
+from ..diffusion.checks import checked_labels, note_scale, warn_of_scale
 from ..diffusion.process import Diffusion
 from ..files.checkpoint import a_hundred, differences, read_checkpoint, run_config, write_checkpoint
 from ..files.folder import ImageFolder
@@ -289,10 +289,9 @@ def _checked_data(
             raise ValueError(f"images: expected {channels} channels, as the network has, got shape {images.shape}")
         check_labels(model.config, labels, len(images))  # of all, now and not when their turn comes
     some = None if isinstance(images, ImageFolder) else a_hundred(images)
-    if some is not None:
-        told = warn_of_scale("images", some)
-        if isinstance(diffusion, Diffusion):  # so that no worker says it again
-            object.__setattr__(diffusion, "_scale", "told" if told else "fine")
+    told = some is not None and warn_of_scale("images", some)
+    if isinstance(diffusion, Diffusion):  # so that no worker says it again
+        note_scale(diffusion, told)
     return labels, some
 
 
