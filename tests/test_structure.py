@@ -25,7 +25,7 @@ ROOMS = {
     "speed": {"backend", "arguments", "autograd"},
     "files": {"backend", "arguments", "bar", "network", "diffusion"},
     "training": {"backend", "arguments", "autograd", "network", "diffusion", "speed", "files"},
-    "exchange": {"backend", "network", "diffusion", "files", "training"},
+    "exchange": {"backend", "arguments", "network", "diffusion", "files", "training"},
     "cli": {"files"},
     "options": {"diffusion", "files", "speed", "cli"},
     "program": {"network", "diffusion", "files", "speed", "exchange", "cli", "options"},

@@ -117,7 +117,7 @@ def look_at_scale(diffusion: object, name: str, images: Array) -> None:
 
 
 def note_scale(diffusion: object, told: bool) -> None:
-    """Note on a diffusion, for `look_at_scale`, that its images have been looked at, and whether that led to a warning."""
+    """Note on a diffusion, for `look_at_scale`, that its images have been looked at, and if there was a warning."""
     object.__setattr__(diffusion, "_scale", "told" if told else "fine")
 
 

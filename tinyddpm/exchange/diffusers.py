@@ -10,9 +10,9 @@ import contextlib
 import json
 import pathlib
 import re
-import warnings
 from collections.abc import Iterator
 
+from ..arguments import warn
 from ..backend import to_numpy
 from ..diffusion.process import Diffusion
 from ..files.lock import alone_in
@@ -153,10 +153,9 @@ def _scheduler_of(folder: pathlib.Path, learned: bool) -> tuple[dict, pathlib.Pa
     path = next(filter(pathlib.Path.is_file, paths), paths[0])
     if path.is_file() or (folder / "model_index.json").is_file():
         return _read_json(path), path
-    warnings.warn(
+    warn(
         f"folder: {folder} has no scheduler_config.json, so its network is taken to be trained with the defaults of "
-        "diffusers: T = 1000, linear, to predict eps",
-        stacklevel=3,
+        "diffusers: T = 1000, linear, to predict eps"
     )
     return {"variance_type": "learned_range"} if learned else {}, path
 

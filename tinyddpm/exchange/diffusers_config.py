@@ -12,10 +12,10 @@ import json
 import math
 import pathlib
 import re
-import warnings
 
 import numpy as np
 
+from ..arguments import warn
 from ..diffusion.clipping import DYNAMIC
 from ..diffusion.process import Diffusion
 from ..diffusion.schedule import Schedule, make_schedule, rescale_to_zero_terminal_snr
@@ -305,7 +305,7 @@ def _complete(
                 raise _unsupported(path, name, value, f"the fields {', '.join([*defaults, *choices])}")
             off.append(f"{name} = {json.dumps(value)}")
     if off:
-        warnings.warn(f"{path}: unknown fields that are off are passed over: {', '.join(off)}", stacklevel=4)
+        warn(f"{path}: unknown fields that are off are passed over: {', '.join(off)}")
     return defaults | {name: values[0] for name, values in choices.items()} | config
 
 

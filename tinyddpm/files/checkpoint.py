@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import pathlib
-import warnings
 import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from ..arguments import warn
 from ..backend import to_device, to_numpy
 from ..diffusion.process import Diffusion
 from ..network.nn import Module
@@ -68,7 +68,7 @@ def read_checkpoint(
     except (ValueError, OSError) as error:  # OSError: of a bad disk
         if not previous(path).exists():
             raise
-        warnings.warn(f"{error}; going on from the one before it, {previous(path).name}", stacklevel=2)
+        warn(f"{error}; going on from the one before it, {previous(path).name}")
         facts, found = _read(previous(path), average.dtype)
     if differing := differences(facts["config"], facts["config"] | config):
         more = f"; and {len(differing) - 8} more" if len(differing) > 8 else ""

@@ -14,11 +14,11 @@ import os
 import pathlib
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from ..arguments import warn
 from ..bar import progress_bar
 from .decoding import has_more, opened, pixels, readable_suffixes, reason
 from .layout import find, folders, how_many, misleading, not_read, shortly, suffix
@@ -119,7 +119,7 @@ class ImageFolder:
         self._starts = np.cumsum([0, *sizes])  # of each class among the files, which are sorted by it
         self._numbers = np.arange(len(self))
         for remark in [*remarks, *misleading(str(folder), self.files, self.classes, below)]:
-            warnings.warn(f"{folder}: {remark}", stacklevel=2)
+            warn(f"{folder}: {remark}")
 
     def _look_at(self, found: list[str], progress: bool) -> list[str]:
         """See by their headers which files are pictures, and return what is to be said about them."""
@@ -210,7 +210,7 @@ class ImageFolder:
         if not is_known and count <= _MOST_WARNINGS:
             when = "this time" if may_pass else "from now on"
             last = "; further ones are in `skipped`, and not shown" if count == _MOST_WARNINGS else ""
-            warnings.warn(f"{self._folder}: {file} is replaced by another picture {when}: {why}{last}", stacklevel=5)
+            warn(f"{self._folder}: {file} is replaced by another picture {when}: {why}{last}")
 
     def _patiently(self, attempt: Callable, *args):
         """What attempt(*args) returns; it is called again after a wait, and another, if the folder is away."""
@@ -223,7 +223,7 @@ class ImageFolder:
                 with self._lock:  # of all threads that wait, one warns
                     is_known, self._is_away = self._is_away, True
                 if not is_known:
-                    warnings.warn(f"{away}; it is tried again for {sum(_WAITS)} seconds", stacklevel=3)
+                    warn(f"{away}; it is tried again for {sum(_WAITS)} seconds")
             time.sleep(seconds)
         return attempt(*args)
 
