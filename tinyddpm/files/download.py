@@ -111,10 +111,8 @@ def download(url: str, part: pathlib.Path, limit: int, name: str) -> None:
             raise ConnectionError("the answer is a web page and not the file")
         length = answer.headers.get("Content-Length")
         total = None if length is None else have + int(length)
-        with (
-            part.open("r+b" if have else "wb") as file,
-            progress_bar(desc=name, initial=have, total=total, unit="B", unit_scale=True) as bar,
-        ):
+        bar = progress_bar(desc=name, initial=have, total=total, unit="B", unit_scale=True)
+        with bar, part.open("r+b" if have else "wb") as file:
             file.seek(have)
             while total is None or have < total:
                 if have > limit or (total or 0) > limit:
