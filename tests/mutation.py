@@ -4,6 +4,7 @@
     python tests/mutation.py                              # all that is worth it: within an hour on two cores
     python tests/mutation.py tinyddpm/autograd/conv.py    # a file, or a folder
     python tests/mutation.py --all                        # those too that are listed in mutation_survivors.txt
+    python tests/mutation.py --by guards.txt              # and say by which test each is noticed
 
 mutmut makes the mutants: one number, operator, string, condition or argument changed in each. A mutant meets the tests
 of the default run that pass its line, its room's first, until one fails. To start Python for each would take a day, so
@@ -134,8 +135,8 @@ def in_fork(work, *arguments):
 class Forked:
     """Collects the tests, and forks for each mutant."""
 
-    def __init__(self, mutants, statuses, selection):
-        self.mutants, self.statuses, self.selection = mutants, statuses, selection
+    def __init__(self, mutants, statuses, selection, by):
+        self.mutants, self.statuses, self.selection, self.by = mutants, statuses, selection, by
 
     def pytest_runtestloop(self, session):
         items = {item.nodeid: item for item in session.items}
@@ -153,6 +154,7 @@ class Forked:
         path = os.path.abspath(mutant.file)
         if not replace(*(compile(text, path, "exec") for text in (Path(path).read_text(), mutant.source)), functions):
             return ANEW
+        self.mutant = mutant
         chosen[0].config._tmp_path_factory._basetemp = Path(tempfile.mkdtemp())
         for item, after in zip(chosen, [*chosen[1:], None]):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=after)
@@ -160,6 +162,9 @@ class Forked:
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
+            if self.by:
+                with self.by.open("a") as file:
+                    file.write(f"{report.nodeid}\t{self.mutant.change}\n")
             os._exit(NOTICED)
 
 
@@ -244,8 +249,10 @@ def main():
     parser.add_argument("--tests", default="tests", help="the tests to run, if not all")
     parser.add_argument("--only", type=Path, help="a file of changes as they are printed: only these")
     parser.add_argument("--all", action="store_true", help="those too that are known to survive")
+    parser.add_argument("--by", type=Path, help="a file to add the test to by which each is noticed")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes side by side [%(default)s]")
     args = parser.parse_args()
+    args.by = args.by and args.by.absolute()
     os.chdir(ROOT)
     scratch = tempfile.mkdtemp(prefix="mutation")
     os.environ |= {"TMPDIR": scratch, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -291,7 +298,7 @@ def run(args, coverage):
         return deal
 
     deal = dealt(range(len(todo)))
-    side_by_side(args.jobs, lambda: pytest.main(options, plugins=[Forked(deal(), statuses, selection)]))
+    side_by_side(args.jobs, lambda: pytest.main(options, plugins=[Forked(deal(), statuses, selection, args.by)]))
     doubtful = lambda n: statuses[n] == ANEW or statuses[n] == SURVIVED and selection.at_import(todo[n])
     anew = [n for n in range(len(todo)) if doubtful(n)]
     print(f"{time.monotonic() - began:.0f} s: {len(anew)} of them have to be imported anew", flush=True)
