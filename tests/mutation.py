@@ -17,6 +17,7 @@ survive are printed, and the exit status is 1.
 """
 
 import argparse
+import ast
 import collections
 import difflib
 import gc
@@ -50,12 +51,17 @@ def mutants(file):
 
     kinds = set(mutations_by_type) - {"fstring"}  # how the text of an f-string begins and ends
     settings = types.SimpleNamespace(mutation_types_to_apply=kinds, covered_lines_by_filename=None)
-    source = Path(file).read_text()
-    for which in list_mutations(Context(source, filename=file, config=settings)):
-        mutated, _ = mutate(Context(source, which, filename=file, config=settings))
-        lines = [line for line in difflib.ndiff(source.splitlines(), mutated.splitlines()) if line[0] in "+-"]
-        change = f"{file}: " + "  ".join(f"{line[0]} {line[2:].strip()}" for line in lines)
-        yield Mutant(file, which.line_number + 1, change, mutated)
+    text = Path(file).read_text()
+    lines = text.splitlines(keepends=True)
+    for node in ast.parse(text).body:  # function by function, since mutmut parses anew for each mutant
+        first, last = min(n.lineno for n in [node, *getattr(node, "decorator_list", [])]) - 1, node.end_lineno
+        part = "".join(lines[first:last])
+        for which in list_mutations(Context(part, filename=file, config=settings)):
+            mutated, _ = mutate(Context(part, which, filename=file, config=settings))
+            changed = [x for x in difflib.ndiff(part.splitlines(), mutated.splitlines()) if x[0] in "+-"]
+            change = f"{file}: " + "  ".join(f"{x[0]} {x[2:].strip()}" for x in changed)
+            source = "".join([*lines[:first], mutated, *lines[last:]])
+            yield Mutant(file, first + which.line_number + 1, change, source)
 
 
 class Coverage:
