@@ -21,6 +21,7 @@ import ast
 import collections
 import difflib
 import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -39,7 +40,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MUTATED = "autograd network diffusion training files exchange speed/winograd.py speed/group_norm.py".split()
 OPTIONS = "-p no:cacheprovider -p no:terminal --assert=plain --hypothesis-profile=no_shrinking".split()
 OPTIONS += ["--ignore=tests/examples", "--ignore=tests/test_readme.py"]  # about examples and pages
-LONGEST = 300  # seconds for the tests of one mutant: one that hangs is noticed
+ENOUGH = 30  # seconds that the tests take which a mutant meets: if there are more, the likeliest to fail
+LONGEST = 300  # seconds that they may take with it: one that hangs is noticed
 SURVIVED, NOTICED, ANEW = range(3)  # exit statuses of a fork: the last, if it has to be imported anew
 processes = multiprocessing.get_context("fork")
 Mutant = collections.namedtuple("Mutant", "file line change source")
@@ -108,10 +110,13 @@ class Selection:
         return "" in self.passing(mutant)
 
     def tests(self, mutant):
+        """What is decided at import meets the tests that pass any line of the file; if only other processes do, all."""
+        whole_file = set().union(*self.lines.get(mutant.file, {}).values())
+        passing = next(filter(None, (x - self.failed for x in (self.passing(mutant), whole_file, {*self.seconds}))))
         room = mutant.file.replace("tinyddpm", "tests").rpartition("/")[0]
         order = lambda t: (not t.startswith(room), self.seconds[t] > 0.1, t.partition("::")[0], self.seconds[t])
-        passing = self.passing(mutant) - self.failed
-        return sorted(passing or set(self.seconds) - self.failed, key=order)  # all, if only other processes pass it
+        spent = itertools.accumulate(self.seconds[test] for test in sorted(passing, key=order))
+        return [test for test, seconds in zip(sorted(passing, key=order), spent) if seconds < ENOUGH]
 
 
 def in_fork(work, *arguments):
