@@ -1,8 +1,5 @@
 """examples/measure/draw_emoji.py: without a font it says so; what it cuts out is in the middle; with one, pictures."""
 
-import pathlib
-import runpy
-import sys
 import types
 
 import numpy as np
@@ -11,26 +8,16 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tinyddpm import ImageFolder
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "measure" / "draw_emoji.py"
-
 
 @pytest.fixture
-def example():
-    return types.SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+def example(script):
+    return script.loaded("draw_emoji")
 
 
 def test_without_a_font_it_says_what_to_do(example, monkeypatch):
     monkeypatch.setitem(example.find_font.__globals__, "FONTS", ("/nowhere/**/*.ttf", "~/nowhere.ttc"))
-    with pytest.raises(
-        OSError, match="there is no font with emoji here; install one, such as Noto Color Emoji, or say"
-    ):
+    with pytest.raises(OSError, match="no font with emoji here; install one, such as Noto Color Emoji, or say"):
         example.find_font()
-
-
-def test_what_is_no_font_is_named(example, refusal, tmp_path):
-    (tmp_path / "a.ttf").write_bytes(b"no font")
-    assert f"draw_emoji.py: {tmp_path / 'a.ttf'}: " in refusal(SCRIPT, f"--font={tmp_path / 'a.ttf'}")
-    assert "--size must be 8 or greater, got 7" in refusal(SCRIPT, "--size=7")
 
 
 def test_letters_and_empty_boxes_are_not_in_colour(example):
@@ -56,13 +43,12 @@ def test_a_picture_is_cut_out_in_the_middle_of_a_white_square(example, monkeypat
     assert (pixels[[0, -1]] > 250).all()
 
 
-def test_it_draws_the_font_of_this_computer(example, tmp_path, monkeypatch):
+def test_it_draws_the_font_of_this_computer(example, tmp_path, ran):
     try:
         example.find_font()
     except OSError as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), f"--out={tmp_path}"])
-    example.main()
+    ran("draw_emoji", f"--out={tmp_path}")
     images = ImageFolder(tmp_path, 32)
     assert images.classes == tuple(sorted(example.KINDS)) and len(images) > 100
     assert np.bincount(images.labels).min() >= 5

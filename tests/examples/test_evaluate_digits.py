@@ -3,9 +3,6 @@
 import gzip
 import json
 import pathlib
-import runpy
-import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -19,16 +16,14 @@ from tinyddpm import Diffusion, UNet, load_digits, make_schedule, sample, save_m
 from tinyddpm.files.data import COUNTS, read_idx
 from tinyddpm.files.pictures import to_uint8
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "measure" / "evaluate_digits.py"
 MNIST = pathlib.Path(__file__).parents[3] / "shared" / "data" / "mnist"
 HELD_OUT, HELD_OUT_LABELS = load_digits(train=False)
 
 
 @pytest.fixture(scope="module")
-def example():
-    sys.modules["evaluate_digits"] = module = type(sys)("evaluate_digits")
-    vars(module).update(runpy.run_path(str(SCRIPT)))
-    return module
+def example(script):
+    sys.modules["evaluate_digits"] = example = script.loaded("evaluate_digits")
+    return example
 
 
 @pytest.fixture(scope="module")
@@ -36,39 +31,16 @@ def classifier(example):
     return example.load_classifier(example.CLASSIFIER)
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, timeout=300)
-
-
-class TestFrechetDistance:
-    def test_of_normal_distributions_that_are_known(self, example):
-        """With diagonal covariances it is ||m - m'||^2 + sum (s - s')^2 of the standard deviations; features are made
-        that have exactly these means and covariances, and turned, which changes nothing."""
-        rng = np.random.default_rng(0)
-        white = rng.standard_normal((500, 5))
-        white -= white.mean(axis=0)
-        white = white @ np.linalg.inv(np.linalg.cholesky(np.cov(white, rowvar=False))).T
-        m, n, s, t = rng.standard_normal((4, 5))
-        turn = np.linalg.qr(rng.standard_normal((5, 5)))[0]
-        f, g = (m + white * s) @ turn, (n + white * t) @ turn
-        expected = ((m - n) ** 2).sum() + ((np.abs(s) - np.abs(t)) ** 2).sum()
-        np.testing.assert_allclose(example.frechet_distance(f, g), expected, rtol=1e-9)
-
-    def test_of_covariances_that_do_not_commute(self, example):
-        """tr (S T)^(1/2) is the sum of the square roots of the eigenvalues of S T itself."""
-        rng = np.random.default_rng(1)
-        f, g = (rng.standard_normal((400, 4)) @ rng.standard_normal((4, 4)) for _ in range(2))
-        S, T = np.cov(f, rowvar=False), np.cov(g, rowvar=False)
-        cross = np.sqrt(np.linalg.eigvals(S @ T).real).sum()
-        expected = ((f.mean(0) - g.mean(0)) ** 2).sum() + np.trace(S + T) - 2 * cross
-        np.testing.assert_allclose(example.frechet_distance(f, g), expected, rtol=1e-9)
-        np.testing.assert_allclose(example.frechet_distance(g, f), expected, rtol=1e-9)
-
-    def test_of_the_same_it_is_0_also_where_there_are_fewer_than_dimensions(self, example):
-        f = np.random.default_rng(2).standard_normal((10, 64)).astype(np.float32)
-        assert (
-            abs(example.frechet_distance(f, f)) < 1e-4
-        )  # of 64; the roots of eigenvalues that are nearly 0 are not exact
+def test_frechet_distance(example):
+    """tr (S T)^(1/2) is the sum of the square roots of the eigenvalues of S T itself."""
+    rng = np.random.default_rng(1)
+    f, g = (rng.standard_normal((400, 4)) @ rng.standard_normal((4, 4)) for _ in range(2))
+    S, T = np.cov(f, rowvar=False), np.cov(g, rowvar=False)
+    expected = ((f.mean(0) - g.mean(0)) ** 2).sum() + np.trace(S + T) - 2 * np.sqrt(np.linalg.eigvals(S @ T).real).sum()
+    np.testing.assert_allclose(example.frechet_distance(f, g), expected, rtol=1e-9)
+    np.testing.assert_allclose(example.frechet_distance(g, f), expected, rtol=1e-9)
+    few = rng.standard_normal((10, 64)).astype(np.float32)  # fewer than dimensions: roots of what is nearly 0
+    assert abs(example.frechet_distance(few, few)) < 1e-4
 
 
 @given(st.integers(6, 20), st.integers(1, 3), st.integers(0, 2**32 - 1))
@@ -85,21 +57,11 @@ def test_precision_and_recall_one_by_one(example, n, k, seed):
     np.testing.assert_allclose(example.precision_and_recall(real, generated, k), expected)
 
 
-def test_precision_and_recall_of_the_same_and_of_what_is_far_away(example):
-    x = np.random.default_rng(0).standard_normal((50, 8))
-    assert example.precision_and_recall(x, x) == (1, 1)
-    assert example.precision_and_recall(x, x + 100) == (0, 0)
-    few = np.repeat(x[:2], 25, axis=0) + 1e-6 * x  # all of these are real, but hardly any of the real is among these
-    precision, recall = example.precision_and_recall(x, few)
-    assert precision == 1 and recall < 0.1
-
-
 def test_nearest(example):
     rng = np.random.default_rng(0)
     training = rng.uniform(-1, 1, (230, 28, 28, 1)).astype(np.float32)
-    images = np.concatenate(
-        [training[[7, 211]], training[[3]] + np.float32(2 / 255), rng.uniform(-1, 1, (120, 28, 28, 1))]
-    )
+    others = rng.uniform(-1, 1, (20, 28, 28, 1))
+    images = np.concatenate([training[[7, 211]], training[[3]] + np.float32(2 / 255), others])
     found = example.nearest(images.astype(np.float32), training, "")
     levels = 127.5 * (images[:, None] - training)
     expected = np.sqrt((levels**2).mean(axis=(2, 3, 4))).min(axis=1)
@@ -107,70 +69,62 @@ def test_nearest(example):
     assert found[0] == found[1] == 0 and abs(found[2] - 1) < 1e-3  # one grey level
 
 
-class TestClassifier:
-    def test_it_is_right_about_held_out_digits(self, classifier):
-        _, p = classifier.look(HELD_OUT)
-        np.testing.assert_allclose(p.sum(axis=1), 1, atol=1e-5)
-        assert (p.argmax(axis=1) == HELD_OUT_LABELS).mean() > 0.995
+def test_the_classifier_is_small_and_right_about_held_out_digits(example, classifier):
+    _, p = classifier.look(HELD_OUT)
+    np.testing.assert_allclose(p.sum(axis=1), 1, atol=1e-5)
+    assert (p.argmax(axis=1) == HELD_OUT_LABELS).mean() > 0.995
+    assert example.CLASSIFIER.stat().st_size < 500_000
 
-    @pytest.mark.slow
-    @pytest.mark.skipif(not MNIST.exists(), reason="the full MNIST is not at hand")
-    def test_it_is_right_about_99_5_percent_of_mnist_s_test_digits(self, classifier):
-        count = COUNTS["t10k"]
-        pixels = read_idx(gzip.open(MNIST / "t10k-images-idx3-ubyte.gz").read(), (count, 28, 28))
-        labels = read_idx(gzip.open(MNIST / "t10k-labels-idx1-ubyte.gz").read(), (count,))
-        _, p = classifier.look(pixels[..., None] / np.float32(127.5) - 1)
-        assert (p.argmax(axis=1) == labels).mean() > 0.9945
 
-    def test_it_is_small(self, example):
-        assert example.CLASSIFIER.stat().st_size < 500_000
+@pytest.mark.slow
+@pytest.mark.skipif(not MNIST.exists(), reason="the full MNIST is not at hand")
+def test_it_is_right_about_99_5_percent_of_mnist_s_test_digits(classifier):
+    count = COUNTS["t10k"]
+    pixels = read_idx(gzip.open(MNIST / "t10k-images-idx3-ubyte.gz").read(), (count, 28, 28))
+    labels = read_idx(gzip.open(MNIST / "t10k-labels-idx1-ubyte.gz").read(), (count,))
+    assert (classifier.look(pixels[..., None] / np.float32(127.5) - 1)[1].argmax(axis=1) == labels).mean() > 0.9945
 
-    def test_the_loss_and_its_gradient(self, example):
-        labels = np.array([0, 2, 2, 1])
-        scores = np.random.default_rng(0).standard_normal((4, 3))
-        loss = example.cross_entropy(scores, labels=labels).data
-        p = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
-        np.testing.assert_allclose(loss, -np.log(p[np.arange(4), labels]).mean())
-        check_op(example.cross_entropy, scores, labels=labels)
-        assert np.isfinite(example.cross_entropy(1e5 * scores, labels=labels).data)
 
-    def test_shifts_move_the_digit_and_lose_nothing_of_it(self, example):
-        x = np.full((50, 28, 28, 1), -1, np.float32)
-        x[:, 10:18, 12:16] = 1
-        seen = []
-        example.Shifted.loss(seen.append, x, np.random.default_rng(0))
-        (y,) = seen
-        assert y.shape == x.shape and ((y > 0).sum(axis=(1, 2, 3)) == 32).all()
-        tops = (y[..., 0] > 0).any(axis=2).argmax(axis=1)
-        assert set(tops) == set(range(7, 14))  # three up to three down
+def test_the_loss_and_its_gradient(example):
+    labels = np.array([0, 2, 2, 1])
+    scores = np.random.default_rng(0).standard_normal((4, 3))
+    p = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    loss = example.cross_entropy(scores, labels=labels).data
+    np.testing.assert_allclose(loss, -np.log(p[np.arange(4), labels]).mean())
+    check_op(example.cross_entropy, scores, labels=labels)
+    assert np.isfinite(example.cross_entropy(1e5 * scores, labels=labels).data)
 
-    @pytest.mark.slow
-    def test_the_bundled_digits_alone_teach_it_to_be_right_about_98_percent_of_the_held_out(self, example):
-        classifier = example.train_classifier(*load_digits(), steps=800, seed=0, workers=None)
-        assert (classifier.look(HELD_OUT)[1].argmax(axis=1) == HELD_OUT_LABELS).mean() >= 0.98
 
-    def test_training_it_takes_only_digits_that_do_not_come_along(self, example, tmp_path, monkeypatch):
-        """Those that come along are the first 1,000 of each class (test_data_and_pictures.py)."""
-        rng, taken = np.random.default_rng(0), []
-        digits = rng.uniform(-1, 1, (10500, 28, 28, 1)).astype(np.float32), rng.permutation(10500) % 10
-        unseen = HELD_OUT[::100], HELD_OUT_LABELS[::100]
+def test_shifts_move_the_digit_and_lose_nothing_of_it(example):
+    x, seen = np.full((50, 28, 28, 1), -1, np.float32), []
+    x[:, 10:18, 12:16] = 1
+    example.Shifted.loss(seen.append, x, np.random.default_rng(0))
+    (y,) = seen
+    assert y.shape == x.shape and ((y > 0).sum(axis=(1, 2, 3)) == 32).all()
+    assert set((y[..., 0] > 0).any(axis=2).argmax(axis=1)) == set(range(7, 14))  # three up to three down
 
-        def train_classifier(images, labels, *settings):
-            taken.append((images, labels))
-            return example.load_classifier(example.CLASSIFIER)
 
-        there = example.train_and_test.__globals__
-        monkeypatch.setitem(there, "load_mnist", lambda full, train=True: digits if train else unseen)
-        monkeypatch.setitem(there, "train_classifier", train_classifier)
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--train", str(tmp_path / "c.safetensors")])
-        example.main()
-        ((images, labels),) = taken
-        place = [np.count_nonzero(digits[1][:i] == label) for i, label in enumerate(digits[1])]  # within its class
-        expected = [i for i in range(10500) if place[i] >= 1000]
-        assert len(expected) == 500
-        np.testing.assert_array_equal(images, digits[0][expected])
-        np.testing.assert_array_equal(labels, digits[1][expected])
-        example.load_classifier(tmp_path / "c.safetensors")
+@pytest.mark.slow
+def test_the_bundled_digits_alone_teach_it_to_be_right_about_98_percent_of_the_held_out(example):
+    classifier = example.train_classifier(*load_digits(), steps=800, seed=0, workers=None)
+    assert (classifier.look(HELD_OUT)[1].argmax(axis=1) == HELD_OUT_LABELS).mean() >= 0.98
+
+
+def test_training_it_takes_only_digits_that_do_not_come_along(example, tmp_path, monkeypatch):
+    """Those that come along are the first 1,000 of each class (test_data_and_pictures.py)."""
+    rng, taken = np.random.default_rng(0), []
+    images, labels = rng.uniform(-1, 1, (10500, 28, 28, 1)).astype(np.float32), rng.permutation(10500) % 10
+    unseen, there = (HELD_OUT[::100], HELD_OUT_LABELS[::100]), example.train_and_test.__globals__
+    train_classifier = lambda *given, **_: taken.append(given[:2]) or example.load_classifier(example.CLASSIFIER)
+    monkeypatch.setitem(there, "load_mnist", lambda full, train=True: (images, labels) if train else unseen)
+    monkeypatch.setitem(there, "train_classifier", train_classifier)
+    monkeypatch.setattr(sys, "argv", ["evaluate_digits.py", "--train", str(tmp_path / "c.safetensors")])
+    example.main()
+    expected = [i for i, label in enumerate(labels) if np.count_nonzero(labels[:i] == label) >= 1000]
+    assert len(expected) == 500
+    np.testing.assert_array_equal(taken[0][0], images[expected])
+    np.testing.assert_array_equal(taken[0][1], labels[expected])
+    example.load_classifier(tmp_path / "c.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -196,9 +150,9 @@ def test_a_folder_and_arrays_are_the_same_images(example, digits):
 
 def test_of_more_images_than_are_wanted_some_are_drawn(example, digits):
     """Not the first, for they may be sorted: of ten classes with four digits each, few of ten images are of one."""
+    known = load_digits()[0][::250]
     for name in ("pictures", "uint8.npz"):
-        images = example.read_images(digits / name, 10, 0)
-        which = [np.abs(load_digits()[0][::250] - x).max(axis=(1, 2, 3)).argmin() for x in images]
+        which = [np.abs(known - x).max(axis=(1, 2, 3)).argmin() for x in example.read_images(digits / name, 10, 0)]
         assert len(set(which)) == 10 and len({i // 4 for i in which}) > 4
 
 
@@ -281,17 +235,13 @@ def test_the_table_has_each_number_in_its_place(example):
     ]
 
 
-def test_what_it_says_of_real_digits(digits, tmp_path):
-    results = []
-    for name in ("pictures", "uint8.npz"):
-        result = run(digits / name, f"--json={tmp_path / 'r.json'}")
-        assert result.returncode == 0, result.stderr
-        assert "Frechet distance" in result.stdout and "generated:" in result.stderr  # a bar
-        results.append(json.loads((tmp_path / "r.json").read_text()))
-        assert results[-1].pop("source") == str(digits / name)
-    assert results[0] == results[1]  # the same images give the same numbers, every time
-    assert results[0]["samples"] == 40 and results[0]["held_out"] == 2000 and results[0]["training"] == 10000
-    generated, real = results[0]["generated"], results[0]["real"]
+def test_what_it_says_of_real_digits(digits, ran, tmp_path):
+    printed, progress = ran("evaluate_digits", digits / "pictures", f"--json={tmp_path / 'r.json'}")
+    assert "Frechet distance" in printed and "generated:" in progress  # a bar
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["source"] == str(digits / "pictures") and result["samples"] == 40
+    assert result["held_out"] == 2000 and result["training"] == 10000
+    generated, real = result["generated"], result["real"]
     assert generated["nearest"] == 0 and generated["repeated"] == 1  # these are training digits themselves
     assert real["nearest"] > 20 and 0.008 < real["repeated"] < 0.015  # two of 200 of each digit
     assert generated["classes"] == [0.1] * 10 and generated["confident"] > 0.9
@@ -324,93 +274,22 @@ def test_what_is_no_digit_is_found_out(example, classifier):
 
 
 @pytest.mark.slow
-def test_a_model_is_sampled_with_its_labels(example, tmp_path):
+def test_a_model_is_sampled_with_its_labels_and_the_same_images_give_the_same_numbers(example, ran, tmp_path):
     unet = UNet(channels=(8, 8), blocks=1, attention=(False, True), classes=10, label_dropout=0.1, patch=2)
     diffusion = Diffusion(make_schedule("cosine", 30), "x0")
-    save_model(tmp_path / "m.safetensors", unet, diffusion)
     for p in unet.parameters():  # so that samplers differ
         p.data = p.data + np.float32(0.05) * np.cos(np.arange(p.data.size, dtype=np.float32)).reshape(p.shape)
     save_model(tmp_path / "m.safetensors", unet, diffusion)
     labels, found = np.arange(12) % 10, []
+    said = lambda *arguments: (ran("evaluate_digits", *arguments), json.loads((tmp_path / "r.json").read_text()))
     for method in ("ddpm", "ddim"):
         settings = ["--steps=3", "--guidance=2", f"--method={method}", "--seed=5", f"--json={tmp_path / 'r.json'}"]
-        result = run(tmp_path / "m.safetensors", "--samples=12", *settings)
-        assert result.returncode == 0, result.stderr
-        assert "as asked" in result.stdout
-        found.append(json.loads((tmp_path / "r.json").read_text())["generated"])
+        printed, result = said(tmp_path / "m.safetensors", "--samples=12", *settings)
+        assert "as asked" in printed.out
         images = sample(diffusion, unet, (12, 28, 28, 1), method, 3, 5, labels=labels, guidance=2)
         np.savez(tmp_path / "a.npz", images)
-        assert run(tmp_path / "a.npz", *settings[3:]).returncode == 0
-        again = json.loads((tmp_path / "r.json").read_text())["generated"]
+        again = said(tmp_path / "a.npz", *settings[3:])[1]["generated"]
         right = example.load_classifier(example.CLASSIFIER).look(images)[1].argmax(axis=1) == labels
+        found.append(result["generated"])
         assert found[-1].pop("as_asked") == right.mean() and found[-1] == again
     assert found[0] != found[1]
-
-
-@pytest.fixture(scope="module")
-def damaged(digits):
-    """The folder, with what is not to be accepted beside."""
-    images = np.zeros((12, 28, 28))
-    np.savez(digits / "two.npz", a=images, b=images)
-    np.savez(digits / "few.npz", images[:3] - 1)
-    np.savez(digits / "large.npz", np.zeros((12, 32, 32)))
-    np.savez(digits / "bright.npz", images + np.arange(12)[:, None, None] * 255 / 11)
-    np.savez(digits / "nan.npz", images * np.nan)
-    np.savez(digits / "text.npz", np.array(["abc"] * 12))
-    np.savez(digits / "from_0_to_1.npz", images + np.arange(12)[:, None, None] / 11)
-    np.save(digits / "one.npy", images)
-    (digits / "one.npy").rename(digits / "one.npz")
-    (digits / "empty.npz").write_bytes(b"")
-    np.savez(digits / "pickled.npz", np.array([{}, []], object))
-    for suffix in ("npz", "safetensors"):
-        (digits / f"broken.{suffix}").write_bytes(b"PK nothing of the kind")
-    save_model(
-        digits / "colour.safetensors", UNet(3, 3, (8, 8), 1, (False, True)), Diffusion(make_schedule("linear", 1000))
-    )
-    save_model(digits / "large.safetensors", UNet(image_size=32), Diffusion(make_schedule("linear", 1000)))
-    (digits / "run").mkdir(exist_ok=True)
-    shutil.copy(digits / "large.safetensors", digits / "run" / "model.safetensors")
-    shutil.copytree(digits / "run", digits / "killed")
-    (digits / "killed" / "model.safetensors").rename(digits / "killed" / "checkpoint.safetensors")
-    content = bytearray(SCRIPT.with_name("digit_classifier.safetensors").read_bytes())
-    content[-1] ^= 1
-    (digits / "flipped.safetensors").write_bytes(content)
-    return digits
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "expected what to evaluate, or --train FILE"),
-        (["nowhere"], "there is no nowhere"),
-        (["{digits}/uint8.npz", "--samples=5"], "--samples must be 10 or greater, got 5"),
-        (["{digits}/uint8.npz", "--workers=0"], "--workers must be 1 or greater, got 0"),
-        (["{digits}/uint8.npz", "--seed=-1"], "--seed must be 0 or greater, got -1"),
-        (["{digits}/uint8.npz", "--json=nowhere/r.json"], "--json: cannot write nowhere/r.json"),
-        (["{digits}/uint8.npz", "--classifier={digits}/uint8.npz"], "--classifier: "),
-        (["{digits}/uint8.npz", "--classifier={digits}/flipped.safetensors"], "flipped.safetensors has been damaged"),
-        (["{digits}/two.npz"], "expected an array 'images', or only one, got a, b"),
-        (["{digits}/few.npz"], "expected at least 10 images, got 3"),
-        (
-            ["{digits}/large.npz"],
-            "expected images (N, 28, 28), uint8 or floats in [-1, 1], got float64 (12, 32, 32, 1)",
-        ),
-        (["{digits}/bright.npz"], "expected floats in [-1, 1], got 0 ... 255"),
-        (["{digits}/nan.npz"], "expected floats in [-1, 1], got nan"),
-        (["{digits}/text.npz"], "uint8 or floats in [-1, 1], got <U3 (12,)"),
-        (["{digits}/from_0_to_1.npz"], "expected floats in [-1, 1], got 0 ... 1"),
-        (["{digits}/one.npz"], "one.npz: expected arrays in a file as np.savez writes it"),
-        (["{digits}/empty.npz"], "empty.npz: expected arrays in a file as np.savez writes it"),
-        (["{digits}/pickled.npz"], "pickled.npz"),
-        (["{digits}/broken.npz"], "broken.npz"),
-        (["{digits}/broken.safetensors"], "broken.safetensors"),
-        (["{digits}/colour.safetensors"], "expected a model of grey digits of 28 x 28 pixels, got one of 3 channels"),
-        (["{digits}/large.safetensors"], "for images of (32, 32)"),
-        (["{digits}/run"], "for images of (32, 32)"),  # of a training's folder, the model and not the pictures
-        (["{digits}/killed"], "for images of (32, 32)"),  # it has pictures of its samples, and only a checkpoint
-        (["--train={digits}/c", "--json={digits}/r"], "--json: with --train nothing is evaluated, so leave it out"),
-        (["{digits}/few.npz", "--json={digits}/few.npz"], "few.npz is what is to be evaluated"),
-    ],
-)
-def test_bad_input_is_refused_in_a_line(refusal, damaged, arguments, message):
-    assert message in refusal(SCRIPT, *(argument.format(digits=damaged) for argument in arguments))

@@ -1,9 +1,5 @@
 """examples/measure/figures.py: what it draws is read off the model and the schedules themselves."""
 
-import pathlib
-import runpy
-import types
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -13,12 +9,10 @@ from tinyddpm.autograd.tensor import as_array
 from tinyddpm.network.nn import Conv2d
 from tinyddpm.network.unet import AttentionBlock, ResBlock
 
-SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "measure" / "figures.py"
-
 
 @pytest.fixture(scope="module")
-def example():
-    return types.SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+def example(script):
+    return script.loaded("figures")
 
 
 def test_the_layers_of_a_u_net_and_where_its_skips_lead(example):
@@ -122,17 +116,12 @@ class TestDrawn:
             np.testing.assert_allclose(shown[20 * i + 19], path[-1, i], atol=1e-5)  # its image is the last x_0
 
     @pytest.mark.slow
-    def test_several_by_one_command(self, example, tmp_path, monkeypatch):
+    def test_several_by_one_command(self, example, tmp_path, ran):
         some = ["schedules", "noising", "encoding", "unet", "samplers"]
-        monkeypatch.setattr("sys.argv", [str(SCRIPT), f"--out={tmp_path}", "--only", *some])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+        ran("figures", f"--out={tmp_path}", "--only", *some)
         assert {path.stem for path in tmp_path.iterdir()} == set(some) < set(example.FIGURES)
         for path in tmp_path.iterdir():
             with Image.open(path) as picture:
                 pixels = np.asarray(picture.convert("RGB"))
             assert (pixels[0, 0] == 255).all() and 800 < picture.width < 1300, path  # on white, as wide as a page
             assert (pixels.reshape(-1, 3) != 255).any(axis=1).mean() > 0.02, path
-
-
-def test_a_figure_that_is_not_known_is_named(refusal):
-    assert "invalid choice: 'x'" in refusal(SCRIPT, "--only", "x")

@@ -1,10 +1,6 @@
 """examples/lesson.py: what it tells is so, and it leaves its pictures."""
 
-import pathlib
 import re
-import runpy
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,36 +9,20 @@ from PIL import Image
 
 from tinyddpm import load_digits, make_schedule
 
-LESSON = pathlib.Path(__file__).parents[2] / "examples" / "lesson.py"
 
-
-def test_its_ideal_guess_is_that_of_the_tests():
+def test_its_ideal_guess_is_that_of_the_tests(script):
     data, schedule = load_digits()[0][3000:3050], make_schedule("linear", 1000)
     t = np.array([5, 100, 400, 999])
     eps = np.random.default_rng(0).standard_normal((4, 28, 28, 1))
     bar = schedule.alpha_bar[t][:, None, None, None]
     x_t = (np.sqrt(bar) * data[:4] + np.sqrt(1 - bar) * eps).astype(np.float32)
-    guess = runpy.run_path(str(LESSON))["ideal"](data, schedule)
+    guess = script.loaded("lesson").ideal(data, schedule)
     np.testing.assert_allclose(guess(x_t, t), expected_x0(data, schedule, x_t, t), atol=2e-4)
 
 
-def test_bad_input_is_refused_in_a_line(refusal, tmp_path):
-    for name, least, got in (("--steps", 1, 0), ("--seed", 0, -1), ("--workers", 1, 0)):
-        message = f"lesson.py: error: {name} must be {least} or greater, got {got}"
-        assert message in refusal(LESSON, f"{name}={got}", f"--out={tmp_path / 'out'}")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.slow
-def test_the_whole_of_it(tmp_path):
-    result = subprocess.run(
-        [sys.executable, LESSON, "--steps=120", f"--out={tmp_path}"],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=True,
-    )
-    text = result.stdout
+def test_the_whole_of_it(tmp_path, ran):
+    text = ran("lesson", "--steps=120", f"--out={tmp_path}").out
     assert [int(n) for n in re.findall(r"^(\d)\. ", text, re.MULTILINE)] == [1, 2, 3, 4, 5, 6]
     names = {"1_noise.png", "3_best_guess.png", "6_way_back.png", "6_digits.png"}
     assert {path.name for path in tmp_path.iterdir()} == names
@@ -52,14 +32,8 @@ def test_the_whole_of_it(tmp_path):
 
     def table(first, last):
         part = text.partition(first)[2].partition(last)[0]
-        return np.array(
-            [
-                re.findall(r"-?\d+\.?\d*", line)
-                for line in part.splitlines()
-                if line.strip()[:1].isdigit() or line.strip()[:1] == "-"
-            ],
-            float,
-        )
+        rows = [line for line in part.splitlines() if re.match(r"[-\d]", line.strip())]
+        return np.array([re.findall(r"-?\d+\.?\d*", row) for row in rows], float)
 
     noised = table("in one jump\n", "At the end")  # t; mean and variance by the formula, by steps, by a jump
     assert noised.shape == (8, 7)

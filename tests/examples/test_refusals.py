@@ -1,0 +1,160 @@
+"""What an example cannot do is said in a line, before anything is begun or written. (mnist_ddpm.py: its own tests.)"""
+
+import importlib.util
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tinyddpm import Diffusion, UNet, load_digits, make_schedule, save_model
+from tinyddpm.files.pictures import to_uint8
+
+WITH_THE_MODEL = ("sample_digits", "samplers", "denoise", "inpaint", "interpolate")
+REFUSED = {
+    "sample_digits": {
+        "--digits=2x": "--digits must be digits such as 2026, got '2x'",
+        "--digits=": "--digits must be digits such as 2026, got ''",
+        "--rows=0": "--rows must be 1 or greater, got 0",
+        "--steps=1001": "steps: expected an integer from 1 to 1000",
+        "--steps=0": "steps: expected an integer from 1 to 1000",
+        "--guidance=nan": "--guidance must be a number, got nan",
+        "--method=euler": "invalid choice: 'euler'",
+        "--device=gpu": "device: 'gpu' is unknown",
+    },
+    "samplers": {
+        "--guidance=-inf": "--guidance must be a number, got -inf",
+        "--steps 0": "steps: expected an integer from 1 to 1000",
+        "--methods euler": "invalid choice: 'euler'",
+    },
+    "denoise": {
+        "--sigma 1 -1": "--sigma must be a number greater than 0, got -1.0",
+        "--sigma nan": "--sigma must be a number greater than 0, got nan",
+        "--sigma 1 1000": "sigma: 1000.0 is more noise than this schedule knows",
+        "--samples=0": "--samples must be 1 or greater, got 0",
+        "--steps=-1": "--steps must be 1 or greater, got -1",
+    },
+    "inpaint": {
+        "--known right": "invalid choice: 'right'",
+        "--tries=0": "--tries must be 1 or greater, got 0",
+        "--resamplings=0": "resamplings: expected an integer >= 1, got 0",
+    },
+    "interpolate": {
+        "--pairs 3": "--pairs must be of two digits each, such as 38, got '3'",
+        "--count=1": "count: expected an integer >= 2, got 1",
+    },
+    "lesson": {},
+    "toy_2d": {
+        "--points=0": "--points must be 1 or greater, got 0",
+        "--data=cube": "argument --data: invalid choice: 'cube'",
+        "--steps=many": "argument --steps: invalid int value: 'many'",
+        "--colour=red": "unrecognized arguments: --colour=red",
+        "--out={folder}/empty.npz/out": "empty.npz/out",
+    },
+    "figures": {"--only x": "invalid choice: 'x'"},
+    "draw_emoji": {"--font={folder}/a.ttf": "a.ttf: ", "--size=7": "--size must be 8 or greater, got 7"},
+    "benchmark": {"--threads=0": "--threads must be 1 or greater"},
+    "pytorch_digits": {
+        "--samples=0": "--samples must be 1 or greater, got 0",
+        "--threads=0": "--threads must be 1 or greater, got 0",
+        "--seed=-1": "--seed must be 0 or greater, got -1",
+        "--minutes=0": "--minutes must be a number greater than 0, got 0.0",
+        "--lr=nan": "--lr must be a number greater than 0, got nan",
+    },
+    "evaluate_digits": {
+        "": "expected what to evaluate, or --train FILE",
+        "nowhere": "there is no nowhere",
+        "{folder}/uint8.npz --samples=5": "--samples must be 10 or greater, got 5",
+        "{folder}/uint8.npz --workers=0": "--workers must be 1 or greater, got 0",
+        "{folder}/uint8.npz --seed=-1": "--seed must be 0 or greater, got -1",
+        "{folder}/uint8.npz --json=nowhere/r.json": "--json: cannot write nowhere/r.json",
+        "{folder}/uint8.npz --classifier={folder}/uint8.npz": "--classifier: ",
+        "{folder}/uint8.npz --classifier={folder}/flipped.safetensors": "flipped.safetensors has been damaged",
+        "{folder}/two.npz": "expected an array 'images', or only one, got a, b",
+        "{folder}/few.npz": "expected at least 10 images, got 3",
+        "{folder}/large.npz": "expected images (N, 28, 28), uint8 or floats in [-1, 1], got float64 (12, 32, 32, 1)",
+        "{folder}/bright.npz": "expected floats in [-1, 1], got 0 ... 255",
+        "{folder}/nan.npz": "expected floats in [-1, 1], got nan",
+        "{folder}/text.npz": "uint8 or floats in [-1, 1], got <U3 (12,)",
+        "{folder}/from_0_to_1.npz": "expected floats in [-1, 1], got 0 ... 1",
+        "{folder}/one.npz": "one.npz: expected arrays in a file as np.savez writes it",
+        "{folder}/empty.npz": "empty.npz: expected arrays in a file as np.savez writes it",
+        "{folder}/pickled.npz": "pickled.npz",
+        "{folder}/broken.npz": "broken.npz",
+        "{folder}/broken.safetensors": "broken.safetensors",
+        "{folder}/colour.safetensors": "expected a model of grey digits of 28 x 28 pixels, got one of 3 channels",
+        "{folder}/large.safetensors": "for images of (32, 32)",
+        "{folder}/run": "for images of (32, 32)",  # of a training's folder, the model and not the pictures
+        "{folder}/killed": "for images of (32, 32)",  # it has pictures of its samples, and only a checkpoint
+        "--train={folder}/c --json={folder}/r": "--json: with --train nothing is evaluated, so leave it out",
+        "{folder}/few.npz --json={folder}/few.npz": "few.npz is what is to be evaluated",
+    },
+}
+for name in ("lesson", "toy_2d"):
+    REFUSED[name] |= {"--steps=0": "--steps must be 1 or greater, got 0"}
+for name in (*WITH_THE_MODEL, "lesson", "toy_2d"):
+    REFUSED[name] |= {"--seed=-1": "--seed must be 0 or greater, got -1"}
+    REFUSED[name] |= {"--workers=0": "--workers must be 1 or greater, got 0"}
+for name in WITH_THE_MODEL:
+    REFUSED[name] |= {"--out=nowhere/p.png": "--out: there is no folder nowhere"}
+    REFUSED[name] |= {"--out=picture": "--out: expected a picture such as"}
+OUT = {"toy_2d": "out", "lesson": "out"} | dict.fromkeys(WITH_THE_MODEL, "p.png")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, script):
+    """Images and models that evaluate_digits.py cannot take, each named for what is wrong; and uint8.npz, which it can."""
+    folder, images = tmp_path_factory.mktemp("wrong"), np.zeros((12, 28, 28))
+    rising = np.arange(12)[:, None, None] / 11
+    for wrong, array in {
+        "uint8": to_uint8(load_digits()[0][::250])[..., 0], "few": images[:3] - 1, "large": np.zeros((12, 32, 32)),
+        "bright": images + 255 * rising, "nan": images * np.nan, "text": np.array(["abc"] * 12),
+        "from_0_to_1": images + rising, "pickled": np.array([{}, []], object),
+    }.items():  # fmt: skip
+        np.savez(folder / f"{wrong}.npz", array)
+    np.savez(folder / "two.npz", a=images, b=images)
+    np.save(folder / "one.npy", images)
+    (folder / "one.npy").rename(folder / "one.npz")
+    for nothing in ("empty.npz", "a.ttf"):
+        (folder / nothing).write_bytes(b"")
+    for suffix in ("npz", "safetensors"):
+        (folder / f"broken.{suffix}").write_bytes(b"PK nothing of the kind")
+    diffusion = Diffusion(make_schedule("linear", 1000))
+    save_model(folder / "colour.safetensors", UNet(3, 3, (8, 8), 1, (False, True)), diffusion)
+    save_model(folder / "large.safetensors", UNet(image_size=32), diffusion)
+    for run, file in (("run", "model"), ("killed", "checkpoint")):
+        (folder / run).mkdir()
+        shutil.copy(folder / "large.safetensors", folder / run / f"{file}.safetensors")
+        Image.new("L", (28, 28)).save(folder / run / "0.png")
+    content = bytearray(script("evaluate_digits").with_name("digit_classifier.safetensors").read_bytes())
+    content[-1] ^= 1
+    (folder / "flipped.safetensors").write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "arguments"), [(name, arguments) for name in REFUSED for arguments in REFUSED[name]])
+def test_it_is_refused_in_a_line(refusal, script, folder, tmp_path, name, arguments):
+    if name == "pytorch_digits" and not importlib.util.find_spec("torch"):
+        pytest.skip("needs PyTorch")
+    given = [argument.format(folder=folder) for argument in arguments.split()]
+    if name in OUT and "--out" not in arguments:
+        given.append(f"--out={tmp_path / OUT[name]}")
+    assert REFUSED[name][arguments] in refusal(script(name), *given)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("missing", ["torch", "diffusers"])
+def test_what_is_missing_for_a_comparison_is_said(refusal, script, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    said = refusal(script("benchmark"))
+    assert missing in said and "pip install -e '.[peers]'" in said
+
+
+@pytest.mark.parametrize("device, says", [("cuda", "needs CuPy"), ("cuda:1", "needs CuPy"), ("gpu", "is unknown")])
+@pytest.mark.parametrize("more", [[], ["--profile"]])
+def test_a_gpu_that_is_not_there_is_said(refusal, script, monkeypatch, device, says, more):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert refusal(script("benchmark"), "--device", device, *more).startswith(
+        f"benchmark.py: device: '{device}' {says}"
+    )
