@@ -104,7 +104,7 @@ OUT = {"toy_2d": "out", "lesson": "out"} | dict.fromkeys(WITH_THE_MODEL, "p.png"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, script):
-    """Images and models that evaluate_digits.py cannot take, each named for what is wrong; and uint8.npz, which it can."""
+    """Images and models that evaluate_digits.py cannot take, each named for what is wrong; uint8.npz is right."""
     folder, images = tmp_path_factory.mktemp("wrong"), np.zeros((12, 28, 28))
     rising = np.arange(12)[:, None, None] / 11
     for wrong, array in {
