@@ -169,7 +169,10 @@ TABLE |= {
         "q_step", "q_sample", "target", "predict_x0", "predict_eps", "predict", "denoise", "p_mean_variance", "loss_at",
     )
 }  # fmt: skip
-OF = {Diffusion: DIFFUSION, UNet: TOLD, Adam: Adam(np.ones(3)), EMA: EMA(UNET, 0.5)}  # whose methods are called
+OF = {  # whose methods are called
+    "Diffusion": lambda: DIFFUSION, "UNet": lambda: TOLD, "Module": lambda: UNet(**TINY),
+    "Adam": lambda: Adam(np.ones(3)), "EMA": lambda: EMA(UNET, 0.5),
+}  # fmt: skip
 
 # What is named otherwise in what is said, since it is checked where it is of that name.
 ALSO = {"x0": "images", "x_t": "images", "x_prev": "images", "eps": "images"}
@@ -186,12 +189,8 @@ def call(function, tmp_path, name=None, value=None):
     """Call it with all that is right, but for this argument."""
     given = {argument: right for argument, (right, _) in arguments_of(function).items()}
     given |= {"path": tmp_path / given["path"]} if "path" in given else {}
-    owner = [of for kind, of in OF.items() if function.__qualname__ == f"{kind.__name__}.{function.__name__}"]
-    owner = (
-        [LEARNED]
-        if function is Diffusion.log_variance
-        else owner or [UNet(**TINY)] * (function.__qualname__.startswith("Module."))
-    )
+    kind = function.__qualname__.rpartition(".")[0]
+    owner = [OF[kind]()] if kind in OF and function is not Diffusion.log_variance else [LEARNED] if kind else []
     result = function(*owner, **given | ({} if name is None else {name: value}))
     return next(result) if function is tinyddpm.train else result
 
@@ -253,10 +252,8 @@ def test_within_plain_too(workers):
 ZERO, ONE = np.zeros((2, 3)), np.ones((2, 3))
 NORM = dict(gamma=np.ones(4), beta=np.zeros(4), groups=2)
 BENT = Diffusion(DIFFUSION.schedule, "x0")
-SLERP, STEPS = (
-    "a, b: expected finite vectors, not 0 nor opposite",
-    "steps, iterations: of so few, x_t are off by as much as",
-)
+SLERP = "a, b: expected finite vectors, not 0 nor opposite"
+STEPS = "steps, iterations: of so few, x_t are off by as much as"
 FLAT = "gamma: with these parameters it is flat at most of the steps"
 
 

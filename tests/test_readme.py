@@ -77,25 +77,19 @@ def test_files_and_rooms_are_as_long_as_it_says():
         assert abs(sum(map(lines_of_code, files)) - lines) <= max(3, 0.1 * lines), name
 
 
-def test_what_ls_shows():
+def test_what_ls_shows_and_every_file_is_in_the_table_of_its_room():
     _, _, text = TOUR.partition("`ls tinyddpm` shows")
     told = [name for cells in rows(text.partition("###")[0]) for name in linked(cells[0])]
     assert sorted(told) == sorted({path.name for path in PACKAGE.iterdir()} - {"__pycache__", "README.md"})
-
-
-def test_every_file_is_in_the_table_of_its_room():
     for room in re.split(r"^### ", TOUR, flags=re.MULTILINE)[1:]:
-        name = room.split()[0]
         told = [file for cells in rows(room.partition("\n## ")[0]) for file in linked(cells[0])]
-        assert sorted(told) == [file for file in FILES if file.startswith(f"{name}/")]
+        assert sorted(told) == [file for file in FILES if file.startswith(f"{room.split()[0]}/")]
 
 
 def test_twins_are_where_it_says():
     """Each by name, and for a CPU, a GPU or both; those for a GPU are read, since it takes CuPy to import them."""
     tree = ast.parse((PACKAGE / "speed" / "cuda.py").read_text())
-    (twins,) = (
-        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TWINS"
-    )
+    (twins,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "TWINS")
     on_cpu, on_gpu = set(importlib.import_module("tinyddpm.speed.cpu").TWINS), {key.value for key in twins.keys}
     told = set()
     _, _, text = TOUR.partition("| plain | stands in ")
@@ -134,7 +128,7 @@ def test_mathematics_reach_the_reader(name):
 
 
 def anchors(name):
-    """What links to the headings of a page begin with #, as GitHub makes it."""
+    """What links to the headings of a page name them by after #, as GitHub makes it."""
     headings = re.findall("^#+ (.+)$", prose(name), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -151,13 +145,10 @@ def test_links_and_pictures_are_there(name):
             assert anchor in anchors(path.relative_to(ROOT).as_posix()), target
 
 
-def test_every_picture_is_shown():
+def test_every_picture_is_shown_and_every_example_is_in_the_gallery():
     folder = ROOT / "examples" / "pictures"
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*.*")}
     assert set(re.findall(r"pictures/([\w/]+\.\w+)", ALL)) == there
-
-
-def test_every_example_is_in_the_gallery():
     there = {path.name for path in (ROOT / "examples").rglob("*.py")}
     assert set(re.findall(r"^##+ (\w+\.py)$", PAGES["examples/README.md"], re.MULTILINE)) == there
 
@@ -306,24 +297,15 @@ def test_python_snippets_run(line, newcomer, monkeypatch):
 
 
 # what a command is given besides, to be small
+TRAINING = "--steps=1 --channels 8 16 --samples=2 --sampling-steps=2 --workers=1"
 SMALL = {
-    "sample_digits": "--steps=2",
-    "samplers": "--steps 2 --most=2",
-    "denoise": "--steps=2 --samples=1",
-    "inpaint": "--steps=2 --tries=1 --resamplings=1",
-    "interpolate": "--steps=2 --count=2",
-    "toy_2d": "--steps=2 --points=9",
-    "figures": "--only encoding",
-    "mnist_ddpm": "--steps=1 --channels 8 16 --samples=2 --sampling-steps=2 --workers=1",
-    "evaluate_digits": "--samples=10 --steps=2",
-    "draw_emoji": "",
-    "sample_pretrained": "--steps=2 --samples=1",
-    "tinyddpm": "",
-    "tinyddpm train": "--steps=1 --channels 8 16 --samples=2 --sampling-steps=2 --workers=1",
-    "tinyddpm sample": "--steps=2 --samples=2",
-    "tinyddpm evaluate": "--samples=10 --steps=2",
-    "pydoc": "",
-}
+    "sample_digits": "--steps=2", "samplers": "--steps 2 --most=2", "denoise": "--steps=2 --samples=1",
+    "inpaint": "--steps=2 --tries=1 --resamplings=1", "interpolate": "--steps=2 --count=2",
+    "toy_2d": "--steps=2 --points=9", "figures": "--only encoding", "mnist_ddpm": TRAINING,
+    "evaluate_digits": "--samples=10 --steps=2", "draw_emoji": "", "sample_pretrained": "--steps=2 --samples=1",
+    "tinyddpm": "", "tinyddpm train": TRAINING, "tinyddpm sample": "--steps=2 --samples=2",
+    "tinyddpm evaluate": "--samples=10 --steps=2", "pydoc": "",
+}  # fmt: skip
 # what is not run here, and why
 ELSEWHERE = {
     "pip install": ".ci/run installs the extras, but for cuda12 and cuda13; huggingface_hub is not tried",
@@ -370,13 +352,12 @@ def test_commands_run(command, newcomer, monkeypatch, capsys):
     if "runs/emoji/pictures" in arguments:  # as drawn by the command before
         (newcomer / "runs/emoji").mkdir()
         (newcomer / "pictures").rename(newcomer / "runs/emoji/pictures")
-    before = set(newcomer.rglob("*"))
+    before, small = set(newcomer.rglob("*")), SMALL[name]
     if "--minutes" in arguments:  # so many steps instead
         place = arguments.index("--minutes")
         arguments = arguments[:place] + arguments[place + 2 :]
-    small = (
-        SMALL[name].replace("--channels 8 16 ", "") if "--start" in arguments else SMALL[name]
-    )  # a model has its own
+    if "--start" in arguments:  # a model has channels of its own
+        small = small.replace("--channels 8 16 ", "")
     arguments = [argument.replace("~", str(newcomer)) for argument in arguments] + shlex.split(small)
     script = shlex.split(command)[1]
     try:
