@@ -9,10 +9,15 @@ from tinyddpm.autograd.tensor import Parameter, Tensor
 from tinyddpm.backend import plain
 
 
-def read_only(array):
-    array = np.array(array)
-    array.flags.writeable = False
-    return array
+def read_only(x, layout="plain"):
+    """The same numbers, perhaps otherwise in memory, and not to be written to."""
+    x = np.array(x)
+    if layout == "transposed" and x.ndim > 1:
+        x = x.swapaxes(-1, -2).copy().swapaxes(-1, -2)
+    elif layout == "strided" and x.ndim:
+        x = x.repeat(2, axis=-1)[..., ::2]
+    x.flags.writeable = False
+    return x
 
 
 def pulled(pull, g, count):
@@ -30,7 +35,7 @@ def summed_to(g, shape):
     return g.sum(tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True).reshape(shape)
 
 
-def check_op(op, *inputs, rng=None, tolerance=1e-7, **settings):
+def check_op(op, *inputs, rng=None, tolerance=1e-7, layout="plain", **settings):
     """Check value, gradients, dtypes and manners of an op at `inputs`: float64 arrays; anything else is held fixed.
 
     As it comes, with the faster twins of what it calls, and in the plain way.
@@ -42,16 +47,16 @@ def check_op(op, *inputs, rng=None, tolerance=1e-7, **settings):
     """
     for way in (contextlib.nullcontext, plain):
         with way():
-            _check_op(op, *inputs, rng=rng or np.random.default_rng(0), tolerance=tolerance, **settings)
+            _check_op(op, inputs, rng or np.random.default_rng(0), tolerance, layout, settings)
 
 
-def _check_op(op, *inputs, rng, tolerance, **settings):
+def _check_op(op, inputs, rng, tolerance, layout, settings):
     varied = [i for i, x in enumerate(inputs) if isinstance(x, np.ndarray)]
-    wide = [read_only(x) if i in varied else x for i, x in enumerate(inputs)]
+    wide = [read_only(x, layout) if i in varied else x for i, x in enumerate(inputs)]
     y, pull = op.raw(*wide, **settings)
     if isinstance(y, np.ndarray):  # the very array, which `pull` may have saved
         y.flags.writeable = False
-    u = read_only(rng.standard_normal(y.shape))
+    u = read_only(rng.standard_normal(y.shape), layout)
     gradients = pulled(pull, u, len(inputs))
     for again, g in zip(pulled(pull, u, len(inputs)), gradients):
         np.testing.assert_array_equal(again, g)
@@ -59,25 +64,22 @@ def _check_op(op, *inputs, rng, tolerance, **settings):
     for i in varied:
         g = summed_to(gradients[i], wide[i].shape)
         assert g.dtype == np.float64
-        v = rng.standard_normal(wide[i].shape)
-        h = 1e-5
+        v, h = rng.standard_normal(wide[i].shape), 1e-5
         there, back = (op.raw(*wide[:i], wide[i] + s * h * v, *wide[i + 1 :], **settings)[0] for s in (1, -1))
         numeric, exact = float(((there - back) / (2 * h) * u).sum()), float((g * v).sum())
         # the difference has an error of its own; its size is that of the terms summed, not that of the sum
         scale = float(np.abs((there - back) / (2 * h) * u).sum()) + float(np.abs(g * v).sum()) + 1e-3
         assert abs(numeric - exact) <= tolerance * scale, f"{op.__name__}, input {i}: {exact} but numerically {numeric}"
 
-    narrow = [read_only(x.astype(np.float32)) if i in varied else x for i, x in enumerate(inputs)]
+    narrow = [read_only(x.astype(np.float32), layout) if i in varied else x for i, x in enumerate(inputs)]
     y32, pull = op.raw(*narrow, **settings)
+    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * (1 + np.abs(b).max(initial=0)))
     assert y32.dtype == np.float32
-    np.testing.assert_allclose(y32, y, rtol=1e-3, atol=1e-4 * (1 + np.abs(y).max(initial=0)))
-    for i, g in enumerate(pulled(pull, read_only(u.astype(np.float32)), len(inputs))):
+    near(y32, y)
+    for i, g in enumerate(pulled(pull, read_only(u.astype(np.float32), layout), len(inputs))):
         if i in varied:
             assert g.dtype == np.float32
-            g64 = summed_to(gradients[i], wide[i].shape)
-            np.testing.assert_allclose(
-                summed_to(g, wide[i].shape), g64, rtol=1e-3, atol=1e-4 * (1 + np.abs(g64).max(initial=0))
-            )
+            near(*(summed_to(x, wide[i].shape) for x in (g, gradients[i])))
 
     leaves = [Parameter(x) if i in varied else x for i, x in enumerate(wide)]
     returned = backward((op(*leaves, **settings) * Tensor(u)).sum())

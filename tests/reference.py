@@ -1,32 +1,37 @@
-"""Each function of the package as its definition says, slow and obvious, in NumPy alone."""
+"""Each function of the package as its definition says, slow and obvious, in NumPy alone; layers and network of such.
+
+The layers take `f`, the functions that they are made of, so that ops.py can have them computed by PyTorch as well, and
+p, their parameters by name.
+"""
 
 import numpy as np
 
+NONE, ONE = ((0, 0), (0, 0)), ((1, 1), (1, 1))
 
-def conv2d(x, w, b, stride, padding):
+
+def conv2d(x, w, b=None, stride=1, padding=NONE):
     """y[n, i, j, o] = b[o] + sum_{u, v, c} x_padded[n, i*stride + u, j*stride + v, c] w[u, v, c, o], pixel by pixel."""
-    (top, bottom), (left, right) = padding
-    x = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    x = np.pad(x, ((0, 0), *padding, (0, 0)))
     kh, kw, _, O = w.shape
     OH, OW = (x.shape[1] - kh) // stride + 1, (x.shape[2] - kw) // stride + 1
     y = np.zeros((x.shape[0], OH, OW, O), x.dtype)
     for i in range(OH):
         for j in range(OW):
             patch = x[:, i * stride : i * stride + kh, j * stride : j * stride + kw]
-            y[:, i, j] = np.einsum("nuvc,uvco->no", patch, w) + b
-    return y
+            y[:, i, j] = np.einsum("nuvc,uvco->no", patch, w)
+    return y if b is None else y + b
 
 
-def silu(x):
-    return x / (1 + np.exp(-x))
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
 
 
-def softmax(x):
+def softmax(x, axis=-1):
     e = np.exp(x)
-    return e / e.sum(-1, keepdims=True)
+    return e / e.sum(axis, keepdims=True)
 
 
-def group_norm(x, gamma, beta, groups, eps, with_silu):
+def group_norm(x, gamma, beta, groups, eps=1e-6, silu=False):
     """Image by image, group by group."""
     y = np.empty_like(x)
     size = x.shape[-1] // groups
@@ -35,10 +40,10 @@ def group_norm(x, gamma, beta, groups, eps, with_silu):
             one = (n, ..., slice(k * size, (k + 1) * size))
             y[one] = (x[one] - x[one].mean()) / np.sqrt(x[one].var() + eps)
     y = y * gamma + beta
-    return silu(y) if with_silu else y
+    return y * sigmoid(y) if silu else y
 
 
-def attention(q, k, v, heads):
+def attention(q, k, v, heads=1):
     """Image by image, head by head."""
     y = np.empty_like(q)
     d = q.shape[2] // heads
@@ -47,10 +52,6 @@ def attention(q, k, v, heads):
             c = slice(h * d, (h + 1) * d)
             y[n, :, c] = softmax(q[n, :, c] @ k[n, :, c].T / np.sqrt(d)) @ v[n, :, c]
     return y
-
-
-def upsample(x):
-    return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
 def adam(theta, gradients, lr, b1, b2, eps, weight_decay):
@@ -66,63 +67,91 @@ def adam(theta, gradients, lr, b1, b2, eps, weight_decay):
     return np.array(theta)
 
 
-def unet(
-    p, x, t, channels, blocks, attention_at, heads, groups, eps=1e-6, padding=((0, 1), (0, 1)), head_channels=None,
-    labels=None,
-):  # fmt: skip
-    """eps_theta(x_t, t) of Ho et al. 2020 from the parameters p = {name: array}, layer by layer."""
+def at(p, name):
+    """The parameters of a layer's part."""
+    return {key.removeprefix(name + "."): value for key, value in p.items() if key.startswith(name + ".")}
 
-    def conv(name, x, stride=1, padding=((1, 1), (1, 1))):
-        return conv2d(x, p[name + ".w"], p[name + ".b"], stride, padding)
 
-    def dense(name, x):
-        return x @ p[name + ".w"] + p[name + ".b"]
+def dense(f, p, x):
+    return f.linear(x, p["w"], p["b"])
 
-    def norm(name, x):
-        return group_norm(x, p[name + ".gamma"], p[name + ".beta"], groups, eps, False)
 
-    def block(name, x):
-        h = conv(name + ".conv1", silu(norm(name + ".norm1", x)))
-        h = h + dense(name + ".time", silu(temb))[:, None, None, :]
-        h = conv(name + ".conv2", silu(norm(name + ".norm2", h)))
-        if name + ".shortcut.w" in p:
-            x = conv(name + ".shortcut", x, padding=((0, 0), (0, 0)))
-        return x + h
+def conv(f, p, x, stride=1, padding=ONE):
+    return f.conv2d(x, p["w"], p["b"], stride=stride, padding=padding)
 
-    def attend(name, x):
-        N, H, W, C = x.shape
-        h = norm(name + ".norm", x).reshape(N, H * W, C)
-        q, k, v = (dense(f"{name}.attention.{part}", h) for part in "qkv")
-        h = attention(q, k, v, C // head_channels if head_channels else heads)
-        return x + dense(name + ".attention.out", h).reshape(N, H, W, C)
 
-    half = channels[0] // 2
+def norm(f, p, x, silu, groups, eps=1e-6):
+    y = f.group_norm(x, p["gamma"], p["beta"], groups=groups, eps=eps)
+    return f.silu(y) if silu else y
+
+
+def self_attention(f, p, x, heads):
+    return dense(f, at(p, "out"), f.attention(*(dense(f, at(p, name), x) for name in "qkv"), heads=heads))
+
+
+def res_block(f, p, x, temb, rng, groups, eps=1e-6):
+    """Without dropout, so that `rng` is None."""
+    h = conv(f, at(p, "conv1"), norm(f, at(p, "norm1"), x, True, groups, eps))
+    h = h + dense(f, at(p, "time"), temb)[:, None, None, :]
+    h = conv(f, at(p, "conv2"), norm(f, at(p, "norm2"), h, True, groups, eps))
+    return h + (conv(f, at(p, "shortcut"), x, padding=NONE) if "shortcut.w" in p else x)
+
+
+def attention_block(f, p, x, heads, groups, eps=1e-6):
+    N, H, W, C = x.shape
+    h = norm(f, at(p, "norm"), x, False, groups, eps).reshape(N, H * W, C)
+    return x + self_attention(f, at(p, "attention"), h, heads).reshape(N, H, W, C)
+
+
+def encoding(t, channels):
+    half = channels // 2
     angle = t[:, None] / 10000 ** (np.arange(half) / (half - 1))
-    temb = dense("time2", silu(dense("time1", np.concatenate([np.sin(angle), np.cos(angle)], axis=1))))
-    if labels is not None:
-        temb = temb + p["class_embedding.w"][labels]
+    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
 
-    h = conv("conv_in", x)
-    skips = [h]
+
+def unet(f, p, x, t, rng=None, labels=None, *, channels, blocks, attention, groups, heads=1, head_channels=None, norm_eps=1e-6,
+         downsample_padding=0, middle_attention=True, center_input=False, patch=1):  # fmt: skip
+    """eps_theta(x_t, t) of Ho et al. 2020 and the options that there are to it, layer by layer."""
+
+    def attend(name, h):
+        n = h.shape[3] // head_channels if head_channels else heads
+        return attention_block(f, at(p, name), h, n, groups, norm_eps)
+
+    def block(name, h):
+        return res_block(f, at(p, name), h, temb, None, groups, norm_eps)
+
+    temb = f.silu(dense(f, at(p, "time1"), f.array(encoding(t, channels[0]))))
+    temb = dense(f, at(p, "time2"), temb)
+    temb = f.silu(temb if labels is None else temb + p["class_embedding.w"][labels])
+    x = 2 * x - 1 if center_input else x
+    # pixel (patch i + a, patch j + b) is part patch a + b of the channels at (i, j)
+    within = [(a, b) for a in range(patch) for b in range(patch)]
+    h = conv(f, at(p, "conv_in"), f.concat(*(x[:, a::patch, b::patch] for a, b in within), axis=3))
+    skips, last, halving = [h], len(channels) - 1, ONE if downsample_padding else ((0, 1), (0, 1))
     for i in range(len(channels)):
         for j in range(blocks):
             h = block(f"down.{i}.res.{j}", h)
-            h = attend(f"down.{i}.attention.{j}", h) if attention_at[i] else h
+            h = attend(f"down.{i}.attention.{j}", h) if attention[i] else h
             skips.append(h)
-        if i < len(channels) - 1:
-            h = conv(f"down.{i}.resize", h, 2, padding)
+        if i < last:
+            h = conv(f, at(p, f"down.{i}.resize"), h, 2, halving)
             skips.append(h)
     h = block("middle1", h)
-    if "middle_attention.norm.gamma" in p:
-        h = attend("middle_attention", h)
+    h = attend("middle_attention", h) if middle_attention else h
     h = block("middle2", h)
-    for u, i in enumerate(reversed(range(len(channels)))):
+    for i in range(len(channels)):
         for j in range(blocks + 1):
-            h = block(f"up.{u}.res.{j}", np.concatenate([h, skips.pop()], axis=3))
-            h = attend(f"up.{u}.attention.{j}", h) if attention_at[i] else h
-        if i > 0:
-            h = conv(f"up.{u}.resize", upsample(h))
-    return conv("conv_out", silu(norm("norm_out", h)))
+            h = block(f"up.{i}.res.{j}", f.concat(h, skips.pop(), axis=3))
+            h = attend(f"up.{i}.attention.{j}", h) if attention[last - i] else h
+        if i < last:
+            h = conv(f, at(p, f"up.{i}.resize"), f.upsample(h))
+    h = conv(f, at(p, "conv_out"), norm(f, at(p, "norm_out"), h, True, groups, norm_eps))
+    N, H, W, C = h.shape  # and back, to patch^2 images of C / patch^2 channels, a row of each in turn
+    h = h.reshape(N, H, W, patch, patch, -1)
+    columns = lambda a: f.concat(*(h[:, :, :, None, a, b] for b in range(patch)), axis=3).reshape(
+        N, H, 1, W * patch, -1
+    )
+    return f.concat(*map(columns, range(patch)), axis=2).reshape(N, H * patch, W * patch, -1)
 
 
 # the weights that Ho et al. start as zero, in a U-Net of two levels with one block each and attention in the lower
