@@ -11,6 +11,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from gradcheck import pulled, read_only
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS
@@ -25,10 +26,6 @@ from tinyddpm.speed.workers import worker_processes
 from tinyddpm.training.optim import adam_update, ema_update, new_vector
 
 PACKAGE = pathlib.Path(tinyddpm.__file__).parent
-READ = ("autograd", "network", "diffusion", "training")  # the rooms where all is written down in the plain way
-
-
-# ------------------------------------------------------------------------------------------------ names and arguments
 
 
 def functions(path):
@@ -73,25 +70,19 @@ def arguments(function):
     return list(zip(places, defaults)), a.vararg and a.vararg.arg, named
 
 
-def test_only_what_is_to_be_read_is_paired():
-    assert {path.relative_to(PACKAGE).parts[0] for path, _ in paired_functions().values()} <= set(READ)
-
-
-def test_every_paired_function_is_found_where_it_stands():
+def test_every_paired_function_stands_in_a_room_that_is_to_be_read_and_is_found_there():
     for name, (path, _) in paired_functions().items():
-        module = importlib.import_module(".".join(["tinyddpm", *path.relative_to(PACKAGE).with_suffix("").parts]))
-        function = getattr(module, name)
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        function = getattr(importlib.import_module(".".join(["tinyddpm", *parts])), name)
         function = getattr(function, "raw", function)  # of an op, the function on arrays
         assert function.__name__ == function.plain.__name__ == name and function.plain is not function
+        assert parts[0] in ("autograd", "network", "diffusion", "training")
 
 
 def test_every_paired_function_has_a_twin_and_every_twin_is_one_of_a_paired_function():
-    assert set(paired_functions()) == set(twins("cpu")) | set(twins("cuda"))
-    assert (
-        {"column_sums", "normalise", "convolve", "adam_update"}
-        < set(twins("cpu"))
-        < set(twins("cuda")) | {"new_vector"}
-    )
+    on_cpu, on_cuda = set(twins("cpu")), set(twins("cuda"))
+    assert set(paired_functions()) == on_cpu | on_cuda
+    assert {"column_sums", "normalise", "convolve", "adam_update"} < on_cpu < on_cuda | {"new_vector"}
 
 
 def test_the_table_that_is_parsed_is_the_one_that_is_used():
@@ -112,20 +103,8 @@ def test_a_twin_takes_the_same_arguments_at_least(kind, name):
     assert all(its_named[key] is not None for key in its_named.keys() - named.keys())
 
 
-# ------------------------------------------------------------------------------------------------- what they compute
-
-FLOATS = st.sampled_from(["float32", "float64"])
-LAYOUTS = st.sampled_from(["plain", "transposed", "strided"])
-
-
-def read_only(x, layout="plain"):
-    """The same numbers, perhaps otherwise in memory, and not to be written to."""
-    if layout == "transposed" and x.ndim > 1:
-        x = x.swapaxes(-1, -2).copy().swapaxes(-1, -2)
-    elif layout == "strided":
-        x = x.repeat(2, axis=-1)[..., ::2]
-    x.flags.writeable = False
-    return x
+# what they compute: on drawn numbers, as they come and otherwise in memory, the same as the plain functions
+FLOATS, LAYOUTS = st.sampled_from(["float32", "float64"]), st.sampled_from(["plain", "transposed", "strided"])
 
 
 def close(ours, plain, dtype, digits, term=0.0):
@@ -138,16 +117,13 @@ def close(ours, plain, dtype, digits, term=0.0):
 
 def close_op(function, *inputs, dtype, digits, g, term=0.0, slope=0.0):
     """Value and gradients of the twin of a paired function that returns (y, pull) are those of the plain one."""
-    twin = cpu.TWINS[function.__name__]
-    (y, pull), (y_plain, pull_plain) = twin(*inputs), function.plain(*inputs)
+    (y, pull), (y_plain, pull_plain) = cpu.TWINS[function.__name__](*inputs), function.plain(*inputs)
     close(y, y_plain, dtype, digits, term)
     y.flags.writeable = False  # `pull` may have saved it
     g = read_only(g(y.shape).astype(dtype))
-    of_twin, of_plain, again = pull(g), pull_plain(g), pull(g)
-    for a, b, c in zip(of_twin, of_plain, again, strict=True):
-        a, b, c = (x() if callable(x) else x for x in (a, b, c))
+    for a, b, again in zip(*(pulled(f, g, 3) for f in (pull, pull_plain, pull)), strict=True):
         close(a, b, dtype, 4 * digits, slope * np.abs(g).max())
-        np.testing.assert_array_equal(a, c)
+        np.testing.assert_array_equal(a, again)
 
 
 @given(dtype=FLOATS, seed=SEEDS, layout=LAYOUTS, L=st.integers(0, 300), C=st.integers(1, 9),
@@ -161,11 +137,8 @@ def test_column_sums(dtype, seed, layout, L, C, lead):
        between=st.lists(st.integers(1, 6), max_size=3), silu=st.booleans())  # fmt: skip
 def test_normalise(dtype, seed, layout, N, groups, D, between, silu):
     """Of (N, C), (N, L, C), images, and more axes."""
-    r = np.random.default_rng(seed)
-    x, gamma, beta = (
-        read_only((1 + 2 * r.standard_normal(shape)).astype(dtype), layout)
-        for shape in ((N, *between, groups * D), groups * D, groups * D)
-    )
+    r, shapes = np.random.default_rng(seed), ((N, *between, groups * D), groups * D, groups * D)
+    x, gamma, beta = (read_only((1 + 2 * r.standard_normal(shape)).astype(dtype), layout) for shape in shapes)
     # what SiLU leaves of a number far below 0 is small, and rstd is at most 1 / sqrt(eps)
     size = np.abs(normalise.plain(x, gamma, beta, groups, 0.1, False)[0]).max()
     sizes = {"term": size, "slope": (1 + size) * (1 + np.abs(gamma).max() / math.sqrt(0.1))}
@@ -180,16 +153,13 @@ def test_convolve(fits, dtype, seed, layout, N, H, W, C, O, bias, stride, kernel
     """Those of 3x3 that Winograd's way fits, within 1e-5 of the largest, and any others."""
     if fits:
         N, dtype, stride, kernel, pads = 2, "float32", 1, (3, 3), (1, 1, 1, 1)
-    r, pad = np.random.default_rng(seed), (pads[:2], pads[2:])
-    x, w, b = (
-        read_only(r.standard_normal(shape).astype(dtype), layout) for shape in ((N, H, W, C), (*kernel, C, O), (O,))
-    )
+    r, pad, shapes = np.random.default_rng(seed), (pads[:2], pads[2:]), ((N, H, W, C), (*kernel, C, O), (O,))
+    x, w, b = (read_only(r.standard_normal(shape).astype(dtype), layout) for shape in shapes)
     fast = winograd.fits(x, w, stride, pad)
     assert fast or not fits
     digits = 1e-5 / np.finfo("float32").eps / 4 if fast else 0  # the others are those of the plain way, to the bit
-    close_op(
-        convolve, x, w, b if bias else None, stride, pad, "float32", dtype=dtype, digits=digits, g=r.standard_normal
-    )
+    inputs = x, w, b if bias else None, stride, pad, "float32"
+    close_op(convolve, *inputs, dtype=dtype, digits=digits, g=r.standard_normal)
 
 
 SIZES = st.integers(1, 50) | st.sampled_from([cpu.PART - 1, cpu.PART, cpu.PART + 1, 3 * cpu.PART + 5])
