@@ -103,15 +103,17 @@ def attention_block(f, p, x, heads, groups, eps=1e-6):
     return x + self_attention(f, at(p, "attention"), h, heads).reshape(N, H, W, C)
 
 
-def encoding(t, channels):
+def encoded(t, channels, form):
     half = channels // 2
-    angle = t[:, None] / 10000 ** (np.arange(half) / (half - 1))
-    return np.concatenate([np.sin(angle), np.cos(angle)], axis=1)
+    angle = t[:, None] / 10000 ** (np.arange(half) / (half - form.startswith("ddpm")))
+    first, second = [np.sin(angle), np.cos(angle)][:: -1 if form in ("improved", "ddpm_flipped") else 1]
+    return np.stack([first, second], axis=2 if form == "interleaved" else 1).reshape(-1, channels)
 
 
-def unet(f, p, x, t, rng=None, labels=None, *, channels, blocks, attention, groups, heads=1, head_channels=None, norm_eps=1e-6,
-         downsample_padding=0, middle_attention=True, center_input=False, patch=1):  # fmt: skip
-    """eps_theta(x_t, t) of Ho et al. 2020 and the options that there are to it, layer by layer."""
+def unet(f, p, x, t, rng=None, labels=None, *, channels, blocks, attention, groups, heads=1, head_channels=None,
+         norm_eps=1e-6, downsample_padding=0, middle_attention=True, center_input=False, patch=1,
+         encoding="ddpm"):  # fmt: skip
+    """eps_theta(x_t, t) of Ho et al. 2020 and the options that there are to it, layer by layer, without dropout."""
 
     def attend(name, h):
         n = h.shape[3] // head_channels if head_channels else heads
@@ -120,9 +122,11 @@ def unet(f, p, x, t, rng=None, labels=None, *, channels, blocks, attention, grou
     def block(name, h):
         return res_block(f, at(p, name), h, temb, None, groups, norm_eps)
 
-    temb = f.silu(dense(f, at(p, "time1"), f.array(encoding(t, channels[0]))))
+    temb = f.silu(dense(f, at(p, "time1"), f.array(encoded(t, channels[0], encoding))))
     temb = dense(f, at(p, "time2"), temb)
-    temb = f.silu(temb if labels is None else temb + p["class_embedding.w"][labels])
+    if "class_embedding.w" in p:  # the last of which is "no label", if there may be none
+        temb = temb + p["class_embedding.w"][np.full(len(t), -1) if labels is None else labels]
+    temb = f.silu(temb)
     x = 2 * x - 1 if center_input else x
     # pixel (patch i + a, patch j + b) is part patch a + b of the channels at (i, j)
     within = [(a, b) for a in range(patch) for b in range(patch)]

@@ -4,31 +4,28 @@ import threading
 
 import numpy as np
 import pytest
-import reference
+from gradcheck import read_only
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import SEEDS
 
 from tinyddpm import Diffusion, UNet, make_schedule, sample
 from tinyddpm.autograd import conv
-from tinyddpm.autograd.backward import backward
 from tinyddpm.autograd.conv import conv2d
 from tinyddpm.autograd.tensor import Parameter
 from tinyddpm.network.nn import Module
 from tinyddpm.speed import winograd
-from tinyddpm.speed.winograd import A_T, B_T, BAND, POINTS, ConstantFilters, G, bands, conv3x3
+from tinyddpm.speed.winograd import BAND, ConstantFilters, bands, conv3x3
 
 ONE = ((1, 1), (1, 1))
 SHAPES = st.tuples(st.integers(1, 4), *[st.integers(1, 9 * BAND)] * 2, *[st.integers(1, 9)] * 2)
 
 
-def drawn(shape, seed=0):
-    """Images, filters, bias and an incoming gradient in float32, as they come and in float64."""
-    N, H, W, C, O = shape
-    rng = np.random.default_rng(seed)
-    narrow = [rng.standard_normal(s).astype(np.float32) for s in ((N, H, W, C), (3, 3, C, O), (O,), (N, H, W, O))]
-    for a in narrow:
-        a.flags.writeable = False
+def drawn(shape, seed=0, layout="plain"):
+    """Images, filters, bias and an incoming gradient in float32, only to be read, and the same in float64."""
+    (N, H, W, C, O), rng = shape, np.random.default_rng(seed)
+    shapes = (N, H, W, C), (3, 3, C, O), (O,), (N, H, W, O)
+    narrow = [read_only(rng.standard_normal(s).astype(np.float32), layout) for s in shapes]
     return narrow, [a.astype(np.float64) for a in narrow]
 
 
@@ -52,25 +49,6 @@ def errors(ours, exact):
     return np.array([np.abs(a - e).max() / np.abs(e).max() for a, e in zip(ours, exact, strict=True)])
 
 
-def test_the_identity_is_exact():
-    """A^T ((G w) * (B^T x)) = direct sums, and its transposes are the gradients."""
-    rng = np.random.default_rng(0)
-    x, w, dy = rng.standard_normal(6), rng.standard_normal(3), rng.standard_normal(4)
-    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-13)
-    close(A_T @ ((G @ w) * (B_T @ x)), [w @ x[i : i + 3] for i in range(4)])
-    close(G.T @ ((A_T.T @ dy) * (B_T @ x)), [dy @ x[k : k + 4] for k in range(3)])
-    close(B_T.T @ ((A_T.T @ dy) * (G @ w)), np.convolve(dy, w))
-
-
-def test_the_matrices_evaluate_polynomials():
-    points = np.array(POINTS)[:, None]
-    np.testing.assert_array_equal(A_T.T[:5], points ** np.arange(4))
-    np.testing.assert_array_equal(A_T.T[5], [0, 0, 0, 1])
-    np.testing.assert_allclose(G[:5] / G[:5, :1], points ** np.arange(3), rtol=1e-14)
-    assert G[5, :2].tolist() == [0, 0] and G[5, 2] > 0
-    np.testing.assert_allclose(np.linalg.norm(B_T, axis=1), 1, rtol=1e-14)
-
-
 @pytest.mark.parametrize("size", [1, 4, 7, 14, 4 * BAND, 4 * BAND + 1, 28, 100])
 def test_bands_cover_all_rows_and_no_more(size):
     assert np.concatenate([np.arange(size)[band.outputs] for band in bands(size)]).tolist() == list(range(size))
@@ -85,10 +63,10 @@ def test_bands_cover_all_rows_and_no_more(size):
             assert matrix.flags.c_contiguous and transpose.flags.c_contiguous  # half as fast otherwise
 
 
-@given(shape=SHAPES, seed=SEEDS)
-def test_it_equals_direct_sums_for_images_of_any_size(shape, seed):
-    (x, w, b, g), (x64, w64, b64, g64) = drawn(shape, seed)
-    ours, exact = all_of(x, w, b, g), (reference.conv2d(x64, w64, b64, 1, ONE), *all_direct(x64, w64, b64, g64)[1:])
+@given(shape=SHAPES, seed=SEEDS, layout=st.sampled_from(["plain", "transposed", "strided"]))
+def test_it_equals_direct_sums_for_images_of_any_size(shape, seed, layout):
+    (x, w, b, g), (x64, w64, b64, g64) = drawn(shape, seed, layout)
+    ours, exact = all_of(x, w, b, g), all_direct(x64, w64, b64, g64)
     # an output may be what little is left of large terms, so the measure is how large they can be
     scale = lambda image, filters: 2e-6 * np.abs(image).max() * np.abs(filters).sum((0, 1, 2)).max()
     limits = scale(x64, w64), scale(g64, w64.swapaxes(2, 3)), scale(x64, g64), scale(np.ones(1), g64)
@@ -116,20 +94,6 @@ def test_where_the_filter_cancels_most_of_the_image_direct_sums_lose_digits_too(
     assert errors(inside(conv3x3(x, w, None)[0]), exact) < 20 * errors(inside(conv.correlate(x, w, 1, ONE)), exact)
 
 
-def test_a_whole_network_in_float32_is_as_good_as_its_float64_twin():
-    rng, nets = np.random.default_rng(0), [UNet(channels=(16, 32, 64), blocks=1), UNet(channels=(16, 32, 64), blocks=1)]
-    for p, q in zip(nets[0].parameters(), nets[1].to(dtype="float64").parameters(), strict=True):
-        p.data = (p.data + 0.05 * rng.standard_normal(p.shape)).astype(np.float32)
-        q.data = p.data.astype(np.float64)
-    x, g, t = *rng.standard_normal((2, 4, 16, 16, 1)).astype(np.float32), np.arange(4) * 200
-    y, exact = (net(x.astype(net.dtype), t) for net in nets)
-    assert errors([y.data], [exact.data]) < 1e-5
-    ours, exact = (backward((out * g.astype(out.dtype)).sum()) for out in (y, exact))
-    vector = lambda gradients, net: np.concatenate([gradients[p].ravel() for p in net.parameters()])
-    ours, exact = vector(ours, nets[0]), vector(exact, nets[1])
-    assert np.linalg.norm(ours - exact) < 1e-5 * np.linalg.norm(exact)
-
-
 def test_a_nan_stays_in_its_image():
     (x, w, b, g), _ = drawn((9, 6, 5, 8, 9))
     bad = x.copy()
@@ -137,19 +101,6 @@ def test_a_nan_stays_in_its_image():
     y, others = conv3x3(bad, w, b)[0], np.arange(9) != 4
     np.testing.assert_array_equal(y[others], conv3x3(x, w, b)[0][others])
     assert np.isnan(y[4, 2:5, 1:4]).all()
-
-
-@pytest.mark.parametrize("shape", [(2, 6, 5, 8, 9), (2, 6, 5 * BAND, 8, 9)])  # one band across, and two
-def test_views_of_any_strides(shape):
-    (x, w, b, g), _ = drawn(shape)
-    plain = all_of(x, w, b, g)
-    backwards = lambda a: np.ascontiguousarray(a[:, ::-1, ::-1])[:, ::-1, ::-1]
-    for odd in (np.asfortranarray, backwards):
-        for a, e in zip(all_of(odd(x), odd(w), b, odd(g)), plain, strict=True):
-            np.testing.assert_array_equal(a, e)
-    x, g = (np.broadcast_to(a[:1, :1, :1], a.shape) for a in (x, g))
-    wide = [a.astype(np.float64) for a in (x, w, b, g)]
-    assert (errors(all_of(x, w, b, g), all_direct(*wide)) < 1e-5).all()
 
 
 IMAGES = (2, 8, 8, 8)
@@ -167,19 +118,14 @@ IMAGES = (2, 8, 8, 8)
         (False, IMAGES, 8, {"kernel": (1, 1)}),
     ],
 )  # fmt: skip
-def test_where_conv2d_and_its_gradients_use_it(used, shape, O, change, monkeypatch):
+def test_where_conv2d_uses_it(used, shape, O, change, monkeypatch):
     settings = {"padding": 1, "kernel": (3, 3), "dtype": "float32"} | change
     kernel, dtype, rng = settings.pop("kernel"), settings.pop("dtype"), np.random.default_rng(0)
-    leaves = [Parameter(rng.standard_normal(s).astype(dtype)) for s in (shape, (*kernel, shape[3], O), (O,))]
-    wide, calls, real = [Parameter(p.data.astype(np.float64)) for p in leaves], [], winograd.conv3x3
+    x, w, b = (Parameter(rng.standard_normal(s).astype(dtype)) for s in (shape, (*kernel, shape[3], O), (O,)))
+    calls, real = [], winograd.conv3x3
     monkeypatch.setattr(winograd, "conv3x3", lambda *a: calls.append(a) or real(*a))
-    y = conv2d(*leaves, **settings)
+    conv2d(x, w, b, **settings)
     assert len(calls) == used
-    exact, u = conv2d(*wide, **settings), rng.standard_normal(y.shape).astype(dtype)
-    gradients, exact_gradients = backward((y * u).sum()), backward((exact * u.astype(np.float64)).sum())
-    pairs = [(y.data, exact.data), *((gradients[p], exact_gradients[q]) for p, q in zip(leaves, wide, strict=True))]
-    for ours, theirs in pairs:
-        np.testing.assert_allclose(ours, theirs, atol=1e-5 * np.abs(theirs).max())
 
 
 class TestConstantFilters:
