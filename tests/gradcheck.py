@@ -43,13 +43,13 @@ def check_op(op, *inputs, rng=None, tolerance=1e-7, layout="plain", **settings):
     that is saved gets written to. In float32: the same numbers, in float32. Through the engine: `backward` returns
     those gradients.
     """
+    rng, varied = rng or np.random.default_rng(0), [i for i, x in enumerate(inputs) if isinstance(x, np.ndarray)]
     for way in (contextlib.nullcontext, plain):
         with way():
-            _check_op(op, inputs, rng or np.random.default_rng(0), tolerance, layout, settings)
+            _check_op(op, inputs, varied, rng, tolerance, layout, settings)
 
 
-def _check_op(op, inputs, rng, tolerance, layout, settings):
-    varied = [i for i, x in enumerate(inputs) if isinstance(x, np.ndarray)]
+def _check_op(op, inputs, varied, rng, tolerance, layout, settings):
     wide = [read_only(x, layout) if i in varied else x for i, x in enumerate(inputs)]
     y, pull = op.raw(*wide, **settings)
     if isinstance(y, np.ndarray):  # the very array, which `pull` may have saved

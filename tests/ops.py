@@ -3,6 +3,7 @@
 These tables drive the tests of autograd/, network/ and peers/test_torch.py.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -39,22 +40,28 @@ def sides(count):
     return st.tuples(*[SIDES] * count)
 
 
-def one(low, high):
-    return drawn(lambda draw, rng: ([np.asarray(rng.uniform(low, high, draw(SHAPES)))], {}))
-
-
 def normal(rng, *shapes):
     return [np.asarray(rng.standard_normal(shape)) for shape in shapes]
 
 
-def positive(rng, *shapes):
+def positive(rng, *shapes, low=0.5, high=2.0):
     """Numbers whose sums do not cancel: a result of one element has no larger one beside it to measure it by."""
-    return [np.asarray(rng.uniform(0.5, 2, shape)) for shape in shapes]
+    return [np.asarray(rng.uniform(low, high, shape)) for shape in shapes]
 
 
-def around(rng, middle, shape):
+def around(middle):
     """Numbers on both sides of one that they keep away from."""
-    return np.asarray(middle + rng.choice([-1, 1], shape) * rng.uniform(0.25, 3, shape))
+    return lambda rng, shape: [np.asarray(middle + rng.choice([-1, 1], shape) * rng.uniform(0.25, 3, shape))]
+
+
+def array(numbers, shapes=NO_SCALAR, **settings):
+    """One array of such numbers, and settings from the strategies that are made for it."""
+    make = lambda draw, x: ([x], {name: draw(of(x)) for name, of in settings.items()})
+    return drawn(lambda draw, rng: make(draw, *numbers(rng, draw(shapes))))
+
+
+def between(low, high):
+    return array(functools.partial(positive, low=low, high=high), SHAPES)
 
 
 @drawn
@@ -82,34 +89,6 @@ def of_linear(draw, rng):
     c, o = draw(sides(2))
     x, w, b = positive(rng, (*draw(array_shapes(min_dims=0, max_dims=3, max_side=4)), c), (c, o), o)
     return [x, w, draw(st.sampled_from([b, None]))], {}
-
-
-@drawn
-def of_reduction(draw, rng):
-    (x,) = positive(rng, draw(NO_SCALAR))
-    some = st.sets(st.integers(0, x.ndim - 1), min_size=1).map(tuple)
-    return [x], {"axis": draw(st.none() | st.integers(-x.ndim, -1) | some), "keepdims": draw(st.booleans())}
-
-
-@drawn
-def of_transpose(draw, rng):
-    (x,) = normal(rng, draw(NO_SCALAR))
-    axes = st.permutations(range(x.ndim)) | st.permutations(range(-x.ndim, 0)) | st.just(())
-    return [x], {"axes": tuple(draw(axes))}
-
-
-@drawn
-def of_getitem(draw, rng):
-    (x,) = normal(rng, draw(array_shapes(max_dims=4, max_side=5)))
-    index = draw(basic_indices(x.shape, allow_newaxis=True))
-    assume(x[index].size)
-    return [x], {"index": index}
-
-
-@drawn
-def of_softmax(draw, rng):
-    (x,) = normal(rng, draw(array_shapes(min_dims=2, max_dims=4, min_side=3, max_side=5)))
-    return [x], {"axis": draw(st.integers(-x.ndim, x.ndim - 1))}
 
 
 @drawn
@@ -180,45 +159,52 @@ class Op(NamedTuple):
     error: float = 0.0
 
 
+some_axes = lambda x: st.sets(st.integers(0, x.ndim - 1), min_size=1).map(tuple)
+an_axis = lambda x: st.integers(-x.ndim, x.ndim - 1)
+OVER = array(positive, axis=lambda x: st.none() | an_axis(x) | some_axes(x), keepdims=lambda x: st.booleans())
+
 # fmt: off
 OPS = [
     Op(tensor.add, two, operator.add),
     Op(tensor.sub, two, operator.sub),
     Op(tensor.mul, two, operator.mul),
     Op(tensor.div, two, operator.truediv),
-    Op(tensor.neg, one(-3, 3), operator.neg),
+    Op(tensor.neg, between(-3, 3), operator.neg),
     Op(tensor.power, of_power, lambda x, exponent: x**exponent, error=1e-15),
-    Op(tensor.exp, one(-3, 3), np.exp, lambda torch, x: x.exp()),
-    Op(tensor.log, one(0.5, 3), np.log, lambda torch, x: x.log()),
-    Op(tensor.sqrt, one(0.5, 3), np.sqrt, lambda torch, x: x.sqrt()),
-    Op(tensor.tanh, one(-2, 2), np.tanh, lambda torch, x: x.tanh()),
+    Op(tensor.exp, between(-3, 3), np.exp, lambda torch, x: x.exp()),
+    Op(tensor.log, between(0.5, 3), np.log, lambda torch, x: x.log()),
+    Op(tensor.sqrt, between(0.5, 3), np.sqrt, lambda torch, x: x.sqrt()),
+    Op(tensor.tanh, between(-2, 2), np.tanh, lambda torch, x: x.tanh()),
     Op(tensor.matmul, of_matmul, operator.matmul, error=1e-12),
-    Op(tensor.reduce_sum, of_reduction, np.sum, lambda torch, x, **over: torch.sum(x, **over), error=5e-15),
-    Op(tensor.reduce_mean, of_reduction, np.mean, lambda torch, x, **over: torch.mean(x, **over), error=5e-15),
-    Op(tensor.reshape, drawn(lambda draw, rng: (normal(rng, shape := draw(NO_SCALAR)),
-                                                {"shape": tuple(draw(st.permutations(shape) | st.just([-1])))})),
+    Op(tensor.reduce_sum, OVER, np.sum, lambda torch, x, **over: torch.sum(x, **over), 5e-15),
+    Op(tensor.reduce_mean, OVER, np.mean, lambda torch, x, **over: torch.mean(x, **over), 5e-15),
+    Op(tensor.reshape, array(normal, shape=lambda x: (st.permutations(x.shape) | st.just([-1])).map(tuple)),
        lambda x, shape: x.reshape(shape)),
-    Op(tensor.transpose, of_transpose, lambda x, axes: np.transpose(x, axes or None),
+    Op(tensor.transpose, array(normal, axes=lambda x: st.just(()) | st.permutations(range(x.ndim)).map(tuple)
+                                    | st.permutations(range(-x.ndim, 0)).map(tuple)),
+       lambda x, axes: np.transpose(x, axes or None),
        lambda torch, x, axes: x.permute(axes or tuple(range(x.ndim))[::-1])),
-    Op(tensor.getitem, of_getitem, lambda x, index: x[index], torch_getitem),
-    Op(functional.sigmoid, one(-3, 3), reference.sigmoid, lambda torch, x: x.sigmoid(), 1e-13),
-    Op(functional.silu, drawn(lambda draw, rng: ([around(rng, -1.28, draw(SHAPES))], {})),  # its derivative is 0 there
+    Op(tensor.getitem, array(normal, index=lambda x: basic_indices(x.shape, allow_newaxis=True).filter(
+                                         lambda index: x[index].size)),
+       lambda x, index: x[index], torch_getitem),
+    Op(functional.sigmoid, between(-3, 3), reference.sigmoid, lambda torch, x: x.sigmoid(), 1e-13),
+    Op(functional.silu, array(around(-1.28), SHAPES),  # where its derivative is 0
        lambda x: x / (1 + np.exp(-x)), lambda torch, x: torch.nn.functional.silu(x), 1e-13),
-    Op(functional.softmax, of_softmax, reference.softmax, lambda torch, x, axis: x.softmax(axis), 1e-12),
+    Op(functional.softmax, array(normal, array_shapes(min_dims=2, max_dims=4, min_side=3, max_side=5), axis=an_axis),
+       reference.softmax, lambda torch, x, axis: x.softmax(axis), 1e-12),
     Op(functional.concat, of_concat, lambda *xs, axis: np.concatenate(xs, axis),
        lambda torch, *xs, axis: torch.cat(xs, axis)),
     Op(functional.linear, of_linear, lambda x, w, b: x @ w + (0 if b is None else b),
        lambda torch, x, w, b: torch.nn.functional.linear(x, w.T, b), 1e-12),
     Op(functional.embedding, of_embedding, lambda w, index: w[index.astype(int)]),
-    Op(functional.at_least, drawn(lambda draw, rng: ([around(rng, -0.5, draw(SHAPES))], {"least": -0.5})),
+    Op(functional.at_least, array(around(-0.5), SHAPES, least=lambda x: st.just(-0.5)),
        lambda x, least: np.maximum(x, least), lambda torch, x, least: x.clamp(min=least)),
-    Op(functional.normal_cdf, one(-3, 3), np.vectorize(lambda x: math.erfc(-x / math.sqrt(2)) / 2),
+    Op(functional.normal_cdf, between(-3, 3), np.vectorize(lambda x: math.erfc(-x / math.sqrt(2)) / 2),
        lambda torch, x: torch.special.ndtr(x), 1e-14),
     Op(functional.mse, drawn(lambda draw, rng: (normal(rng, *[draw(SHAPES)] * 2), {})),
        lambda a, b: np.square(a - b).mean(), lambda torch, a, b: torch.nn.functional.mse_loss(a, b), 1e-12),
     Op(conv.conv2d, of_conv2d, reference.conv2d, torch_conv2d, 1e-12),
-    Op(conv.upsample, drawn(lambda draw, rng: (positive(rng, draw(sides(4))), {})),
-       lambda x: x.repeat(2, axis=1).repeat(2, axis=2),
+    Op(conv.upsample, array(positive, sides(4)), lambda x: x.repeat(2, axis=1).repeat(2, axis=2),
        lambda torch, x: x.repeat_interleave(2, 1).repeat_interleave(2, 2)),
     Op(fused.group_norm, of_group_norm, reference.group_norm, torch_group_norm, 1e-10),
     Op(fused.attention, of_attention, reference.attention, torch_attention, 1e-12),

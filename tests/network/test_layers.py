@@ -55,44 +55,42 @@ class Nested(Module):
         self.more = (Parameter(np.ones(5, np.float32)), {"tied": self.scale, "deep": Linear(1, 1, rng)})
 
 
-class TestModule:
-    def test_names_and_order(self):
-        names = ["scale", "blocks.0.w", "blocks.0.b", "blocks.1.w", "blocks.1.b", "norm.gamma", "norm.beta"]
-        names += ["more.0", "more.1.deep.w", "more.1.deep.b"]  # the tied one is listed where it is met first
-        assert list(Nested().named_parameters()) == names
-        assert Nested().size == 3 + 6 + 3 + 6 + 2 + 4 + 4 + 5 + 1 + 1
-        assert Nested().dtype == np.float32 and Nested().device == "cpu"
+def test_names_order_and_size_of_parameters():
+    names = ["scale", "blocks.0.w", "blocks.0.b", "blocks.1.w", "blocks.1.b", "norm.gamma", "norm.beta"]
+    names += ["more.0", "more.1.deep.w", "more.1.deep.b"]  # the tied one is listed where it is met first
+    assert list(Nested().named_parameters()) == names
+    assert Nested().size == 3 + 6 + 3 + 6 + 2 + 4 + 4 + 5 + 1 + 1
+    assert Nested().dtype == np.float32 and Nested().device == "cpu"
 
-    def test_state_goes_out_and_in(self):
-        a, b = Nested(), Nested()
-        a.scale.data[...] = 7
-        state = a.state_dict()
-        a.scale.data[...] = 8  # a state is a copy
-        kept = b.scale.data
-        b.load_state_dict(state)
-        assert b.scale.data is kept and (b.scale.data == 7).all()  # loaded in place
 
-    def test_a_state_that_does_not_fit_is_refused_whole(self):
-        a = Nested()
-        state = {name: value + 1 for name, value in a.state_dict().items()} | {
-            "extra": np.zeros(1),
-            "scale": np.zeros(5),
-        }
-        del state["norm.beta"]
-        before = a.state_dict()
-        with pytest.raises(ValueError) as error:
-            a.load_state_dict(state)
-        for part in ("norm.beta is missing", "extra is unknown", "scale has shape (5,) instead of (3,)", "Nested"):
-            assert part in str(error.value)
-        assert all((before[name] == value).all() for name, value in a.state_dict().items())
+def test_a_state_goes_out_as_a_copy_and_in_in_place():
+    a, b = Nested(), Nested()
+    a.scale.data[...] = 7
+    state, kept = a.state_dict(), b.scale.data
+    a.scale.data[...] = 8
+    b.load_state_dict(state)
+    assert b.scale.data is kept and (b.scale.data == 7).all()
 
-    def test_conversion(self):
-        a = Nested()
-        assert a.to("cpu") is a and a.device == "cpu"
-        assert a.to(dtype="float64") is a and {p.dtype for p in a.parameters()} == {np.dtype("float64")}
-        for bad in ("int32", np.int64, "float16", "longdouble"):  # of the last two, no noise can be drawn
-            with pytest.raises(ValueError, match="dtype: expected 'float32' or 'float64', got"):
-                a.to(dtype=bad)
-        for bad in ("gpu", "cuda:x", "cuda:-1", ""):
-            with pytest.raises(ValueError, match="is unknown; use 'cpu', 'cuda' or 'cuda:N'"):
-                a.to(bad)
+
+def test_a_state_that_does_not_fit_is_refused_whole():
+    a = Nested()
+    before = a.state_dict()
+    state = {name: value + 1 for name, value in before.items()} | {"extra": np.zeros(1), "scale": np.zeros(5)}
+    del state["norm.beta"]
+    with pytest.raises(ValueError) as error:
+        a.load_state_dict(state)
+    for part in ("norm.beta is missing", "extra is unknown", "scale has shape (5,) instead of (3,)", "Nested"):
+        assert part in str(error.value)
+    assert all((before[name] == value).all() for name, value in a.state_dict().items())
+
+
+def test_conversion():
+    a = Nested()
+    assert a.to("cpu") is a and a.device == "cpu"
+    assert a.to(dtype="float64") is a and {p.dtype for p in a.parameters()} == {np.dtype("float64")}
+    for bad in ("int32", np.int64, "float16", "longdouble"):  # of the last two, no noise can be drawn
+        with pytest.raises(ValueError, match="dtype: expected 'float32' or 'float64', got"):
+            a.to(dtype=bad)
+    for bad in ("gpu", "cuda:x", "cuda:-1", ""):
+        with pytest.raises(ValueError, match="is unknown; use 'cpu', 'cuda' or 'cuda:N'"):
+            a.to(bad)

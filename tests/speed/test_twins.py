@@ -21,7 +21,7 @@ from tinyddpm.autograd.conv import convolve
 from tinyddpm.autograd.functional import column_sums
 from tinyddpm.autograd.fused import normalise
 from tinyddpm.backend import paired
-from tinyddpm.speed import cpu, winograd
+from tinyddpm.speed import cpu
 from tinyddpm.speed.workers import worker_processes
 from tinyddpm.training.optim import adam_update, ema_update, new_vector
 
@@ -112,17 +112,6 @@ def close(ours, plain, dtype, digits, term=0.0):
     np.testing.assert_allclose(ours, plain, rtol=0, atol=tolerance)
 
 
-def close_op(function, *inputs, dtype, digits, g, layout, term=0.0, slope=0.0):
-    """Value and gradients of the twin of a paired function that returns (y, pull) are those of the plain one."""
-    (y, pull), (y_plain, pull_plain) = cpu.TWINS[function.__name__](*inputs), function.plain(*inputs)
-    close(y, y_plain, dtype, digits, term)
-    y.flags.writeable = False  # `pull` may have saved it
-    g = read_only(g(y.shape).astype(dtype), layout)
-    for a, b, again in zip(*(pulled(f, g, 3) for f in (pull, pull_plain, pull)), strict=True):
-        close(a, b, dtype, 4 * digits, slope * np.abs(g).max())
-        np.testing.assert_array_equal(a, again)
-
-
 @given(dtype=FLOATS, seed=SEEDS, layout=LAYOUTS, L=st.integers(0, 300), C=st.integers(1, 9),
        lead=st.sampled_from([(), (1,), (3,), (2, 3)]))  # fmt: skip
 def test_column_sums(dtype, seed, layout, L, C, lead):
@@ -138,26 +127,13 @@ def test_normalise(dtype, seed, layout, N, groups, D, between, silu):
     x, gamma, beta = (read_only((1 + 2 * r.standard_normal(shape)).astype(dtype), layout) for shape in shapes)
     # what SiLU leaves of a number far below 0 is small, and rstd is at most 1 / sqrt(eps)
     size = np.abs(normalise.plain(x, gamma, beta, groups, 0.1, False)[0]).max()
-    sizes = {"term": size, "slope": (1 + size) * (1 + np.abs(gamma).max() / math.sqrt(0.1))}
-    settings = {"dtype": dtype, "digits": 8, "g": r.standard_normal, "layout": layout}
-    close_op(normalise, x, gamma, beta, groups, 0.1, silu, **settings, **sizes)
-
-
-@pytest.mark.parametrize("fits", [True, False])
-@given(dtype=FLOATS, seed=SEEDS, layout=LAYOUTS, N=st.integers(1, 2), H=st.integers(8, 20), W=st.integers(8, 20),
-       C=st.integers(8, 12), O=st.integers(8, 12), bias=st.booleans(), stride=st.integers(1, 2),
-       kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)), pads=st.tuples(*[st.integers(0, 2)] * 4))  # fmt: skip
-def test_convolve(fits, dtype, seed, layout, N, H, W, C, O, bias, stride, kernel, pads):
-    """Those of 3x3 that Winograd's way fits, within 1e-5 of the largest, and any others."""
-    if fits:
-        N, dtype, stride, kernel, pads = 2, "float32", 1, (3, 3), (1, 1, 1, 1)
-    r, pad, shapes = np.random.default_rng(seed), (pads[:2], pads[2:]), ((N, H, W, C), (*kernel, C, O), (O,))
-    x, w, b = (read_only(r.standard_normal(shape).astype(dtype), layout) for shape in shapes)
-    fast = winograd.fits(x, w, stride, pad)
-    assert fast or not fits
-    digits = 1e-5 / np.finfo("float32").eps / 4 if fast else 0  # the others are those of the plain way, to the bit
-    inputs = x, w, b if bias else None, stride, pad, "float32"
-    close_op(convolve, *inputs, dtype=dtype, digits=digits, g=r.standard_normal, layout=layout)
+    (y, pull), (y_plain, pull_plain) = (f(x, gamma, beta, groups, 0.1, silu) for f in (cpu.normalise, normalise.plain))
+    close(y, y_plain, dtype, 8, size)
+    y.flags.writeable = False  # `pull` may have saved it
+    g = read_only(r.standard_normal(y.shape).astype(dtype), layout)
+    for ours, plain, again in zip(*(pulled(f, g, 3) for f in (pull, pull_plain, pull))):
+        close(ours, plain, dtype, 32, np.abs(g).max() * (1 + size) * (1 + np.abs(gamma).max() / math.sqrt(0.1)))
+        np.testing.assert_array_equal(ours, again)
 
 
 SIZES = st.integers(1, 50) | st.sampled_from([cpu.PART - 1, cpu.PART, cpu.PART + 1, 3 * cpu.PART + 5])
@@ -172,16 +148,12 @@ def test_adam_update(dtype, seed, size, n, decay, lr, betas, finite):
     v = (m * m * r.uniform(1, 2, size)).astype(dtype)
     if not finite:
         gradient[0] = np.nan
-    gradient, results = read_only(gradient), []
-    for update in (cpu.adam_update, adam_update.plain):
-        vectors = theta.copy(), m.copy(), v.copy()
-        update(vectors[0], gradient, *vectors[1:], lr, *betas, 1e-8, decay, n)
-        results.append(vectors)
-    (ours, *_), (plain, *_) = results
-    close(ours, plain, dtype, 4, term=np.abs(theta).max())
-    np.testing.assert_array_equal(results[0][1:], results[1][1:])  # m and v, to the bit
-    for ours, before in zip(results[0], (theta, m, v)):
-        assert (ours != before).any() == finite
+    ours, plain = [[x.copy() for x in (theta, m, v)] for _ in range(2)]
+    for update, (theta_, m_, v_) in ((cpu.adam_update, ours), (adam_update.plain, plain)):
+        update(theta_, read_only(gradient), m_, v_, lr, *betas, 1e-8, decay, n)
+    close(ours[0], plain[0], dtype, 4, term=np.abs(theta).max())
+    np.testing.assert_array_equal(ours[1:], plain[1:])  # m and v, to the bit
+    assert [(x != before).any() for x, before in zip(ours, (theta, m, v))] == [finite] * 3
 
 
 @given(dtype=FLOATS, seed=SEEDS, size=SIZES, d=st.floats(0, 0.9999))
