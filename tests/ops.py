@@ -1,6 +1,6 @@
-"""Every op and every layer of the package, a row each: what it computes, in NumPy and in PyTorch, and of what.
+"""Every op of the package, a row each: what it computes, in NumPy and in PyTorch, and of what. And any network.
 
-These tables drive the tests of autograd/, network/ and peers/test_torch.py.
+They drive the tests of autograd/, network/ and peers/test_torch.py.
 """
 
 import functools
@@ -20,14 +20,11 @@ from strategies import SEEDS
 from tinyddpm import UNet
 from tinyddpm.autograd import conv, functional, fused, tensor
 from tinyddpm.network.checks import ENCODINGS
-from tinyddpm.network.nn import Attention, Conv2d, GroupNorm, Linear
-from tinyddpm.network.unet import AttentionBlock, ResBlock
 
 SIDES = st.integers(1, 4)
 SHAPES = array_shapes(min_dims=0, max_dims=4, max_side=4)
 NO_SCALAR = array_shapes(max_dims=4, max_side=4)
 PAIRS = mutually_broadcastable_shapes(num_shapes=2, max_dims=4, max_side=4).map(lambda pair: pair.input_shapes)
-EPS = st.sampled_from([{}, {"eps": 0.1}])
 PADDINGS = st.tuples(*[st.tuples(*[st.integers(0, 3)] * 2)] * 2)
 
 
@@ -215,61 +212,20 @@ NUMPY = SimpleNamespace(array=np.asarray, **{row.op.__name__: row.numpy for row 
 
 
 @drawn
-def a_conv2d(draw, rng):
-    kernel, fixed = draw(SIDES), {"stride": draw(st.integers(1, 3)), "padding": draw(st.tuples(sides(2), sides(2)))}
-    return Conv2d(2, 3, kernel, rng, **fixed), reference.conv, positive(rng, (2, *draw(sides(2)), 2)), fixed
-
-
-@drawn
-def a_group_norm(draw, rng):
-    fixed = {"groups": draw(SIDES)} | draw(EPS)
-    inputs = [*normal(rng, (2, 2, draw(SIDES), 2 * fixed["groups"])), draw(st.booleans())]
-    return GroupNorm(2 * fixed["groups"], **fixed), reference.norm, inputs, fixed
-
-
-@drawn
-def an_attention(draw, rng):
-    heads, n, L = draw(st.tuples(SIDES, SIDES, st.integers(3, 6)))
-    return Attention(2 * heads, heads, rng), reference.self_attention, normal(rng, (n, L, 2 * heads)), {"heads": heads}
-
-
-@drawn
-def a_res_block(draw, rng):
-    (n, a, b), fixed = draw(sides(3)), {"groups": draw(st.sampled_from([1, 2]))} | draw(EPS)
-    inputs = [*normal(rng, (n, 2, 3, 4 * a), (n, 6)), None]
-    return ResBlock(4 * a, 4 * b, 6, p=0.1, rng=rng, **fixed), reference.res_block, inputs, fixed
-
-
-@drawn
-def an_attention_block(draw, rng):
-    n, a, heads = draw(sides(3))
-    fixed, C = {"groups": draw(st.sampled_from([1, 2])), "heads": heads} | draw(EPS), 4 * a * heads
-    return AttentionBlock(C, rng=rng, **fixed), reference.attention_block, normal(rng, (n, 2, 3, C)), fixed
-
-
-@drawn
 def a_unet(draw, rng):
-    """A network of any shape and with any options, its images, timesteps and labels."""
-    levels = draw(st.lists(st.tuples(st.sampled_from([4, 8, 12]), st.booleans()), min_size=1, max_size=3))
+    """A network of any shape and with any options; the images, timesteps and labels it is called with; the settings for
+    reference.py. Its layers all meet here, each as it is meant to be used."""
     pick, maybe = lambda *values: draw(st.sampled_from(values)), lambda **option: draw(st.sampled_from([{}, option]))
+    levels = draw(st.lists(st.tuples(st.sampled_from([4, 8, 12]), st.booleans()), min_size=1, max_size=3))
     config = dict(
         channels=[c for c, _ in levels], attention=[attends for _, attends in levels], blocks=pick(1, 2),
         groups=pick(1, 2), patch=pick(1, 2, 3), encoding=pick(*ENCODINGS), **maybe(norm_eps=0.1),
         **maybe(downsample_padding=1), **maybe(middle_attention=False), **maybe(center_input=True),
         **pick({}, {"heads": 2}, {"heads": 4}, {"head_channels": 2}),
     )  # fmt: skip
-    classes = pick({}, {"classes": 3}, {"classes": 3, "label_dropout": 0.5})
+    known = pick({}, {"classes": 3}, {"classes": 3, "label_dropout": 0.5})  # with which -1 is no label, and None are -1
     side, n, (inputs, outputs) = config["patch"] * 2 ** (len(levels) - 1), draw(SIDES), pick((1, 1), (3, 3), (3, 6))
-    labels = rng.integers(-1 if "label_dropout" in classes else 0, 3, n) if classes else None
-    if "label_dropout" in classes and draw(st.booleans()):
-        labels = None  # as -1, of any image
+    labels = rng.integers(-1 if "label_dropout" in known else 0, 3, n) if known else None
+    labels = None if "label_dropout" in known and draw(st.booleans()) else labels
     (x,), t = normal(rng, (n, side, 2 * side, inputs)), rng.integers(0, 1000, n)
-    return UNet(inputs, outputs, **config, **classes, rng=rng), reference.unet, [x, t, None, labels], config
-
-
-# strategies of a layer, what computes the same in reference.py, the inputs of both, and the settings of the latter
-LAYERS = {
-    "Linear": drawn(lambda draw, rng: (Linear(2, 3, rng), reference.dense, positive(rng, (draw(SIDES), 2)), {})),
-    "Conv2d": a_conv2d, "GroupNorm": a_group_norm, "Attention": an_attention, "ResBlock": a_res_block,
-    "AttentionBlock": an_attention_block, "UNet": a_unet,
-}  # fmt: skip
+    return UNet(inputs, outputs, **config, **known, rng=rng), [x, t, None, labels], config

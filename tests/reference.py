@@ -80,27 +80,23 @@ def conv(f, p, x, stride=1, padding=ONE):
     return f.conv2d(x, p["w"], p["b"], stride=stride, padding=padding)
 
 
-def norm(f, p, x, silu, groups, eps=1e-6):
+def norm(f, p, x, silu, groups, eps):
     y = f.group_norm(x, p["gamma"], p["beta"], groups=groups, eps=eps)
     return f.silu(y) if silu else y
 
 
-def self_attention(f, p, x, heads):
-    return dense(f, at(p, "out"), f.attention(*(dense(f, at(p, name), x) for name in "qkv"), heads=heads))
-
-
-def res_block(f, p, x, temb, rng, groups, eps=1e-6):
-    """Without dropout, so that `rng` is None."""
+def res_block(f, p, x, temb, groups, eps):
     h = conv(f, at(p, "conv1"), norm(f, at(p, "norm1"), x, True, groups, eps))
     h = h + dense(f, at(p, "time"), temb)[:, None, None, :]
     h = conv(f, at(p, "conv2"), norm(f, at(p, "norm2"), h, True, groups, eps))
     return h + (conv(f, at(p, "shortcut"), x, padding=NONE) if "shortcut.w" in p else x)
 
 
-def attention_block(f, p, x, heads, groups, eps=1e-6):
+def attention_block(f, p, x, heads, groups, eps):
     N, H, W, C = x.shape
     h = norm(f, at(p, "norm"), x, False, groups, eps).reshape(N, H * W, C)
-    return x + self_attention(f, at(p, "attention"), h, heads).reshape(N, H, W, C)
+    h = f.attention(*(dense(f, at(p, f"attention.{name}"), h) for name in "qkv"), heads=heads)
+    return x + dense(f, at(p, "attention.out"), h).reshape(N, H, W, C)
 
 
 def encoded(t, channels, form):
@@ -120,7 +116,7 @@ def unet(f, p, x, t, rng=None, labels=None, *, channels, blocks, attention, grou
         return attention_block(f, at(p, name), h, n, groups, norm_eps)
 
     def block(name, h):
-        return res_block(f, at(p, name), h, temb, None, groups, norm_eps)
+        return res_block(f, at(p, name), h, temb, groups, norm_eps)
 
     temb = f.silu(dense(f, at(p, "time1"), f.array(encoded(t, channels[0], encoding))))
     temb = dense(f, at(p, "time2"), temb)

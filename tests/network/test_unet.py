@@ -1,4 +1,4 @@
-"""The U-Net: how it starts, what is random, and what it refuses. What it computes, test_layers.py holds."""
+"""The U-Net: what it computes, how it starts, what is random, and what it refuses."""
 
 import json
 import math
@@ -6,8 +6,12 @@ import math
 import numpy as np
 import pytest
 import reference
+from gradcheck import check_model
+from hypothesis import given
+from ops import NUMPY, a_unet
 
-from tinyddpm import UNet, no_grad
+from tinyddpm import UNet, backward, no_grad
+from tinyddpm.autograd.tensor import Parameter
 from tinyddpm.network.unet import timestep_encoding
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
@@ -25,6 +29,27 @@ def awake(unet):
 def batch():
     rng = np.random.default_rng(0)
     return rng.standard_normal((2, 8, 8, 1)).astype(np.float32), rng.integers(0, 1000, 2)
+
+
+@given(a_unet)
+def test_it_is_the_network_of_the_paper_with_its_options_and_every_gradient_is_right(drawn):
+    unet, (x, t, _, labels), settings = drawn
+    rng = np.random.default_rng(0)
+    for p in unet.to(dtype="float64").parameters():  # away from 0 and 1, so that every path through it counts
+        p.data = p.data + 0.3 * rng.standard_normal(p.shape)
+    image, u = Parameter(x), rng.standard_normal((*x.shape[:3], unet.config["out_channels"]))
+    run = lambda: unet(image, t, labels=labels)
+    y, expected = run().data, reference.unet(NUMPY, unet.state_dict(), x, t, None, labels, **settings)
+    np.testing.assert_allclose(y, expected, 1e-9, 1e-9, strict=True)
+    gradients = check_model(lambda: (run() * u).sum(), [image, *unet.parameters()], rng)
+    assert set(gradients) == {image, *unet.parameters()}
+
+    image.data = x.astype(np.float32)
+    unet.to(dtype="float32")
+    y32 = run()
+    np.testing.assert_allclose(y32.data, y, rtol=0, atol=1e-4 * (1 + np.abs(y).max()))
+    gradients = backward((y32 * u.astype(np.float32)).sum())
+    assert {y32.dtype, *(g.dtype for g in gradients.values())} == {np.dtype("float32")}
 
 
 def test_it_starts_as_zero_since_the_layers_that_do_are_those_of_ho_et_al():

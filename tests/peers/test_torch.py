@@ -1,13 +1,14 @@
-"""Against PyTorch: every op, the layers, the U-Net and the optimiser, their values and all their gradients."""
+"""Against PyTorch: every op, the U-Net and the optimiser, their values and all their gradients."""
 
 import functools
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import reference
 from hypothesis import given
 from hypothesis import strategies as st
-from ops import LAYERS, NAMES, OPS, SIDES
+from ops import NAMES, OPS, SHAPES, a_unet
 from strategies import SEEDS
 
 from tinyddpm import backward
@@ -71,22 +72,21 @@ def test_ops(row, theirs, data):
     agree(row.op, theirs, *inputs, **settings)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-@given(data=st.data())
-def test_layers(name, data):
-    layer, twin, inputs, settings = data.draw(LAYERS[name])
-    agree(layer, functools.partial(twin, TORCH), *inputs, **settings)
+@given(a_unet)
+def test_unet(drawn):
+    unet, inputs, settings = drawn
+    agree(unet, functools.partial(reference.unet, TORCH), *inputs, **settings)
 
 
-@given(shape=st.lists(SIDES, max_size=4), p=st.sampled_from([0, 0.1, 0.5]), seed=st.integers(0, 99))
+@given(shape=SHAPES, p=st.sampled_from([0, 0.1, 0.5]), seed=st.integers(0, 99))
 def test_dropout(shape, p, seed):
     ours = lambda x: functional.dropout(x, p, np.random.default_rng(seed))
     kept = torch.tensor(tensor.as_array(ours(np.ones(shape))) > 0)
     agree(ours, lambda x: x * kept / (1 - p), np.random.default_rng(seed).standard_normal(shape))
 
 
-@given(dtype=st.sampled_from(["float32", "float64"]), size=st.integers(1, 9), seed=SEEDS, b1=st.sampled_from([0.0, 0.9]),
-       b2=st.sampled_from([0.9, 0.999]), eps=st.sampled_from([1e-8, 1e-2]), decay=st.sampled_from([0, 0.1]))  # fmt: skip
+@given(dtype=st.sampled_from(["float32", "float64"]), size=st.integers(1, 9), seed=SEEDS, eps=st.sampled_from([1e-8, 0.01]),
+       b1=st.sampled_from([0, 0.9]), b2=st.sampled_from([0.9, 0.999]), decay=st.sampled_from([0, 0.1]))  # fmt: skip
 def test_adam(dtype, size, seed, b1, b2, eps, decay):
     theta, *gradients = np.random.default_rng(seed).standard_normal((21, size)).astype(dtype)
     twin = torch.tensor(theta, requires_grad=True)
