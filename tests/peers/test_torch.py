@@ -85,8 +85,9 @@ def test_dropout(shape, p, seed):
     agree(ours, lambda x: x * kept / (1 - p), np.random.default_rng(seed).standard_normal(shape))
 
 
-@given(dtype=st.sampled_from(["float32", "float64"]), size=st.integers(1, 9), seed=SEEDS, eps=st.sampled_from([1e-8, 0.01]),
-       b1=st.sampled_from([0, 0.9]), b2=st.sampled_from([0.9, 0.999]), decay=st.sampled_from([0, 0.1]))  # fmt: skip
+@given(dtype=st.sampled_from(["float32", "float64"]), size=st.integers(1, 9), seed=SEEDS,
+       eps=st.sampled_from([1e-8, 1e-2]), b1=st.sampled_from([0, 0.9]), b2=st.sampled_from([0.9, 0.999]),
+       decay=st.sampled_from([0, 0.1]))  # fmt: skip
 def test_adam(dtype, size, seed, b1, b2, eps, decay):
     theta, *gradients = np.random.default_rng(seed).standard_normal((21, size)).astype(dtype)
     twin = torch.tensor(theta, requires_grad=True)

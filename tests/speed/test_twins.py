@@ -38,7 +38,7 @@ def functions(path):
 def paired_functions():
     """What stands under `@paired`, by name: file and function."""
     found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
+    for path in sorted(path for path in PACKAGE.rglob("*.py") if "@paired" in path.read_text()):
         for name, function in functions(path).items():
             if "paired" in map(ast.unparse, function.decorator_list):
                 assert name not in found, f"{name}: {path} and {found[name][0]}; twins are found by name"
