@@ -1,12 +1,12 @@
 """The gradient checker: v^T J u by central differences along a random direction against the hand-written gradients."""
 
-import contextlib
+from unittest import mock
 
 import numpy as np
 
+from tinyddpm import backend
 from tinyddpm.autograd.backward import backward
 from tinyddpm.autograd.tensor import Parameter, Tensor
-from tinyddpm.backend import plain
 
 
 def read_only(x, layout="plain"):
@@ -44,9 +44,16 @@ def check_op(op, *inputs, rng=None, tolerance=1e-7, layout="plain", **settings):
     those gradients.
     """
     rng, varied = rng or np.random.default_rng(0), [i for i, x in enumerate(inputs) if isinstance(x, np.ndarray)]
-    for way in (contextlib.nullcontext, plain):
-        with way():
+    with mock.patch.object(backend, "_twins", wraps=backend._twins) as asked:
+        _check_op(op, inputs, varied, rng, tolerance, layout, settings)
+    if asked.called:
+        with backend.plain():
             _check_op(op, inputs, varied, rng, tolerance, layout, settings)
+
+
+def close(a, b, rtol, atol):
+    """As NumPy's `assert_allclose`, which takes longer than what is tested with it here."""
+    return a.shape == b.shape and bool((np.abs(a - b) <= atol + rtol * np.abs(b)).all())
 
 
 def _check_op(op, inputs, varied, rng, tolerance, layout, settings):
@@ -57,34 +64,34 @@ def _check_op(op, inputs, varied, rng, tolerance, layout, settings):
     u = read_only(rng.standard_normal(y.shape), layout)
     gradients = pulled(pull, u, len(inputs))
     for again, g in zip(pulled(pull, u, len(inputs)), gradients):
-        np.testing.assert_array_equal(again, g)
+        assert np.array_equal(again, g), f"{op.__name__}: another gradient when asked again"
 
-    for i in varied:
-        g = summed_to(gradients[i], wide[i].shape)
+    exact = {i: summed_to(gradients[i], wide[i].shape) for i in varied}
+    for i, g in exact.items():
         assert g.dtype == np.float64
-        v, h = rng.standard_normal(wide[i].shape), 1e-5
+        v, h = rng.standard_normal(g.shape), 1e-5
         there, back = (op.raw(*wide[:i], wide[i] + s * h * v, *wide[i + 1 :], **settings)[0] for s in (1, -1))
-        numeric, exact = float(((there - back) / (2 * h) * u).sum()), float((g * v).sum())
+        differences, products = (there - back) / (2 * h) * u, g * v
+        numeric, by_hand = float(differences.sum()), float(products.sum())
         # the difference has an error of its own; its size is that of the terms summed, not that of the sum
-        scale = float(np.abs((there - back) / (2 * h) * u).sum()) + float(np.abs(g * v).sum()) + 1e-3
-        assert abs(numeric - exact) <= tolerance * scale, f"{op.__name__}, input {i}: {exact} but numerically {numeric}"
+        scale = float(np.abs(differences).sum()) + float(np.abs(products).sum()) + 1e-3
+        message = f"{op.__name__}, input {i}: {by_hand} but numerically {numeric}"
+        assert abs(numeric - by_hand) <= tolerance * scale, message
 
+    near = lambda a, b: a.dtype == np.float32 and close(a, b, 1e-3, 1e-4 * (1 + np.abs(b).max(initial=0)))
     narrow = [read_only(x.astype(np.float32), layout) if i in varied else x for i, x in enumerate(inputs)]
     y32, pull = op.raw(*narrow, **settings)
-    near = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * (1 + np.abs(b).max(initial=0)))
-    assert y32.dtype == np.float32
-    near(y32, y)
-    for i, g in enumerate(pulled(pull, read_only(u.astype(np.float32), layout), len(inputs))):
-        if i in varied:
-            assert g.dtype == np.float32
-            near(*(summed_to(x, wide[i].shape) for x in (g, gradients[i])))
+    assert near(y32, y), f"{op.__name__} in float32"
+    gradients = pulled(pull, read_only(u.astype(np.float32), layout), len(inputs))
+    for i, g in exact.items():
+        assert near(summed_to(gradients[i], g.shape), g), f"{op.__name__}, input {i} in float32"
 
     leaves = [Parameter(x) if i in varied else x for i, x in enumerate(wide)]
     returned = backward((op(*leaves, **settings) * Tensor(u)).sum())
     assert set(returned) == {leaves[i] for i in varied}
-    for i in varied:
-        np.testing.assert_allclose(returned[leaves[i]], summed_to(gradients[i], wide[i].shape), rtol=1e-12, atol=1e-12)
-        assert returned[leaves[i]].flags.writeable and not np.shares_memory(returned[leaves[i]], u)
+    for i, g in exact.items():
+        mine = returned[leaves[i]]
+        assert close(mine, g, 1e-12, 1e-12) and mine.flags.writeable and not np.shares_memory(mine, u)
 
 
 def check_model(loss, parameters, rng, tolerance=1e-6, h=1e-5):

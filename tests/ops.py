@@ -218,10 +218,10 @@ def a_unet(draw, rng):
     pick, maybe = lambda *values: draw(st.sampled_from(values)), lambda **option: draw(st.sampled_from([{}, option]))
     levels = draw(st.lists(st.tuples(st.sampled_from([4, 8, 12]), st.booleans()), min_size=1, max_size=3))
     config = dict(
-        channels=[c for c, _ in levels], attention=[attends for _, attends in levels], blocks=pick(1, 2),
-        groups=pick(1, 2), patch=pick(1, 2, 3), encoding=pick(*ENCODINGS), **maybe(norm_eps=0.1),
-        **maybe(downsample_padding=1), **maybe(middle_attention=False), **maybe(center_input=True),
-        **pick({}, {"heads": 2}, {"heads": 4}, {"head_channels": 2}),
+        channels=[c for c, _ in levels], attention=[attends for _, attends in levels], groups=pick(1, 2),
+        blocks=pick(1, 2) if len(levels) < 3 else 1, patch=pick(1, 2, 3), encoding=pick(*ENCODINGS),
+        **maybe(norm_eps=0.1), **maybe(downsample_padding=1), **maybe(middle_attention=False),
+        **maybe(center_input=True), **pick({}, {"heads": 2}, {"heads": 4}, {"head_channels": 2}),
     )  # fmt: skip
     known = pick({}, {"classes": 3}, {"classes": 3, "label_dropout": 0.5})  # with which -1 is no label, and None are -1
     side, n, (inputs, outputs) = config["patch"] * 2 ** (len(levels) - 1), draw(SIDES), pick((1, 1), (3, 3), (3, 6))

@@ -121,7 +121,9 @@ def test_group_norm_of_one_number_is_beta_and_of_numbers_far_from_0_keeps_its_pr
     np.testing.assert_allclose(y, reference.group_norm(x, 1, 0, 2), atol=1e-3)
 
 
-def test_attention_with_large_scores_does_not_overflow():
+def test_attention_to_one_position_is_its_value_and_large_scores_do_not_overflow():
+    q, v = normal((2, 3, 4)), normal((2, 1, 4))
+    np.testing.assert_array_equal(attention(Tensor(q), v, v).data, np.broadcast_to(v, q.shape))
     q = np.full((1, 2, 4), 100, np.float32)
     np.testing.assert_allclose(attention(Tensor(q), q, q * np.array([[[1], [2]]], np.float32)).data, 150)
 

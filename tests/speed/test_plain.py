@@ -36,7 +36,7 @@ def trained(dtype):
     diffusion = Diffusion(make_schedule("cosine", 8, input_scale=0.5), "v", "learned_range", "hybrid")
     begin = np.concatenate([p.data.ravel() for p in unet.parameters()])
     settings = dict(batch=8, micro_batch=4, warmup_steps=0, lr=2e-3, flip=True, workers=2)
-    states = list(train(unet, diffusion, images, 4, labels=labels, **settings))
+    states = list(train(unet, diffusion, images, 3, labels=labels, **settings))
     net, x, two, known = states[-1].ema.model, images[::25], labels[::25], np.arange(16)[:, None] < np.full(16, 8)
     return states, begin, {
         "losses": np.array([s.loss for s in states]),
