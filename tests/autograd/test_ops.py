@@ -160,7 +160,8 @@ def attention_of(heads=1, **change):
 
 Q, TWICE, RNG = ones(2), "mse: expected the same shape twice, and not an empty one, got", np.random.default_rng(0)
 REFUSED = [
-    (lambda: linear(ones(3, 5), ones(4, 2)), r"x: last axis must be 4 to fit w of shape \(4, 2\), .* shape \(3, 5\)"),
+    (lambda: linear(ones(3, 5), ones(4, 2)),
+     r"x: last axis must be 4 to fit w of shape \(4, 2\), got x of shape \(3, 5\)"),
     (lambda: linear(ones(), ones(4, 2)), r"x: last axis must be 4 .* got x of shape \(\)"),
     *((lambda w=w: linear(ones(3, 5), w), r"w: expected shape \(C, O\), got") for w in (ones(5), ones(2, 5, 3))),
     *((lambda b=b: linear(ones(3, 4), ones(4, 2), b), r"b: expected shape \(2,\) to fit w of shape \(4, 2\), got")
@@ -170,7 +171,8 @@ REFUSED = [
     (lambda: mse(ones(0, 3), ones(0, 3)), TWICE),
     (lambda: mse(ones(3, 1), ones(3)), rf"{TWICE} \(3, 1\) and \(3,\)"),
     *((lambda p=p: dropout(Q, p, RNG), r"p: expected a number in \[0, 1\), got") for p in (-0.1, 1, 1.5)),
-    *((lambda a=a, b=b: matmul(ones(*a), ones(*b)), f"matmul: both .* need two axes or more, got {len(a)} and {len(b)}")
+    *((lambda a=a, b=b: matmul(ones(*a), ones(*b)),
+       f"matmul: both inputs need two axes or more, got {len(a)} and {len(b)}")
       for a, b in (((2,), (2,)), ((2,), (2, 2)), ((2, 2), (2,)))),
     (lambda: Tensor(ones(0)).mean(), r"x: an empty array has no mean, got shape \(0,\)"),
     (lambda: Tensor(Q)[np.array([0, 0])], "index: expected integers, slices", TypeError),

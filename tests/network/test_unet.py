@@ -148,7 +148,8 @@ REFUSED_SETTINGS = [
     ({"head_channels": 3}, "head_channels: 3 does not divide the 8 channels of a level with attention"),
     ({"head_channels": 2, "heads": 2}, "heads, head_channels: expected one of them, got 2 and 2"),
     *(({"dropout": p}, rf"dropout: expected a number in \[0, 1\), got '?{p}") for p in (1.0, "a")),
-    *(({"classes": 3, "label_dropout": p}, r"label_dropout: expected a number in \[0, 1\)") for p in (1.0, -0.1, "a")),
+    *(({"classes": 3, "label_dropout": p}, r"label_dropout: expected a number in \[0, 1\), got")
+      for p in (1.0, -0.1, "a")),
     ({"label_dropout": 0.1}, "label_dropout: 0.1 of what labels[?] Give classes too"),
     *(({"norm_eps": eps}, f"norm_eps: expected a number > 0, got {eps}") for eps in (0, math.inf)),
     ({"downsample_padding": 2}, "downsample_padding: expected an integer from 0 to 1, got 2"),
@@ -158,7 +159,8 @@ REFUSED_SETTINGS = [
     ({"image_size": 7}, r"image_size: expected a height and a width that are multiples of 2, .* got \(7, 7\)"),
     *(({"image_size": n}, f"image_size: .* got {got}")
       for n, got in ((0, r"\(0, 0\)"), ((8, 8, 1), r"\(8, 8, 1\)"), ("large", "'large'"))),
-    ({"patch": 3, "image_size": 28}, "image_size: .* of 6, .* 1 times after cutting them into squares of 3 x 3, got"),
+    ({"patch": 3, "image_size": 28},
+     "image_size: .* multiples of 6, .* halves them 1 times after cutting them into squares of 3 x 3, got"),
 ]  # fmt: skip
 
 
