@@ -34,6 +34,13 @@ def test_value_gradients_dtypes_and_manners(row, data, layout):
     check_op(row.op, *inputs, layout=layout, **settings)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "padding"), [((2, 3), ((2, 0), (0, 1))), ((3, 2), ((1, 0), (0, 2))), ((1, 1), ((1, 1), (1, 1)))]
+)
+def test_gradients_of_convolutions_padded_as_widely_as_the_filter(kernel, padding):
+    check_op(conv2d, normal((2, 4, 5, 3)), normal((*kernel, 3, 2)), None, padding=padding)
+
+
 X, W, ONE_OFF = *normal((2, 10, 10)), np.where(np.arange(100) == 7, 1.5, 1).reshape(10, 10)
 
 
