@@ -86,7 +86,7 @@ def test_dropout(shape, p, seed):
 
 
 @given(dtype=st.sampled_from(["float32", "float64"]), size=st.integers(1, 9), seed=SEEDS,
-       eps=st.sampled_from([1e-8, 1e-2]), b1=st.sampled_from([0, 0.9]), b2=st.sampled_from([0.9, 0.999]),
+       eps=st.sampled_from([1e-8, 1e-2]), b1=st.sampled_from([0.0, 0.9]), b2=st.sampled_from([0.9, 0.999]),
        decay=st.sampled_from([0, 0.1]))  # fmt: skip
 def test_adam(dtype, size, seed, b1, b2, eps, decay):
     theta, *gradients = np.random.default_rng(seed).standard_normal((21, size)).astype(dtype)
