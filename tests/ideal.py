@@ -1,4 +1,4 @@
-"""The ideal denoiser: for a finite data set, the best prediction has a closed form, so it needs no training.
+"""Models without a network whose answer is known, above all the ideal denoiser of a finite data set, in closed form.
 
 If x_0 is one of the images y_1 ... y_n, each as likely, then q(y_i | x_t) is a softmax over the data,
 
@@ -8,6 +8,37 @@ and the x_0 that is right on average is E[x_0 | x_t] = sum_i w_i y_i. No network
 """
 
 import numpy as np
+
+
+def at(*t):
+    return np.array(t)
+
+
+def image(*values):
+    """Images of one pixel."""
+    return np.array(values, dtype=float).reshape(-1, 1, 1, 1)
+
+
+def column(table, t):
+    """table[t] to go with images (N, H, W, C)."""
+    return table[t].reshape(-1, 1, 1, 1)
+
+
+def zeros(x, t):
+    return np.zeros_like(x)
+
+
+def in_float64(model):
+    """A function (x, t) as a model that works in float64."""
+    model.dtype = np.dtype("float64")
+    return model
+
+
+def moved(network, by=0.1, seed=0):
+    """A network whose weights are no longer those that it starts with, some of which are 0."""
+    for p in network.parameters():
+        p.data = (p.data + by * np.random.default_rng(seed).standard_normal(p.shape)).astype(p.dtype)
+    return network
 
 
 def expected_x0(data, schedule, x_t, t):
@@ -25,16 +56,13 @@ def ideal_denoiser(data, diffusion):
     s = diffusion.schedule
 
     def model(x, t):
-        column = lambda table: table[t].reshape(-1, *[1] * (x.ndim - 1))
-        bar = column(s.alpha_bar)
+        bar = column(s.alpha_bar, t)
         x_t = x * np.sqrt((s.input_scale**2 - 1) * bar + 1)  # what a network sees is divided by this
         x0 = expected_x0(data, s, x_t, t)
         if diffusion.objective == "x0":
-            prediction = x0
-        else:
-            eps = (x_t - np.sqrt(bar) * s.input_scale * x0) / np.sqrt(1 - bar)
-            v = np.sqrt(bar) * eps - np.sqrt(1 - bar) * s.input_scale * x0
-            prediction = eps if diffusion.objective == "eps" else v
-        return prediction.astype(x.dtype)
+            return x0.astype(x.dtype)
+        eps = (x_t - np.sqrt(bar) * s.input_scale * x0) / np.sqrt(1 - bar)
+        v = np.sqrt(bar) * eps - np.sqrt(1 - bar) * s.input_scale * x0
+        return (eps if diffusion.objective == "eps" else v).astype(x.dtype)
 
     return model

@@ -1,0 +1,227 @@
+"""What the diffusion side refuses, and in which words: a row for each message, with one or more inputs that are wrong.
+
+Every wrong kind of every argument, such as nan, True and "2" for a number, is in tests/test_arguments.py.
+"""
+
+import math
+
+import numpy as np
+import pytest
+from ideal import at, zeros
+from test_every_use import OF_PICTURES, USES
+
+from tinyddpm import Diffusion, Schedule, Tensor, UNet, make_schedule, sample
+from tinyddpm.diffusion.bound import vlb_terms
+from tinyddpm.diffusion.checks import LOSSES, OBJECTIVES
+from tinyddpm.diffusion.clipping import limit
+from tinyddpm.diffusion.editing import denoise, inpaint, interpolate, invert, sdedit
+from tinyddpm.diffusion.sample import respace, timesteps
+from tinyddpm.diffusion.schedule import BETA, GAMMA, SCHEDULES, linear
+
+nan, inf = math.nan, math.inf
+S = Schedule(linear(30, 1e-4, 0.5))
+D, LEARNED = Diffusion(S), Diffusion(S, variance="learned_range", loss_type="vlb")
+ENDS = make_schedule("cosine", 10, zero_terminal_snr=True)
+X, T2, RNG = np.zeros((2, 4, 4, 1)), at(0, 1), np.random.default_rng(0)
+UNTOLD, TOLD = (UNet(channels=(4,), blocks=1, attention=(False,), groups=2, classes=n) for n in (None, 5))
+LEVELS, HALF = np.arange(256) / 127.5 - 1, np.eye(4) > 0
+OFF = [LEVELS / 2 + 0.5, 0.999 * LEVELS, LEVELS + 2 / 255, LEVELS - 2 / 255, 255 * LEVELS]
+twice = lambda x, t: np.concatenate([x, x], -1)
+wide = lambda x, t: np.sin(3 * x.astype(np.float64))
+
+
+def draw(model=zeros, shape=X.shape, **settings):
+    return sample(D, model, shape, **settings)
+
+
+def bits(x0=X + 1, model=zeros, **settings):
+    return D.bits_per_dim(model, x0, progress=False, **settings)
+
+
+def asks(function, *names, of=(), **settings):
+    """The function of what the argument of this name is, or those of several are."""
+    return lambda value: function(*of, **settings, **dict(zip(names, value if len(names) > 1 else [value])))
+
+
+def loss(model=zeros, x0=X, rng=RNG, objective="eps", **settings):
+    return Diffusion(S, objective, **settings).loss(model, x0, rng)
+
+
+def of_another_shape(name, objective):
+    """Calls a method of Diffusion with one argument that is of another shape than the images."""
+    call = getattr(Diffusion(S, objective), name)
+    return lambda small: call(small, X, T2) if name == "posterior_mean" else call(X, T2, small)
+
+
+def at_timesteps(name, objective):
+    call = getattr(Diffusion(S, objective), name)
+    return lambda t: call(X, X, t) if name == "posterior_mean" else call(X, t, X)
+
+
+# fmt: off
+REFUSED = [  # a function of the wrong value, wrong values, what is said, the error if it is no ValueError
+    (Schedule, ([], [0.0, 0.1], [1.0, 0.1], [0.1, 1.0, 0.1], [0.1, 1.1], [-0.1], [[0.1]], [0.1, nan], 0.1),
+     r"^beta: expected a vector of one or more numbers in \(0, 1\), of which the last may be 1, got "),
+    (Schedule, ([1e-17, 0.5], [0.5, 1e-17], [0.999] * 200),
+     "^beta: alpha_bar must fall at every step, but .* is 0 before the last; got"),
+    *[(asks(make, "input_scale", of=of), (0, -1, inf, "x"), "^input_scale: expected a number > 0, got (0|-1|inf|'x')$")
+      for make, of in ((Schedule, ([0.5],)), (make_schedule, ("cosine", 10)))],
+    *[(asks(make_schedule, key, of=(name, 10)), (nan, inf, "0.02", None),
+       f"^{key}: expected a finite number, got (nan|inf|'0.02'|None)$")
+      for name, key in (("linear", "beta_end"), ("cosine", "tau"), ("sigmoid", "end"), ("cosine_logsnr", "shift"))],
+    (make_schedule, ("liner",), f"name: unknown schedule 'liner'; known: {', '.join(SCHEDULES)}"),
+    (make_schedule, (np.array([0.1, 0.2]),), r"name: unknown schedule array.*\(of your own: Schedule\(beta\)\)"),
+    (asks(make_schedule, "T"), (0, -1, 10.0, None), "T: expected an integer >= 1, got (0|-1|10.0|None)"),
+    *[(asks(make_schedule, "beta_start", "beta_end", of=(name, 10)), ((0, 0.1), (0.2, 0.1), (0.1, 1.0), (-0.1, 0.1)),
+       "beta_start, beta_end: expected 0 < beta_start <= beta_end < 1, got") for name in BETA],
+    *[row for name in ("cosine", "sigmoid") for row in (
+       (asks(make_schedule, "start", "end", of=(name, 10)), ((0.5, 0.5), (0.7, 0.2)),
+        "start, end: expected .*start < end.*, got (0.5, 0.5|0.7, 0.2)"),
+       (asks(make_schedule, "tau", of=(name, 10)), (0, -1), "tau: expected a number > 0, got"))],
+    (asks(make_schedule, "start", "end", of=("cosine", 10)), ((-0.1, 1), (0, 1.1)),
+     "start, end: expected 0 <= start < end <= 1"),
+    (asks(make_schedule, "s", of=("cosine", 10)), (-0.1,), "s: expected a number >= 0, got -0.1"),
+    *[(asks(make_schedule, "logsnr_max", "logsnr_min", of=(name, 10)), ((1, 1), (-1, 1), (101, 0), (0, -101)),
+       r"logsnr_max, logsnr_min: expected -100 <= logsnr_min < logsnr_max <= 100, got (1|-1|101|0).0, (1|0|-101).0$")
+      for name in ("cosine_logsnr", "sigmoid_logsnr")],
+    *[(asks(make_schedule, key, of=(name, 100)), (value,),
+       "^gamma: with these parameters it is flat at most of the steps, which add no noise$")
+      for name, key, value in (("sigmoid", "tau", 1e-3), ("sigmoid", "end", 1e6), ("cosine", "tau", 1e4))],
+    (asks(make_schedule, "name", T=10, slope=1), (*BETA, *GAMMA), "slope", TypeError),
+    (asks(make_schedule, "T", zero_terminal_snr=True), (1,), "zero_terminal_snr: takes 2 steps or more, got T = 1"),
+
+    (Diffusion, ("linear",), "schedule: expected a Schedule from make_schedule, got str", TypeError),
+    *[(asks(Diffusion, key, of=(S,)), (name,), f"{key}: unknown '{name}'; known: {known}$") for key, name, known in (
+       ("objective", "noise", "eps, x0, v"), ("variance", "tiny", "small, large, learned_range"),
+       ("loss_type", "l2", "simple, weighted_eps, weighted_mu, min_snr, vlb, hybrid"))],
+    *[(asks(use, "spacing", of=of), ("karras",), "spacing: unknown 'karras'; known: trailing, leading, linspace")
+      for use, of in ((Diffusion, (S,)), (timesteps, (10, 4)), (timesteps, (10, [1, 2])))],
+    (asks(Diffusion, "min_snr_gamma", of=(S,)), (0, -1, nan), "min_snr_gamma: expected a number > 0, got"),
+    (asks(Diffusion, "loss_type", of=(S,), variance="learned_range"), LOSSES[:-2],
+     "loss_type: '(simple|weighted_eps|weighted_mu|min_snr)' cannot train variance 'learned_range'"),
+    (asks(Diffusion, "variance", of=(S,), loss_type="hybrid"), ("small", "large"),
+     "'hybrid' trains variance 'learned_range', but variance is '(small|large)"),
+    *[(asks(Diffusion, "objective", "loss_type", of=(ENDS,)), (pair,),
+       rf"{name}: the schedule ends with alpha_bar = 0 \(zero terminal SNR\), where the {said}$")
+      for pair, name, said in (
+       (("eps", "simple"), "objective", "noise does not tell the image; take 'v' or 'x0', not 'eps'"),
+       (("v", "weighted_eps"), "loss_type", "weight is infinite; take another than 'weighted_eps'"),
+       (("x0", "min_snr"), "loss_type", "weight is 0, .* take another than 'min_snr'"))],
+    *[(asks(use, "clip", of=of), ("static", None, 0, -1, inf, nan, ("dynamic", 0.5), ("dynamic", 0.5, 0.9),
+       ("dynamic", 1.1, 2), ("dynamic", -0.1, 2), ("dynamic", "a", 2), ("static", 0.5, 2)),
+       "clip: expected True, False, a number > 0, 'dynamic' or .* with 0 <= quantile <= 1 <= most, got ")
+      for use, of in ((limit, (X,)), (Diffusion, (S,)))],
+
+    (at_timesteps("q_sample", "eps"), (at(0, 30), at(-1, 0)), "t: timesteps run from 0 to 29, got (0 ... 30|-1 ... 0)"),
+    *[row for objective in OBJECTIVES
+      for name in ("q_sample", "predict_x0", "predict_eps", "target", "posterior_mean", "eps_from_x0") for row in (
+       (at_timesteps(name, objective), (at(1),), "^t: expected 2 timesteps, one for each image, got shape"),
+       (at_timesteps(name, objective), (at(0.0, 1.0), [0, 1], 3),
+        "^t: expected a NumPy array of integers, got (float64|list|int)", TypeError))],
+    *[(of_another_shape(method, objective), (X[:, :2],),
+       rf"^{name}: expected the shape of the images, \(2, 4, 4, 1\), got \(2, 2, 4, 1\)")
+      for objective in OBJECTIVES for name, methods in {
+       "eps": ("q_step", "q_sample", "target"), "x0": ("eps_from_x0", "posterior_mean"),
+       "prediction": ("predict_x0", "predict_eps")}.items() for method in methods],
+    (asks(D.q_sample, "x0", t=T2, eps=X), (X.astype(np.uint8),), "images: expected floats in .-1, 1., got uint8",
+     TypeError),
+    *[(use, (X,), "^spread: with variance 'learned_range' it is needed, the second half of")
+      for use in (lambda x: LEARNED.log_variance(x, T2), lambda x: vlb_terms(LEARNED, x, x, T2, x))],
+    (asks(loss, "rng"), (0,), "rng: expected a generator from numpy.random.default_rng, got int", TypeError),
+    *[row for use in (asks(loss, "x0"), bits) for row in (
+       (use, (X[:0], X[0]), "x0: expected one or more images"),
+       (use, (X.astype("uint8"), X.astype("float16")),
+        "x0: expected float32 or float64 images in .-1, 1., got (uint8|float16)", TypeError),
+       (use, (X.tolist(), Tensor(X)), "x0: expected an array of images, got (list|Tensor)", TypeError))],
+    (lambda levels: bits(levels.reshape(1, -1, 1, 1)), [*OFF, *[np.append(wrong, nan) for wrong in (*OFF, LEVELS)]],
+     "x0: expected the levels k / 127.5 - 1 of 8-bit images.* got values from"),
+
+    (loss, (twice,), r"model: expected it to return the shape of x_t, .* got \(2, 4, 4, 2\)"),
+    (asks(bits, "model"), (lambda x, t: x[:, :1],), "model: expected it to return the shape of x_t"),
+    (lambda model: LEARNED.p_mean_variance(model, X, T2), (zeros,),
+     r"it must return 2 channels for images of 1 \(a U-Net with out_channels=2\)"),
+    (lambda model: D.p_mean_variance(model, X, T2), (twice,),
+     r"return the shape of x_t, \(2, 4, 4, 1\), got \(2, 4, 4, 2\)"),
+    (draw, (lambda x, t: x[..., :0], lambda x, t: x[:1], twice),
+     r"model: expected it to return the shape of x_t, \(2, 4, 4, 1\), got"),
+    *[(asks(loss, "model", x0=X.astype(np.float32), objective=objective, loss_type=loss_type), (wide,),
+       "^model: expected it to return float32, as x_t is, got float64", TypeError)
+      for objective in OBJECTIVES for loss_type in LOSSES[:-1]],
+    (draw, (lambda x, t: x * np.float32(nan),), r"^model: it led to images .* not finite; are its weights\?$",
+     FloatingPointError),
+    (asks(draw, "start"), (X * nan,), "not finite; are its weights, and the start?", FloatingPointError),
+
+    (asks(draw, "method"), ("dpm",), r"method: unknown sampler 'dpm'; known: ddpm, ddim, dpm\+\+"),
+    (asks(draw, "method"), (["ddim"],), r"method: unknown sampler \['ddim'\]; known"),
+    *[(asks(draw, "method", seed=0), (method,), rf"settings: '{named}' takes {takes}, got seed", TypeError)
+      for method, named, takes in (("ddpm", "ddpm", "none"), ("ddim", "ddim", "eta"), ("dpm++", r"dpm\+\+", "none"))],
+    (asks(draw, "eta", seed=1), (0.5,), "settings: 'ddpm' takes none, got (eta, seed|seed, eta)$", TypeError),
+    (asks(draw, "eta", method="ddim"), (-0.1, 1.1, nan), r"eta: expected a number in \[0, 1\], got (-0.1|1.1|nan)"),
+    (asks(draw, "shape"), ((2, 2, 1), (0, 2, 2, 1), 16), r"shape: expected \(N, H, W, C\), each at least 1"),
+    (asks(draw, "workers"), (0, 1.5), "workers: expected an integer >= 1, got (0|1.5)"),
+    (lambda d: sample(d, D, X.shape), (UNTOLD,), "diffusion: expected a Diffusion, got UNet", TypeError),
+    *[(asks(use, "steps", of=of), (0, 31, 2.0, "3"),
+       "steps: expected an integer from 1 to 30, the steps of the schedule, got") for use, of in (
+       (draw, ()), (timesteps, (30,)), (invert, (D, zeros, X)), (denoise, (D, zeros, X, 0.5)))],
+    *[(asks(use, "steps", of=of), ([], [3, 3], [5, 2, 9], [-1, 4], [0, 30], [30], [1.0, 2.0], [[1]], [5, 5, 3], ["a"]),
+       "steps: expected timesteps within 0 ... 29 in order, each once, got")
+      for use, of in ((draw, ()), (timesteps, (30,)))],
+    (lambda ts: respace(D, np.array(ts, int)), ([], [3, 3], [5, 2], [-1, 4], [0, 30]),
+     "ts: expected ascending timesteps within 0 ... 29, got"),
+    (asks(draw, "start"), (X[:1], X > 0, X * 1j, X.tolist(), 1.0),
+     r"start: expected .* of the images, \(2, 4, 4, 1\), got (float64 \(1, 4, 4, 1\)|bool|complex|list|float)"),
+    (asks(draw, "labels"), ([1], [[1, 2]], 3), "labels: expected 2, one for each image, got shape"),
+    (asks(bits, "labels"), ([1],), "labels: expected 2, one for each image, got shape"),
+    (asks(draw, "labels", model=UNTOLD), ([0, 1],), "labels: this network knows no classes"),
+    (asks(draw, "labels", model=TOLD), ([0, 5],), "labels: expected 2 integers in 0 ... 4, one for each image, got"),
+    (asks(draw, "guidance", model=TOLD), (2.0,), "guidance: 2.0 towards which labels[?] Give labels too"),
+    (asks(draw, "guidance", model=TOLD, labels=[0, 1]), (2.0,),
+     "labels: expected .*; a network made with label_dropout can do without", TypeError),
+    (asks(draw, "guidance", model=TOLD, labels=T2), ("2", nan, inf, [2]), "guidance: expected a finite number, got"),
+
+    (asks(denoise, "sigma", of=(D, zeros, X)), (0, -1.0, nan, inf, "0.5", None), "sigma: expected a number > 0, got"),
+    (asks(denoise, "sigma", of=(D, zeros, X)), (1000,), "sigma: 1000.0 is more noise than this schedule knows, 101.9"),
+    (asks(denoise, "sigma", of=(Diffusion(ENDS, "v"), zeros, X)), (1e5,), "sigma: 100000.0 is more noise .*, [0-9]+"),
+    (asks(denoise, "noisy", of=(D, zeros), sigma=0.5), (255 * (X + 1),),
+     r"noisy: expected values within \[-6, 6\], got -?[0-9.]+ to 255; of 8-bit"),
+    (asks(denoise, "steps", of=(D, zeros, X, 0.5)), ([3, 4],),
+     "steps: expected how many, since which they are depends on where to begin"),
+    (asks(sdedit, "strength", of=(D, zeros, X)), (0, 1.01, -0.5, "1", nan),
+     r"strength: expected a number in \(0, 1\], got"),
+    (asks(invert, "iterations", of=(D, zeros, X)), (0, 1.5, "2"), "iterations: expected an integer >= 1, got"),
+    (asks(interpolate, "count", of=(D, zeros, X, X)), (1, 2.0, "3"), "count: expected an integer >= 2, got"),
+    (asks(interpolate, "last", of=(D, zeros, X)), (X[:1],),
+     r"first, last: expected two arrays of one shape, got \(2, .* and \(1, 4, 4, 1"),
+    (asks(interpolate, "last", of=(D, zeros, X)), (X + 2,), r"last: expected values within \[-1, 1\], got"),
+    (asks(interpolate, "labels", of=(D, zeros, X, X)), ([1], 3), "labels: expected 2, one for each pair, got shape"),
+    (asks(inpaint, "mask", of=(D, zeros, X)), [np.ones(n, bool) for n in ((4, 5), (5, 4, 4), (2, 4, 4, 1), ())],
+     r"mask: expected shape \(4, 4\) or \(2, 4, 4\), as the images have, got"),
+    (asks(inpaint, "mask", of=(D, zeros, X)), (HALF.astype(int), HALF.astype(float), None),
+     "mask: expected booleans, True where pixels are known, got", TypeError),
+    *[(asks(inpaint, name, of=(D, zeros, X, HALF)), (0, 1.5), f"{name}: expected an integer >= 1, got (0|1.5)")
+      for name in ("jump", "resamplings")],
+    *[row for use, name in zip(OF_PICTURES, ("noisy", "images", "images", "first", "images")) for row in (
+       (asks(USES[use][0], "x", of=(D, zeros)), (X.astype(np.uint8),),
+        f"^{name}: expected an array of floats, images in .-1, 1., got uint8", TypeError),
+       (asks(USES[use][0], "x", of=(D, zeros)), (X[0], X[:0], X[..., 0]),
+        rf"^{name}: expected one or more images \(N, H, W, C\), got shape"),
+       (asks(USES[use][0], "x", of=(D, zeros)), (127.5 * (X + 1), X * nan, X + inf),
+        f"^{name}: expected values within .*, got .*; of 8-bit levels k, images are"))],
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("row", REFUSED, ids=lambda row: row[2][:60])
+def test_what_is_wrong_is_refused_in_these_words(row):
+    use, wrong, said, error = (*row, ValueError)[:4]
+    for value in wrong:
+        with pytest.raises(error, match=said):
+            use(value)
+            pytest.fail(f"{value!r} is taken")
+
+
+def test_what_looks_alike_is_taken():
+    for objective, variance, loss_type in (("x0", "small", "weighted_mu"), ("v", "large", "vlb")):
+        Diffusion(ENDS, objective, variance, loss_type)
+    Diffusion(ENDS, "v", "learned_range", "vlb")
+    bits(LEVELS.reshape(1, -1, 1, 1).astype(np.float32))
