@@ -59,18 +59,18 @@ def test_01_a_step_of_noise_is_a_gaussian_with_this_mean_and_variance():
         assert math.isclose(D.q_step(image(0.7), at(t), image(-0.3)).item(), expected)
 
 
-def test_03_variance_one_is_kept():
-    """If x_{t-1} has variance 1, so has x_t: (1 - beta_t) + beta_t."""
-    for t in range(T):
-        signal, noise = D.q_step(image(1, 0), at(t, t), image(0, 1)).ravel()
-        assert math.isclose(signal**2 + noise**2, 1)
-
-
 def test_02_alpha_bar_is_the_product_of_alpha():
     """beta rises linearly, alpha_t = 1 - beta_t, alpha_bar_t = alpha_0 ... alpha_t."""
     np.testing.assert_allclose(SCHEDULE.beta, BETA, rtol=1e-12)
     np.testing.assert_allclose(SCHEDULE.alpha, ALPHA, rtol=1e-12)
     np.testing.assert_allclose(SCHEDULE.alpha_bar, ALPHA_BAR, rtol=1e-12)
+
+
+def test_03_variance_one_is_kept():
+    """If x_{t-1} has variance 1, so has x_t: (1 - beta_t) + beta_t."""
+    for t in range(T):
+        signal, noise = D.q_step(image(1, 0), at(t, t), image(0, 1)).ravel()
+        assert math.isclose(signal**2 + noise**2, 1)
 
 
 def test_04_all_steps_in_one():

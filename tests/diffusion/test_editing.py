@@ -53,9 +53,6 @@ def rms(a, b):
     return float(np.sqrt(np.mean((a - b) ** 2)))
 
 
-# denoise
-
-
 @given(sigma=st.floats(0.02, 0.8), seed=SEEDS, method=st.sampled_from(sorted(SAMPLERS)), b=st.sampled_from([1, 0.6]))
 def test_denoise_finds_the_picture_behind_the_noise(sigma, seed, method, b):
     d, noisy = Diffusion(Schedule(LINEAR.beta, b)), DATA + sigma * normal(*DATA.shape, seed=seed)
@@ -94,12 +91,11 @@ def test_the_steps_of_denoise_are_evenly_spaced_up_to_where_the_noise_is():
     np.testing.assert_allclose(clean, DATA, atol=1e-6)
 
 
-# sdedit
-
-
 def test_sdedit_with_little_noise_keeps_the_picture_and_with_much_makes_another():
     many = np.repeat(DATA, 20, axis=0)
-    kept = lambda strength: (np.abs(sdedit(DIFFUSION, IDEAL, many, strength, workers=1) - many) < 0.1).all((1, 2, 3))
+    kept = lambda strength: (np.abs(sdedit(DIFFUSION, IDEAL, many, strength, steps=30, workers=1) - many) < 0.1).all(
+        (1, 2, 3)
+    )
     assert kept(0.01).all() and kept(0.2).all() and not kept(0.5).all()
     assert 0.02 < kept(1).mean() < 0.4  # in the end, one in six
     np.testing.assert_allclose(sdedit(DIFFUSION, IDEAL, 0.6 * DATA + 0.1, 0.15), DATA, atol=0.02)  # of a sketch
@@ -120,9 +116,6 @@ def test_the_seed_decides_about_the_noise_of_sdedit_of_each_image_by_itself():
     assert abs(noise.mean()) < 0.3 and abs(noise.std() - 1) < 0.2
 
 
-# invert, interpolate
-
-
 @pytest.mark.filterwarnings("ignore:steps, iterations")  # of one iteration
 @pytest.mark.parametrize("b", [1.0, 0.7])
 @pytest.mark.parametrize("objective", ["eps", "v", "x0"])
@@ -136,8 +129,8 @@ def test_with_iterations_invert_is_the_exact_inverse_of_ddim(b, objective):
         return d.target(x0, t, d.eps_from_x0(x_t, t, x0))
 
     def error(iterations):
-        z = invert(d, in_float64(model), images, steps=20, iterations=iterations)
-        return np.abs(sample(d, model, z.shape, "ddim", 20, start=z, clip=False) - images).max()
+        z = invert(d, in_float64(model), images, steps=10, iterations=iterations)
+        return np.abs(sample(d, model, z.shape, "ddim", 10, start=z, clip=False) - images).max()
 
     images = uniform(3, 2, 2, 1)
     assert error(1) > 2 * error(3) and error(30) < 1e-6
@@ -159,7 +152,7 @@ def test_invert_to_where_no_signal_is_left():
 
 def test_interpolate_goes_from_one_to_the_other_by_way_of_the_data():
     a, b = (0.3 * normal(2, 3, 8, 8, 1)).clip(-1, 1)
-    between = interpolate(DIFFUSION, gaussian(DIFFUSION), a, b, count=5, steps=50, iterations=10)
+    between = interpolate(DIFFUSION, gaussian(DIFFUSION), a, b, count=5, steps=25, iterations=10)
     assert between.shape == (3, 5, 8, 8, 1)
     np.testing.assert_allclose(between[:, 0], a, atol=1e-3)
     np.testing.assert_allclose(between[:, -1], b, atol=1e-3)
@@ -186,9 +179,6 @@ def test_slerp_keeps_length_and_divides_the_angle(seed, f):
     assert math.isclose(angle(a[0], c[0, 1]), f * angle(a, b), abs_tol=1e-6)
 
 
-# inpaint
-
-
 def test_half_a_picture_is_completed_to_the_one_that_fits_and_what_is_not_known_may_be_anything():
     assert len({image[:, :2].tobytes() for image in DATA}) == 6  # the left halves differ, so there is one answer
     made = inpaint(DIFFUSION, IDEAL, np.where(LEFT[..., None], DATA, np.nan), LEFT, steps=50)
@@ -196,7 +186,7 @@ def test_half_a_picture_is_completed_to_the_one_that_fits_and_what_is_not_known_
 
 
 @given(
-    seed=SEEDS, steps=st.integers(1, 30), jump=st.integers(1, 40), resamplings=st.integers(1, 3),
+    seed=SEEDS, steps=st.integers(1, 12), jump=st.integers(1, 16), resamplings=st.integers(1, 3),
     b=st.sampled_from([1.0, 0.3]), clip=st.sampled_from([True, False]), of_each=st.booleans(),
 )  # fmt: skip
 def test_known_pixels_are_kept_to_the_bit(seed, steps, jump, resamplings, b, clip, of_each):

@@ -37,9 +37,6 @@ def seen_in_loss(diffusion, x0):
     return seen[0]
 
 
-# the forward process
-
-
 @given(s=schedules())
 def test_01_one_step_iterated_is_one_jump_and_t_is_drawn_for_each_image(s):
     """Mistakes: variances added where they must shrink first; one t for the whole batch."""
@@ -53,9 +50,6 @@ def test_01_one_step_iterated_is_one_jump_and_t_is_drawn_for_each_image(s):
             assert close(of_image, mean, rel_tol=1e-9, abs_tol=1e-15) and close(of_noise**2, std**2, rel_tol=1e-9)
     if d.T > 10:
         assert len(set(seen_in_loss(d, np.zeros((64, 1, 1, 1)))[1])) > 5
-
-
-# schedules
 
 
 ALL, BUT_LAST = slice(None), slice(-1)
@@ -81,8 +75,8 @@ KNOWN = [  # point of the checklist, schedule, T, settings, one of its tables, w
     (4, "linear_gamma", 4, {}, "alpha_bar", BUT_LAST, [0.75, 0.5, 0.25], 1e-9),
     (4, "cosine", 4, dict(s=0), "alpha_bar", BUT_LAST, [0.853553, 0.5, 0.146447], None),
     (4, "cosine", 4, dict(s=0, start=0.2), "alpha_bar", BUT_LAST, [0.723607, 0.381966, 0.105573], None),
-    *[(4, "cosine", 4, dict(s=0, tau=tau), "alpha_bar", BUT_LAST, np.cos(np.arange(1, 4) * math.pi / 8) ** (2 * tau), 1e-9)
-      for tau in (0.5, 2, 3)],
+    *[(4, "cosine", 4, dict(s=0, tau=tau), "alpha_bar", BUT_LAST, np.cos(math.pi / 8 * np.arange(1, 4)) ** (2 * tau),
+       1e-9) for tau in (0.5, 2, 3)],
     (4, "sigmoid", 4, dict(tau=0.9), "alpha_bar", BUT_LAST, [0.866370, 0.5, 0.133630], None),
     (4, "sigmoid", 4, dict(start=0, tau=0.3), "alpha_bar", BUT_LAST, [0.151639, 0.013296, 0.001015], None),
     (4, "sigmoid", 1000, {}, "beta", 0, 3.003e-4, 2e-4),
@@ -96,7 +90,8 @@ KNOWN = [  # point of the checklist, schedule, T, settings, one of its tables, w
       for name, values in (("cosine_logsnr", log_snr_of_cosine(U, 12, -9)), ("sigmoid_logsnr", 12 - 21 * U))
       for shift in (0, 2 * math.log(64 / 256))],
     (6, "sigmoid_beta", 1000, {}, "beta", ALL, 1e-4 + (0.02 - 1e-4) * sigma(np.linspace(-6, 6, 1000)), 1e-12),
-    (6, "sigmoid_beta", 5, dict(beta_start=0.1, beta_end=0.3), "beta", ALL, 0.1 + 0.2 * sigma(3 * np.arange(-2, 3)), 1e-12),
+    (6, "sigmoid_beta", 5, dict(beta_start=0.1, beta_end=0.3), "beta", ALL, 0.1 + 0.2 * sigma(3.0 * np.arange(-2, 3)),
+     1e-12),
 ]
 # fmt: on
 
@@ -169,9 +164,6 @@ def test_08_input_scaling(s, b):
     assert close(seen[0], x_t.item() / math.sqrt((b * b - 1) * g + 1), abs_tol=1e-12)
     ends = [sample(scaled, lambda x, t: 0 * x + 9, (1, 1, 1, 1), method, steps=1).item() for method in ("ddpm", "ddim")]
     np.testing.assert_allclose(ends, 1, rtol=1e-6)  # b x_0 clipped to b, and divided by b at the end
-
-
-# the reverse process
 
 
 def by_the_paper(method, d, model, x, z, eta=0.0):
@@ -275,9 +267,6 @@ def test_12_respaced_steps():
     assert asked == [999, 499]  # the network is asked for the t it knows
 
 
-# parametrisations, losses
-
-
 @given(p=processes(1e-6))
 def test_13_parametrisations(p):
     """Mistake: a sign in v."""
@@ -362,9 +351,6 @@ def test_18_learned_variance_and_hybrid_loss():
     assert UNet(**SMALL, out_channels=2)(np.zeros((1, 4, 4, 1), np.float32), at(0)).shape == (1, 4, 4, 2)
 
 
-# samplers
-
-
 def test_19_ddim():
     """Mistakes: epshat left as it was when x0hat is clipped; sigma not taken off the direction."""
     for eta in (0.0, 0.3, 1.0):
@@ -394,9 +380,6 @@ def test_22_dynamic_threshold():
     np.testing.assert_allclose(dynamic_threshold(x0, most=2)[0], np.clip(x0[0], -2, 2) / 2)
     s = np.quantile(np.abs(x0[0]), 0.9)
     np.testing.assert_allclose(dynamic_threshold(x0, 0.9, 5)[0], np.clip(x0[0], -s, s) / s)
-
-
-# network, training
 
 
 def test_23_position_encodings():
@@ -449,7 +432,7 @@ def test_26_an_oracle_without_training(objective):
     """Mistakes: whatever the 25 others have missed."""
     data, d = image(-0.7, 0.1, 0.8), Diffusion(LINEAR, objective)
     for method in ("ddpm", "ddim", "dpm++"):
-        drawn = sample(d, ideal_denoiser(data, d), (200, 1, 1, 1), method, steps=100).ravel()
+        drawn = sample(d, ideal_denoiser(data, d), (200, 1, 1, 1), method, steps=100, workers=1).ravel()
         away = np.abs(drawn[:, None] - data.ravel())
         assert np.quantile(away.min(axis=1), 0.9) < 0.05
         assert np.bincount(away.argmin(axis=1), minlength=3).min() > 40

@@ -42,9 +42,6 @@ def test_ddim_with_eta_1_is_ddpm_with_the_small_variance(s, seed, clip):
         np.testing.assert_allclose(a0, b0, rtol=0, atol=1e-10 * (1 + np.abs(a).max()))
 
 
-# the steps that are taken
-
-
 def test_a_respaced_diffusion_is_the_same_but_for_its_schedule_and_of_long_steps_has_the_small_variance():
     s, ts = make_schedule("linear", 1000, input_scale=0.7), at(0, 10, 300, 999)
     for before, after in (("small", "small"), ("large", "small"), ("learned_range", "learned_range")):
@@ -117,9 +114,6 @@ def test_spacing_and_clip_are_those_of_the_diffusion_unless_told_otherwise(metho
     np.testing.assert_array_equal(told, images[0])
 
 
-# what is known of the images
-
-
 TARGET = np.random.default_rng(0).uniform(-1, 1, (1, 3, 2, 2))
 
 
@@ -145,9 +139,6 @@ def test_clipping_is_to_the_range_of_the_images_whatever_b(method, b):
     assert np.max(seen) == np.min(seen) == 1
     np.testing.assert_allclose(sample(d, big, ONE, method, clip=False), 3, rtol=1e-6)
     np.testing.assert_allclose(sample(d, big, ONE, method, clip="dynamic"), 1, rtol=1e-6)
-
-
-# labels, guidance
 
 
 FEW = Diffusion(Schedule(linear(4, 1e-2, 0.9)))
@@ -177,25 +168,24 @@ def test_guidance_of_networks_with_a_learned_variance():
     assert both.device == "cpu"
 
 
-# how the model is called
-
-
-class Foreign:
-    """What a model of another framework returns: no array, but NumPy can make one of it."""
-
-    def __init__(self, values):
-        self.values, self.shape = values, values.shape
-
-    def __array__(self, dtype=None, copy=None):
-        return self.values
-
-
 @pytest.mark.parametrize("way", [contextlib.nullcontext, plain])
 def test_a_model_may_return_what_numpy_takes(way):
-    model, settings = lambda x, t: 0.1 * x, dict(shape=(9, 4, 4, 1), steps=3, rng=0)
     with way():
-        drawn = sample(D, lambda x, t: Foreign(model(x, t)), **settings)
-        np.testing.assert_array_equal(drawn, sample(D, model, **settings))
+        lists = sample(D, lambda x, t: (0.1 * x).tolist(), (9, 4, 4, 1), steps=3)
+        np.testing.assert_array_equal(lists, sample(D, lambda x, t: np.float32(0.1) * x, (9, 4, 4, 1), steps=3))
+
+
+@pytest.mark.parametrize(("file", "use"), [
+    ("sample", lambda model: sample(D, model, (11, 2, 2, 1), steps=2)),
+    ("bound", lambda model: FEW.bits_per_dim(model, np.ones((11, 2, 2, 1)), progress=False)),
+])  # fmt: skip
+def test_it_is_computed_where_the_model_is_and_there_in_one_batch(on_second_gpu, file, use):
+    model, went, shapes = on_second_gpu(file)
+    use(model)
+    assert set(went) == {"cuda:1"} and set(shapes) == {(11, 2, 2, 1)}
+    shapes.clear()
+    use(lambda x, t: shapes.append(x.shape) or 0 * x)
+    assert set(shapes) == {(4, 2, 2, 1), (3, 2, 2, 1)}
 
 
 def test_sampling_starts_from_standard_normal_noise_of_each_image_and_the_seed_which_is_0_unless_given():
@@ -213,15 +203,6 @@ def test_every_shard_gets_its_own_timesteps(monkeypatch):
     monkeypatch.setitem(SAMPLERS, "odd", odd)
     ts = sample(D, lambda x, t: 0 * x + column(t, slice(None)).astype(x.dtype), (20, 1, 1, 1), method="odd")
     assert ts.ravel().tolist() == list(range(20))
-
-
-def test_images_are_made_where_the_model_is_and_there_in_one_batch(on_second_gpu):
-    model, went, shapes = on_second_gpu("sample")
-    sample(D, model, (11, 2, 2, 1), steps=2)
-    assert set(went) == {"cuda:1"} and set(shapes) == {(11, 2, 2, 1)}
-    shapes.clear()
-    sample(D, lambda x, t: shapes.append(x.shape) or 0 * x, (11, 2, 2, 1), steps=2)
-    assert set(shapes) == {(4, 2, 2, 1), (3, 2, 2, 1)}
 
 
 def test_no_graph_is_kept_in_the_workers():
