@@ -24,8 +24,8 @@ DIFFUSION = Diffusion(LINEAR)
 IDEAL = in_float64(ideal_denoiser(DATA, DIFFUSION))
 NONE_LEFT = Diffusion(make_schedule("linear", 50, zero_terminal_snr=True), "v")
 LEFT = np.arange(4) < np.full((4, 1), 2)  # the left half is known
+IMAGES = np.random.default_rng(0).uniform(-1, 1, (3, 2, 2, 1))
 normal = lambda *shape, seed=0: np.random.default_rng(seed).standard_normal(shape)
-uniform = lambda *shape: np.random.default_rng(0).uniform(-1, 1, shape)
 
 
 def sigmas(schedule):
@@ -93,9 +93,8 @@ def test_the_steps_of_denoise_are_evenly_spaced_up_to_where_the_noise_is():
 
 def test_sdedit_with_little_noise_keeps_the_picture_and_with_much_makes_another():
     many = np.repeat(DATA, 20, axis=0)
-    kept = lambda strength: (np.abs(sdedit(DIFFUSION, IDEAL, many, strength, steps=30, workers=1) - many) < 0.1).all(
-        (1, 2, 3)
-    )
+    made = lambda strength: sdedit(DIFFUSION, IDEAL, many, strength, steps=30, workers=1)
+    kept = lambda strength: (np.abs(made(strength) - many) < 0.1).all((1, 2, 3))
     assert kept(0.01).all() and kept(0.2).all() and not kept(0.5).all()
     assert 0.02 < kept(1).mean() < 0.4  # in the end, one in six
     np.testing.assert_allclose(sdedit(DIFFUSION, IDEAL, 0.6 * DATA + 0.1, 0.15), DATA, atol=0.02)  # of a sketch
@@ -129,25 +128,25 @@ def test_with_iterations_invert_is_the_exact_inverse_of_ddim(b, objective):
         return d.target(x0, t, d.eps_from_x0(x_t, t, x0))
 
     def error(iterations):
-        z = invert(d, in_float64(model), images, steps=10, iterations=iterations)
-        return np.abs(sample(d, model, z.shape, "ddim", 10, start=z, clip=False) - images).max()
+        z = invert(d, in_float64(model), IMAGES, steps=10, iterations=iterations)
+        return np.abs(sample(d, model, z.shape, "ddim", 10, start=z, clip=False) - IMAGES).max()
 
-    images = uniform(3, 2, 2, 1)
     assert error(1) > 2 * error(3) and error(30) < 1e-6
 
 
-def test_invert_to_where_no_signal_is_left():
+def test_invert_to_where_no_signal_is_left_and_in_all_steps():
     """The last x_t is all noise then: that of the x_t before."""
-    images = uniform(3, 2, 2, 1)
 
     def model(x, t):  # of Gaussian data, bent
         bar = column(NONE_LEFT.schedule.alpha_bar, t)
         x0 = 0.25 * np.sqrt(bar) / (0.25 * bar + 1 - bar) * x + 0.05 * np.sin(3 * np.sqrt(bar) * x)
         return (np.sqrt(bar) * x - x0) / np.sqrt(1 - bar)
 
-    z = invert(NONE_LEFT, in_float64(model), images, steps=10, iterations=40)
+    z = invert(NONE_LEFT, in_float64(model), IMAGES, steps=10, iterations=40)
     again = sample(NONE_LEFT, in_float64(model), z.shape, "ddim", 10, start=z, clip=False)
-    np.testing.assert_allclose(again, images, atol=1e-9)
+    np.testing.assert_allclose(again, IMAGES, atol=1e-9)
+    invert(DIFFUSION, seeing(seen := []), IMAGES, workers=1)
+    assert [t for t, _ in seen] == np.repeat(range(100), 3).tolist()  # all steps, unless told otherwise
 
 
 def test_interpolate_goes_from_one_to_the_other_by_way_of_the_data():

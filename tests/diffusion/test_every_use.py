@@ -109,19 +109,6 @@ def test_pictures_on_another_scale_are_warned_about(name):
         assert all("if black is 0 and white is 1, take" in str(w.message) and w.filename == __file__ for w in said)
 
 
-@pytest.mark.parametrize("name", USES)
-def test_what_cannot_be_asked_of_them(name):
-    use, fixed = USES[name]
-    d = Diffusion(make_schedule("cosine", 9))
-    with pytest.raises(TypeError, match="diffusion: expected a Diffusion, got function"):
-        use(zeros, d, X)
-    for setting in fixed:
-        with pytest.raises(TypeError, match=f"settings: {name} sets {setting} itself"):
-            use(d, zeros, X, **{setting: 1})
-    with pytest.raises(TypeError, match=r"settings: '[a-z_+]+' takes .*, got colour$"):
-        use(d, zeros, X, colour="red")
-
-
 def returning(kind, channels, dtype):
     """A model that returns the same as an array, as a tensor, or as one that depends on a parameter."""
     w, array = Parameter(np.ones((), dtype)), lambda x, t: np.concatenate(channels * [np.sin(3 * x)], axis=-1)

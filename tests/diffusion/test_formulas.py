@@ -257,11 +257,17 @@ def test_11_noise_until_t_is_1_and_x0_clipped_before_the_mean():
 
 def test_12_respaced_steps():
     """Mistakes: alpha_bar_prev of the next timestep down, not of the next one visited; the network given 0, 1, 2 ..."""
-    ts = at(99, 499, 999)
-    short = respace(Diffusion(LINEAR, variance="large"), ts)
-    np.testing.assert_allclose(short.schedule.alpha_bar_prev, [1, LINEAR.alpha_bar[99], LINEAR.alpha_bar[499]])
-    np.testing.assert_allclose(short.schedule.beta, 1 - LINEAR.alpha_bar[ts] / short.schedule.alpha_bar_prev)
-    assert short.variance == "small"
+    ts, s = at(99, 499, 999), Schedule(LINEAR.beta, 0.7)
+    learned = ("learned_range", "learned_range", "hybrid")
+    for before, after, loss in (("small", "small", "vlb"), ("large", "small", "vlb"), learned):
+        short = respace(Diffusion(s, "v", before, loss, 3.0, clip=False), ts)
+        np.testing.assert_allclose(short.schedule.alpha_bar, s.alpha_bar[ts], rtol=1e-12)
+        np.testing.assert_allclose(short.schedule.alpha_bar_prev, [1, *s.alpha_bar[ts[:-1]]], rtol=1e-12)
+        np.testing.assert_allclose(short.schedule.beta, 1 - s.alpha_bar[ts] / short.schedule.alpha_bar_prev)
+        assert (
+            short == Diffusion(short.schedule, "v", after, loss, 3.0, clip=False) and short.schedule.input_scale == 0.7
+        )
+    assert respace(Diffusion(s), at(7, 8)).T == 2  # neighbours, too
     asked = []
     sample(Diffusion(LINEAR), lambda x, t: asked.append(t[0]) or x, (1, 1, 1, 1), steps=2)
     assert asked == [999, 499]  # the network is asked for the t it knows

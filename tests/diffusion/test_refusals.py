@@ -179,6 +179,10 @@ REFUSED = [  # a function of the wrong value, wrong values, what is said, the er
      "labels: expected .*; a network made with label_dropout can do without", TypeError),
     (asks(draw, "guidance", model=TOLD, labels=T2), ("2", nan, inf, [2]), "guidance: expected a finite number, got"),
 
+    *[row for name, (use, fixed) in USES.items() for row in (
+       (lambda d, use=use: use(zeros, d, X), (D,), "diffusion: expected a Diffusion, got function", TypeError),
+       (asks(use, "colour", of=(D, zeros, X)), ("red",), r"settings: '[a-z_+]+' takes .*, got colour$", TypeError),
+       *[(asks(use, key, of=(D, zeros, X)), (1,), f"settings: {name} sets {key} itself", TypeError) for key in fixed])],
     (asks(denoise, "sigma", of=(D, zeros, X)), (0, -1.0, nan, inf, "0.5", None), "sigma: expected a number > 0, got"),
     (asks(denoise, "sigma", of=(D, zeros, X)), (1000,), "sigma: 1000.0 is more noise than this schedule knows, 101.9"),
     (asks(denoise, "sigma", of=(Diffusion(ENDS, "v"), zeros, X)), (1e5,), "sigma: 100000.0 is more noise .*, [0-9]+"),

@@ -16,7 +16,7 @@ from tinyddpm import Diffusion, Schedule, UNet, make_schedule, sample
 from tinyddpm.autograd.tensor import Parameter, Tensor
 from tinyddpm.backend import plain
 from tinyddpm.diffusion.checks import OBJECTIVES, SPACINGS
-from tinyddpm.diffusion.sample import SAMPLERS, ddim, ddpm, guided, respace, timesteps
+from tinyddpm.diffusion.sample import SAMPLERS, ddim, ddpm, guided, timesteps
 from tinyddpm.diffusion.schedule import linear
 
 D = Diffusion(Schedule(linear(30, 1e-4, 0.5)))
@@ -40,17 +40,6 @@ def test_ddim_with_eta_1_is_ddpm_with_the_small_variance(s, seed, clip):
     for (_, a, a0), (_, b, b0) in zip(run(ddim, eta=1.0), run(ddpm), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * (1 + np.abs(a).max()))
         np.testing.assert_allclose(a0, b0, rtol=0, atol=1e-10 * (1 + np.abs(a).max()))
-
-
-def test_a_respaced_diffusion_is_the_same_but_for_its_schedule_and_of_long_steps_has_the_small_variance():
-    s, ts = make_schedule("linear", 1000, input_scale=0.7), at(0, 10, 300, 999)
-    for before, after in (("small", "small"), ("large", "small"), ("learned_range", "learned_range")):
-        loss_type = "hybrid" if before == "learned_range" else "weighted_mu"
-        short = respace(Diffusion(s, "v", before, loss_type, 3.0), ts)
-        assert (short.T, short.objective, short.variance) == (4, "v", after)
-        assert (short.loss_type, short.min_snr_gamma, short.schedule.input_scale) == (loss_type, 3.0, 0.7)
-        np.testing.assert_allclose(short.schedule.alpha_bar, s.alpha_bar[ts], rtol=1e-12)
-    assert respace(Diffusion(s), at(7, 8)).T == 2  # neighbours, too
 
 
 def test_all_steps_are_no_respacing():
@@ -128,17 +117,6 @@ def test_a_denoiser_that_knows_the_image_draws_it(s, objective, method, steps, s
     model = in_float64(ideal_denoiser(TARGET, d))
     images = sample(d, model, (2, 3, 2, 2), method, min(steps, d.T), seed, clip=False)
     np.testing.assert_allclose(images, np.broadcast_to(TARGET, images.shape), atol=1e-5)
-
-
-@EACH
-@pytest.mark.parametrize("b", [0.5, 1.0, 2.0])
-def test_clipping_is_to_the_range_of_the_images_whatever_b(method, b):
-    d, big, seen = Diffusion(Schedule(linear(9, 1e-4, 0.5), b), "x0"), lambda x, t: 3 + 0 * x, []
-    kept = sample(d, big, ONE, method, callback=lambda t, x, x0: seen.append(x0))
-    np.testing.assert_allclose(kept, 1, rtol=1e-6)
-    assert np.max(seen) == np.min(seen) == 1
-    np.testing.assert_allclose(sample(d, big, ONE, method, clip=False), 3, rtol=1e-6)
-    np.testing.assert_allclose(sample(d, big, ONE, method, clip="dynamic"), 1, rtol=1e-6)
 
 
 FEW = Diffusion(Schedule(linear(4, 1e-2, 0.9)))
