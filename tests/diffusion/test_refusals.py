@@ -123,8 +123,8 @@ REFUSED = [  # a function of the wrong value, wrong values, what is said, the er
       for objective in OBJECTIVES for name, methods in {
        "eps": ("q_step", "q_sample", "target"), "x0": ("eps_from_x0", "posterior_mean"),
        "prediction": ("predict_x0", "predict_eps")}.items() for method in methods],
-    (asks(D.q_sample, "x0", t=T2, eps=X), (X.astype(np.uint8),), "images: expected floats in .-1, 1., got uint8",
-     TypeError),
+    *[(use, (X.astype(np.uint8),), "^images: expected floats in .-1, 1., got uint8", TypeError)
+      for use in (asks(D.q_sample, "x0", t=T2, eps=X), asks(D.log_variance, "x_t", t=T2))],
     *[(use, (X,), "^spread: with variance 'learned_range' it is needed, the second half of")
       for use in (lambda x: LEARNED.log_variance(x, T2), lambda x: vlb_terms(LEARNED, x, x, T2, x))],
     (asks(loss, "rng"), (0,), "rng: expected a generator from numpy.random.default_rng, got int", TypeError),
@@ -136,6 +136,9 @@ REFUSED = [  # a function of the wrong value, wrong values, what is said, the er
     (lambda levels: bits(levels.reshape(1, -1, 1, 1)), [*OFF, *[np.append(wrong, nan) for wrong in (*OFF, LEVELS)]],
      "x0: expected the levels k / 127.5 - 1 of 8-bit images.* got values from"),
 
+    *[(use, (None,), r"^model: expected a function \(x_t, t\) -> prediction, got NoneType$", TypeError)
+      for use in (draw, loss, asks(bits, "model"))],
+    (asks(draw, "callback"), ("a",), r"^callback: expected a function \(t, x, x0\), got str$", TypeError),
     (loss, (twice,), r"model: expected it to return the shape of x_t, .* got \(2, 4, 4, 2\)"),
     (asks(bits, "model"), (lambda x, t: x[:, :1],), "model: expected it to return the shape of x_t"),
     (lambda model: LEARNED.p_mean_variance(model, X, T2), (zeros,),
