@@ -126,14 +126,15 @@ SCALES = [  # the darkest and the lightest of the images, and what is to be done
     (0, 0.3, "; if black is 0 and white is 1, take x0 / 0.5 - 1"), (-1e9, 0.5, ""),
     (0, 255, "; if black is 0 and white is 255, take x0 / 127.5 - 1"),
     (255, 255, "; if black is 0 and white is 255, take x0 / 127.5 - 1"),
-    (0, 2e4, "; if black is 0 and white is 65535, take x0 / 32767.5 - 1"),
+    (0, 2e4, "; if black is 0 and white is 65535, take x0 / 32767.5 - 1"), (-2.5, -2.5, ""),
+    (2.5, 2.5, "; if black is 0 and white is 255, take x0 / 127.5 - 1"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("low", "high", "remedy"), SCALES)
 def test_images_on_another_scale_are_warned_about_once(low, high, remedy):
     """With the range that was seen, and what is to be done; it points to the caller."""
-    x0, d = np.linspace(low, high, 1024).reshape(4, 16, 16, 1), Diffusion(linear(9))
+    x0, d = np.linspace(low, high, 1000).reshape(4, 10, 25, 1), Diffusion(linear(9))
     with pytest.warns(UserWarning) as seen:
         for batch in (0 * x0, x0, x0, 0.9 * x0):  # what tells nothing counts as nothing
             d.loss(zeros, batch, np.random.default_rng(0))
@@ -141,6 +142,14 @@ def test_images_on_another_scale_are_warned_about_once(low, high, remedy):
     assert [(str(w.message), w.filename) for w in seen] == [(expected, __file__)]
 
 
-@pytest.mark.parametrize("x0", [np.zeros(2048), np.linspace(0, 1, 32), np.linspace(-0.6, 0.1, 2048)])
-def test_images_of_one_colour_too_few_to_tell_or_dark_are_not_warned_about(x0):
-    Diffusion(linear(9)).loss(zeros, x0.reshape(2, 4, -1, 1), np.random.default_rng(0))
+@pytest.mark.parametrize("ends", [(0, 0, 2048), (0, 1, 32), (-0.6, 0.1, 2048), (-2, 2, 2048)])
+def test_images_of_one_colour_too_few_to_tell_dark_or_loud_are_not_warned_about(ends):
+    Diffusion(linear(9)).loss(zeros, np.linspace(*ends).reshape(2, 4, -1, 1), np.random.default_rng(0))
+
+
+def test_once_images_were_fine_light_ones_are_too_but_not_those_beyond_all_reason():
+    d, fine = Diffusion(linear(9)), np.linspace(-1, 1, 1000).reshape(4, 10, 25, 1)
+    for x0 in (fine, np.abs(fine), fine):
+        d.loss(zeros, x0, np.random.default_rng(0))
+    with pytest.warns(UserWarning, match="got values from 0 to 255; if black is 0 and white is 255"):
+        d.loss(zeros, 127.5 * (fine + 1), np.random.default_rng(0))
