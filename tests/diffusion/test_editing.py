@@ -14,13 +14,14 @@ from strategies import SEEDS
 
 from tinyddpm import Diffusion, Schedule, make_schedule, sample
 from tinyddpm.diffusion.editing import denoise, inpaint, interpolate, invert, repaint, sdedit, slerp
-from tinyddpm.diffusion.sample import SAMPLERS
+from tinyddpm.diffusion.sample import SAMPLERS, ddpm
 
 TWO = np.array([[1, 1], [1, -1]])
 HADAMARD = np.kron(np.kron(TWO, TWO), np.kron(TWO, TWO))
 DATA = 0.8 * HADAMARD[[1, 4, 5, 8, 9, 12]].reshape(6, 4, 4, 1)  # any two differ in half of their pixels, left and right
 LINEAR = make_schedule("linear", 100, beta_start=1e-3, beta_end=0.2)
 DIFFUSION = Diffusion(LINEAR)
+NOISY = make_schedule("linear", 20, beta_start=5e-3, beta_end=0.6)
 IDEAL = in_float64(ideal_denoiser(DATA, DIFFUSION))
 NONE_LEFT = Diffusion(make_schedule("linear", 50, zero_terminal_snr=True), "v")
 LEFT = np.arange(4) < np.full((4, 1), 2)  # the left half is known
@@ -136,17 +137,25 @@ def test_with_iterations_invert_is_the_exact_inverse_of_ddim(b, objective):
 
 def test_invert_to_where_no_signal_is_left_and_in_all_steps():
     """The last x_t is all noise then: that of the x_t before."""
+    d = Diffusion(make_schedule("linear", 50, input_scale=0.7, zero_terminal_snr=True), "v")
 
     def model(x, t):  # of Gaussian data, bent
-        bar = column(NONE_LEFT.schedule.alpha_bar, t)
-        x0 = 0.25 * np.sqrt(bar) / (0.25 * bar + 1 - bar) * x + 0.05 * np.sin(3 * np.sqrt(bar) * x)
-        return (np.sqrt(bar) * x - x0) / np.sqrt(1 - bar)
+        bar = column(d.schedule.alpha_bar, t)
+        x_t = x * np.sqrt((0.7**2 - 1) * bar + 1)
+        x0 = 0.1 + 0.25 * np.sqrt(bar) / (0.25 * bar + 1 - bar) * x_t + 0.05 * np.sin(3 * np.sqrt(bar) * x_t)
+        return (np.sqrt(bar) * x_t - 0.7 * x0) / np.sqrt(1 - bar)
 
-    z = invert(NONE_LEFT, in_float64(model), IMAGES, steps=10, iterations=40)
-    again = sample(NONE_LEFT, in_float64(model), z.shape, "ddim", 10, start=z, clip=False)
+    z = invert(d, in_float64(model), IMAGES, steps=10, iterations=40)
+    again = sample(d, in_float64(model), z.shape, "ddim", 10, start=z, clip=False)
     np.testing.assert_allclose(again, IMAGES, atol=1e-9)
+    assert np.isfinite(invert(Diffusion(Schedule([1.0]), "v"), zeros, IMAGES)).all()
     invert(DIFFUSION, seeing(seen := []), IMAGES, workers=1)
     assert [t for t, _ in seen] == np.repeat(range(100), 3).tolist()  # all steps, unless told otherwise
+
+
+def test_how_far_off_invert_is_is_said_in_terms_of_the_image():
+    with pytest.warns(UserWarning, match="^steps, iterations: of so few, x_t are off by as much as 1 in the image"):
+        invert(Diffusion(Schedule([0.5], 0.5), "x0"), zeros, np.sign(IMAGES), iterations=1)
 
 
 def test_interpolate_goes_from_one_to_the_other_by_way_of_the_data():
@@ -159,12 +168,18 @@ def test_interpolate_goes_from_one_to_the_other_by_way_of_the_data():
     np.testing.assert_allclose(between, slerp(a, b, np.linspace(0, 1, 5)).clip(-1, 1), atol=0.02)
 
 
-def test_labels_are_those_of_each_pair_and_guidance_is_handed_on():
-    interpolate(DIFFUSION, seeing(seen := []), DATA[:2], DATA[2:4], count=3, steps=2, labels=[7, 8], workers=1)
-    told = [labels["labels"].tolist() for _, labels in seen]
-    assert told[0] == [7, 8, 7, 8] and told[-2:] == [[7, 7, 7, 8], [8, 8]]
-    inpaint(DIFFUSION, seeing(seen := []), DATA[:2], LEFT, 1, labels=[3, 4], guidance=2.0, workers=1)
-    assert [{k: v.tolist() for k, v in labels.items()} for _, labels in seen] == [{}, {"labels": [3, 4]}]
+@pytest.mark.filterwarnings("ignore:steps, iterations")
+def test_labels_are_those_of_each_pair_and_other_settings_are_handed_on():
+    asked = dict(labels=[7, 8], guidance=2.0, workers=1)
+    interpolate(DIFFUSION, seeing(seen := []), DATA[:2], DATA[2:4], count=3, steps=2, **asked)
+    told = [labels.get("labels", np.array([])).tolist() for _, labels in seen]
+    assert told[:2] == [[], [7, 8, 7, 8]] and told[-4:] == [[], [7, 7, 7, 8], [], [8, 8]]
+    inpaint(DIFFUSION, seeing(seen := []), DATA[:2], LEFT, 1, **asked)
+    assert [{k: v.tolist() for k, v in labels.items()} for _, labels in seen] == [{}, {"labels": [7, 8]}]
+    three, x0s = lambda x, t: 0 * x + 3, []  # clipped are the pictures, not what is thought of them on the way
+    look = lambda t, x, x0: x0s.append(x0.max())
+    assert interpolate(Diffusion(LINEAR, "x0"), three, DATA[:1], DATA[1:2], 2, 2, callback=look).max() == 1
+    assert set(x0s) == {3}
 
 
 @given(seed=SEEDS, f=st.floats(0, 1))
@@ -199,6 +214,16 @@ def test_known_pixels_are_kept_to_the_bit(seed, steps, jump, resamplings, b, cli
     np.testing.assert_array_equal(images, before)
     without = inpaint(d, lambda x, t: 0.3 * x, images, mask, steps, jump, resamplings, clip=clip)
     np.testing.assert_array_equal(made, without)
+    assert not (path[0][known] == images[known]).any()
+
+
+def test_with_nothing_known_and_nothing_undone_inpaint_is_ddpm():
+    d, zs, x, model = Diffusion(NOISY), normal(40, 3, 2, 2, 1), normal(3, 2, 2, 1, seed=1), lambda x, t: 0.3 * x
+    ours, theirs = iter(zs), iter(zs[::2])  # every other is for what is known
+    settings = dict(images=IMAGES, mask=np.zeros((3, 2, 2, 1), bool), jump=1, resamplings=1)
+    steps = repaint(d, model, x, lambda: next(ours), **settings)
+    for (_, a, _), (_, b, _) in zip(steps, ddpm(d, model, x, lambda: next(theirs)), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(("jump", "resamplings", "evaluations"),
@@ -211,9 +236,6 @@ def test_steps_are_undone_and_taken_again(jump, resamplings, evaluations):
     assert len(seen) == evaluations and taken == list(range(99, -1, -10))
     if (jump, resamplings) == (4, 2):
         assert [t // 10 for t, _ in seen] == [9, 8, 7, 6, 9, 8, 7, 6, 5, 4, 3, 2, 5, 4, 3, 2, 1, 1, 0]
-
-
-NOISY = make_schedule("linear", 20, beta_start=5e-3, beta_end=0.6)
 
 
 @pytest.mark.parametrize("jump", [1, 3, 7])

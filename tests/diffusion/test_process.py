@@ -69,7 +69,7 @@ def test_the_predicted_image_is_clipped_as_the_diffusion_says_unless_told_otherw
 
 def test_the_numbers_of_clip_are_python_s():
     """As JSON wants them."""
-    assert type(Diffusion(linear(10), clip=np.float32(0.5)).clip) is float
+    assert type(Diffusion(linear(10), clip=np.float32(0.5)).clip) is float and Diffusion(linear(10)).clip is True
     for given_as in (("dynamic", np.float32(0.5), np.int64(2)), ["dynamic", 0.5, 2]):
         dynamic = Diffusion(linear(10), clip=given_as).clip
         assert dynamic == ("dynamic", 0.5, 2.0) and all(type(n) is float for n in dynamic[1:])
