@@ -12,6 +12,8 @@ from tinyddpm.autograd.tensor import Parameter
 from tinyddpm.diffusion import evaluation
 from tinyddpm.speed.shards import PIXELS, in_parts, shard_size, shards
 
+model = lambda x, t: x
+
 
 @given(count=st.integers(1, 300), h=st.integers(1, 600), w=st.integers(1, 600))
 def test_a_shard_is_a_quarter_or_of_few_pixels(count, h, w):
@@ -23,8 +25,8 @@ def test_a_shard_is_a_quarter_or_of_few_pixels(count, h, w):
 
 
 def test_shards():
-    assert shard_size(64, 28, 28) == shard_size(128, 28, 28) == shard_size(64, 32, 32) == 16
-    assert shard_size(64, 64, 64) == 4 and shard_size(8, 32, 32) == shard_size(1, 32, 32) == 4
+    sizes = {(64, 28): 16, (128, 28): 16, (64, 32): 16, (64, 64): 4, (8, 32): 4, (1, 32): 4, (21, 4): 6}
+    assert {(count, side): shard_size(count, side, side) for count, side in sizes} == sizes
     assert shards((70, 28, 28, 1), "cpu") == [slice(i, i + 16) for i in range(0, 70, 16)]
     assert shards((40, 28, 28, 1), "cuda") == [slice(0, 40)]
 
@@ -36,44 +38,33 @@ def test_without_a_twin_all_of_it_is_one_part():
     assert seen == [([1, 2], None)]
 
 
-class TestInParts:
-    @given(n=st.integers(1, 30), workers=st.integers(1, 3))
-    def test_what_comes_of_the_shards_is_put_together_in_order(self, n, workers):
-        x, names, seen = np.arange(n * 8.0).reshape(n, 2, 4, 1), [f"image {i}" for i in range(n)], []
+@given(n=st.integers(1, 30), workers=st.integers(1, 3))
+def test_what_comes_of_the_shards_is_put_together_in_order(n, workers):
+    x, names, seen = np.arange(n * 8.0).reshape(n, 2, 4, 1), [f"image {i}" for i in range(n)], []
+    of_shard = lambda x, names, labels: seen.append((len(x), names, labels)) or x.sum(axis=(1, 2, 3))
+    with in_parts(model, x.shape, workers) as run:
+        for _ in range(2):
+            seen.clear()
+            np.testing.assert_array_equal(run(of_shard, x, names, None), x.sum(axis=(1, 2, 3)))
+            seen.sort(key=lambda call: names.index(call[1][0]))  # threads may be at them in any order
+            cut = shards(x.shape, "cpu")
+            assert seen == [(len(x[part]), names[part], None) for part in cut]
 
-        def of_shard(x, names, labels):
-            seen.append((len(x), names, labels))
-            return x.sum(axis=(1, 2, 3))
 
-        with in_parts(lambda x, t: x, x.shape, workers) as run:
-            for _ in range(2):
-                seen.clear()
-                np.testing.assert_array_equal(run(of_shard, x, names, None), x.sum(axis=(1, 2, 3)))
-                seen.sort(key=lambda call: names.index(call[1][0]))  # threads may be at them in any order
-                assert sum((of_these for _, of_these, _ in seen), []) == names
-                assert [count for count, *_ in seen] == [len(x[part]) for part in shards(x.shape, "cpu")]
-                assert {labels for *_, labels in seen} == {None}
+def test_no_graph_is_built():
+    p, x, made = Parameter(np.ones(1)), np.ones((9, 2, 2, 1)), []
+    with in_parts(model, x.shape, 2) as run, evaluation.in_parts.plain(abs, x.shape) as at_once:
+        for way in (run, at_once):
+            way(lambda x: made.append(p * x) or x, x)
+    assert len(made) == 4 and all(y.node is None for y in made) and (p * x).node is not None
 
-    def test_no_graph_is_built(self):
-        p, x = Parameter(np.ones(1)), np.ones((9, 2, 2, 1))
-        with in_parts(lambda x, t: x, x.shape, 2) as run, evaluation.in_parts.plain(abs, x.shape) as at_once:
-            made = []
-            for way in (run, at_once):
-                way(lambda x: made.append(p * x) or x, x)
-            assert len(made) > 2 and all(y.node is None for y in made)
-        assert (p * x).node is not None
 
-    def test_as_many_threads_as_asked_for_and_no_more_than_there_are_shards(self):
-        barrier, threads, x = threading.Barrier(2, timeout=10), set(), np.ones((8, 2, 2, 1))
-
-        def of_shard(x):
-            barrier.wait()  # passes only if two threads are at it
-            threads.add(threading.get_ident())
-            return x
-
-        assert len(shards(x.shape, "cpu")) == 2
-        with in_parts(lambda x, t: x, x.shape, 5) as run:
-            run(of_shard, x)
-        assert len(threads) == 2
-        with pytest.raises(ValueError, match="workers: expected an integer >= 1, got 0"):
-            in_parts(lambda x, t: x, x.shape, 0).__enter__()
+def test_as_many_threads_as_asked_for_and_no_more_than_there_are_shards():
+    barrier, x = threading.Barrier(2, timeout=10), np.ones((8, 2, 2, 1))
+    assert len(shards(x.shape, "cpu")) == 2
+    with in_parts(model, x.shape, 5) as run:  # the barrier passes only if two threads are at it
+        assert len(set(run(lambda x: (barrier.wait(), np.array([threading.get_ident()]))[1], x))) == 2
+    with in_parts(model, x[:4].shape, 5) as run:
+        assert run(lambda x: np.array([threading.get_ident()]), x[:4]) == [threading.get_ident()]
+    with pytest.raises(ValueError, match="workers: expected an integer >= 1, got 0"):
+        in_parts(model, x.shape, 0).__enter__()
