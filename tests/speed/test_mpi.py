@@ -1,14 +1,16 @@
 """Training on several ranks of MPI: the same as on one, to rounding, and what becomes of the others if one fails.
 
-It needs mpi4py and the mpiexec of its MPI: `pip install -e '.[mpi]'`.
+It needs mpi4py and the mpiexec of its MPI: `pip install -e '.[mpi]'`. An mpiexec takes a second or two to start, so one
+runs this file as a program, `job`, in which the ranks go through all that is marked `on`, and see themselves whether it
+holds. Those that end badly have one of their own.
 """
 
+import os
 import pathlib
 import re
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 
 import numpy as np
@@ -16,318 +18,301 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from tiny_training import IMAGES, TINY, Lazy, UNet, training
 
 from tinyddpm import load_model
-from tinyddpm.speed.ranks import Ranks, ranks_started
+from tinyddpm.speed.ranks import Ranks
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "mnist_ddpm.py"
 MPIEXEC = pathlib.Path(sys.executable).with_name("mpiexec")
-TINY = ["--steps=5", "--batch=6", "--channels", "8", "16", "--timesteps=25", "--samples=6", "--sample-every=2"]
-
-# what every script of the tests below begins with
-PRELUDE = textwrap.dedent("""
-    import os, signal, sys, time
-    import numpy as np
-    from tinyddpm import Diffusion, UNet, make_schedule, train
-    from tinyddpm.speed.ranks import Ranks
-
-    ranks = Ranks(True)
-    images = np.random.default_rng(0).uniform(-1, 1, (23, 4, 4, 1)).astype(sys.argv[2])
-    unet = UNet(channels=(4, 8), blocks=1, attention=(False, True), groups=2, rng=ranks.rank).to(dtype=sys.argv[2])
-    diffusion = Diffusion(make_schedule("linear", 20, beta_end=0.6))
-    settings = dict(batch=11, micro_batch=4, lr=0.01, warmup_steps=3, seed=3, ranks=ranks, resume=sys.argv[1])
-""")
-TRAINS = """
-    steps = int(sys.argv[3])
-    for state in train(unet, diffusion, images, steps, **settings):
-        os.write(1, f"{state.step} {state.loss!r} {state.grad_norm!r}\\n".encode())  # at once, or they get mixed up
-    if ranks.rank == 0:
-        state.save(sys.argv[1])
-    np.save(f"{sys.argv[1]}.{ranks.rank}.npy", state.optimizer.theta)
-"""
+OPTIONS = ["--steps=4", "--batch=6", "--channels", "8", "16", "--timesteps=10", "--samples=2", "--sample-every=2"]
+PARTS = {}  # of the job: function and number of ranks, by name
 
 
-@pytest.fixture(autouse=True)
-def needs_mpi(request):
-    if "mpiexec" in request.fixturenames:
-        pytest.importorskip("mpi4py")
-        if not MPIEXEC.exists():
-            pytest.skip("there is no mpiexec beside this python")
+def on(*numbers):
+    """A part of the job, on so many of its ranks."""
+    return lambda function: PARTS.update({f"{function.__name__}[{n}]": (function, n) for n in numbers})
 
 
-@pytest.fixture
-def mpiexec():
-    """Run a script, which PRELUDE begins, or the example, on n ranks."""
-
-    def start(n, script, *arguments):
-        what = [script] if script is EXAMPLE else ["-c", PRELUDE + textwrap.dedent(script)]
-        command = list(map(str, [MPIEXEC, "-n", n, sys.executable, *what, *arguments]))
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    def run(n, script, *arguments, timeout=120):
-        with start(n, script, *arguments) as process:
-            try:
-                stdout, stderr = process.communicate(timeout=timeout)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                raise
-        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-    run.start = start
-    return run
-
-
-def trained(mpiexec, n, path, dtype="float64", steps=4):
-    """Train on n ranks; return the parameters of each rank in the end, and what they printed of each step."""
-    result = mpiexec(n, TRAINS, path, dtype, steps)
-    assert result.returncode == 0, result.stderr
-    lines = sorted(result.stdout.splitlines(), key=lambda line: int(line.split()[0]))
-    return [np.load(f"{path}.{rank}.npy") for rank in range(n)], lines
-
-
-@given(count=st.integers(0, 40), size=st.integers(1, 12))
-def test_each_rank_has_a_share_of_about_the_same_size(count, size):
-    ranks, shares = Ranks(), []
-    ranks.size = size
-    for ranks.rank in range(size):
-        shares.append(list(ranks.share(range(count))))
-    assert sum(shares, []) == list(range(count))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_without_mpi_there_is_one():
+def some_of(everyone, n):
+    """The first n of the ranks, or the others."""
     ranks = Ranks()
-    assert (ranks.rank, ranks.size, ranks.local_rank, ranks.local_size) == (0, 1, 0, 1)
-    vector = np.arange(3.0)
-    ranks.allreduce(vector), ranks.broadcast(vector)
-    assert vector.tolist() == [0, 1, 2] and ranks.gathered("something") == ["something"]
-    with pytest.raises(ZeroDivisionError), ranks.abort_on_error(), ranks.first_alone():
-        raise ZeroDivisionError
+    ranks.mpi, ranks.world, ranks.local_size = everyone.mpi, everyone.world.Split(everyone.rank < n), 4
+    ranks.rank, ranks.size = ranks.world.rank, ranks.world.size
+    return ranks
 
 
-def test_a_missing_mpi_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(RuntimeError, match=r"mpi: .*mpi4py.*; pip install 'tinyddpm\[mpi\]' brings mpi4py and an MPI"):
-        Ranks(True)
+def wait(ranks):
+    """For all of them, asleep: an MPI that waits takes all of a CPU."""
+    through = ranks.world.Ibarrier()
+    while not through.Test():
+        time.sleep(0.002)
 
 
-class TestTraining:
-    def test_any_number_of_ranks_gives_the_same_to_rounding(self, mpiexec, tmp_path):
-        """Of the three micro-batches of 4, 4 and 3 images, one of two ranks takes two, and one of four takes none."""
-        (one,), log = trained(mpiexec, 1, tmp_path / "one")
-        for n in (2, 3, 4):  # the last of which has nothing to do, and rank 0 says so
-            thetas, lines = trained(mpiexec, n, tmp_path / str(n))
-            for theta in thetas:
-                np.testing.assert_array_equal(theta, thetas[0])
-                np.testing.assert_allclose(theta, one, rtol=1e-9, atol=1e-12)
-            numbers = np.array([list(map(float, line.split())) for line in lines])
-            np.testing.assert_allclose(numbers[::n], [list(map(float, line.split())) for line in log], rtol=1e-12)
-            assert all(len(set(lines[i : i + n])) == 1 for i in range(0, len(lines), n))  # all see the same states
+def job(everyone, folder):
+    """Go through the parts, and print the name of each that holds."""
+    with everyone.abort_on_error():
+        for name, (function, n) in PARTS.items():
+            ranks = some_of(everyone, n)
+            if everyone.rank < n:
+                function(ranks, folder)
+            wait(everyone)
+            if everyone.rank == 0:
+                print(name, flush=True)
 
-    def test_the_same_number_of_ranks_gives_the_same_bits_in_every_run(self, mpiexec, tmp_path):
-        runs = [trained(mpiexec, 2, tmp_path / name, "float32") for name in "abc"]
-        for thetas, lines in runs:
-            assert lines == runs[0][1]
-            for theta in thetas:
-                np.testing.assert_array_equal(theta, runs[0][0][0])
 
-    def test_it_goes_on_at_another_number_of_ranks(self, mpiexec, tmp_path):
-        (whole,), _ = trained(mpiexec, 1, tmp_path / "whole", steps=6)
-        for n, steps in ((2, 2), (3, 4), (1, 6)):
-            thetas, lines = trained(mpiexec, n, tmp_path / "parts", steps=steps)
-            assert len(lines) == 2 * n and lines[-1].startswith(f"{steps} ")
-        np.testing.assert_allclose(thetas[0], whole, rtol=1e-9, atol=1e-12)
+class Elsewhere(os.PathLike):
+    """A file that is on the machine of rank 0 alone."""
 
-    def test_rank_0_alone_reads_the_checkpoint(self, mpiexec, tmp_path):
-        """The others may be on machines that do not have the file."""
-        trained(mpiexec, 1, tmp_path / "run", steps=2)
-        result = mpiexec(
-            2,
-            "if ranks.rank: settings['resume'] = '/nowhere'\n" + textwrap.dedent(TRAINS),
-            tmp_path / "run",
-            "float64",
-            4,
-        )
-        assert result.returncode == 0, result.stderr
-        assert {line.split()[0] for line in result.stdout.splitlines()} == {"3", "4"}
+    def __fspath__(self):
+        raise AssertionError("rank 0 alone reads the checkpoint")
 
-    def test_if_one_wants_to_stop_all_do_after_the_same_step(self, mpiexec, tmp_path):
-        script = """
+
+def states_of(ranks, path=None, steps=4, dtype="float64", images=IMAGES, **changes):
+    """Others than rank 0 begin with other weights."""
+    unet, path = UNet(**TINY, rng=ranks.rank).to(dtype=dtype), Elsewhere() if ranks.rank else path
+    images = images.astype(dtype) if isinstance(images, np.ndarray) else images
+    return training(path, steps, unet=unet, images=images, **{"ranks": ranks, "decay_steps": 0} | changes)[1]
+
+
+def trained(*arguments, **settings):
+    """What this rank sees of each step, in rows, and the parameters in the end."""
+    states = list(states_of(*arguments, **settings))
+    return np.array([(state.step, state.loss, state.grad_norm) for state in states]), states[-1].optimizer.theta.copy()
+
+
+@on(1, 2, 3, 4)
+def any_number_of_ranks_gives_the_same_to_rounding(ranks, folder):
+    """Of the three micro-batches of 4, 4 and 3 images, one of two ranks takes two, and one of four takes none."""
+    rows, theta = trained(ranks)
+    assert len(set(ranks.gathered((rows.tobytes(), theta.tobytes())))) == 1  # all see the same states
+    if ranks.size == 1:
+        np.savez(folder / "one.npz", rows=rows, theta=theta)
+    with np.load(folder / "one.npz") as one:
+        np.testing.assert_allclose(rows, one["rows"], rtol=1e-12)
+        np.testing.assert_allclose(theta, one["theta"], rtol=1e-9, atol=1e-12)
+
+
+@on(3)
+def the_same_number_of_ranks_gives_the_same_bits_in_every_run(ranks, folder):
+    (rows, theta), (again, theta_again) = (trained(ranks, dtype="float32") for _ in range(2))
+    assert (rows == again).all() and (theta == theta_again).all()
+    if ranks.rank == 0:
+        np.save(folder / "bits.npy", theta)  # for the job that is killed
+
+
+@on(3)
+def it_goes_on_at_another_number_of_ranks_and_rank_0_alone_reads_the_checkpoint(ranks, folder):
+    for n, steps in ((2, 2), (3, 4), (1, 6)):
+        some = some_of(ranks, n)
+        if ranks.rank < n:
+            *_, state = states = list(states_of(some, folder / "run", steps))
+            assert [state.step for state in states] == [steps - 1, steps]
+            if ranks.rank == 0:
+                state.save(folder / "run")
+        wait(ranks)
+    if ranks.rank == 0:
+        np.testing.assert_allclose(state.optimizer.theta, trained(some, steps=6)[1], rtol=1e-9, atol=1e-12)
+
+
+@on(2)
+def a_checkpoint_that_is_refused_is_refused_on_all(ranks, folder):
+    """Or the others would wait for rank 0, which alone reads it."""
+    with pytest.raises(ValueError, match="run is of another run: seed: 3 there, 4 here"):
+        next(states_of(ranks, folder / "run", seed=4))
+
+
+@on(3)
+def if_one_wants_to_stop_all_do_after_the_same_step(ranks, folder):
     steps = []
-    stop = lambda: ranks.rank == 1 and len(steps) == 2
-    for state in train(unet, diffusion, images, 100, stop=stop, **settings):
+    for state in states_of(ranks, steps=100, stop=lambda: ranks.rank == 1 and len(steps) == 2):
         steps.append(state.step)
-    os.write(1, f"{steps} {state.last}\\n".encode())
-    """
-        result = mpiexec(3, script, tmp_path / "run", "float32")
-        assert result.stdout.splitlines() == ["[1, 2, 3] True"] * 3, result.stderr
+    assert steps == [1, 2, 3] and state.last
 
-    def test_they_have_to_do_the_same(self, mpiexec, tmp_path):
-        script = """
-    settings["lr"] *= 1 + ranks.rank
-    try:
-        next(train(unet, diffusion, images, 4, **settings))
-    except ValueError as error:
-        os.write(1, f"{error}\\n".encode())
-    """
-        result = mpiexec(2, script, tmp_path / "run", "float32")
-        expected = "ranks: they have to do the same, but differ: lr: "
-        lines = [expected + "0.01 on rank 0, 0.02 on rank 1", expected + "0.02 on rank 1, 0.01 on rank 0"]
-        assert sorted(result.stdout.splitlines()) == lines, result.stderr
 
-    def test_a_checkpoint_that_is_refused_is_refused_on_all(self, mpiexec, tmp_path):
-        """Or the others would wait for rank 0, which alone reads it."""
-        trained(mpiexec, 1, tmp_path / "run", steps=2)
-        script = """
-    settings["seed"] = 4
-    try:
-        next(train(unet, diffusion, images, 4, **settings))
-    except ValueError as error:
-        os.write(1, f"{error}\\n".encode())
-    """
-        result = mpiexec(2, script, tmp_path / "run", "float64")
-        assert result.stdout.count("run is of another run: seed: 3 there, 4 here") == 2, result.stderr
+@on(2)
+def they_have_to_do_the_same(ranks, folder):
+    mine, other = ("0.01", "0.02")[:: 1 - 2 * ranks.rank]
+    differ = f"lr: {mine} on rank {ranks.rank}, {other} on rank {1 - ranks.rank}"
+    with pytest.raises(ValueError, match=f"ranks: they have to do the same, but differ: {differ}$"):
+        next(states_of(ranks, lr=float(mine)))
 
-    def test_each_of_them_is_first_alone(self, mpiexec, tmp_path):
-        """Rank 0, then those that are the first on their machine, then the others."""
-        script = """
+
+@on(2)
+def each_rank_reads_its_own_images_only(ranks, folder):
+    seen = []
+    list(states_of(ranks, None, 3, "float32", Lazy(IMAGES, lambda indices: seen.append(len(indices))), batch=16))
+    assert seen == [100, 4, 4, 4, 4, 4, 4]
+
+
+@on(4)
+def each_of_them_is_first_alone(ranks, folder):
+    """Rank 0, then those that are the first on their machine, then the others."""
     ranks.local_rank = ranks.rank % 2  # as if two were on each machine
-    order = os.open(sys.argv[1], os.O_WRONLY | os.O_APPEND)  # mpiexec may mix up what they print
+    order = os.open(folder / "order", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     with ranks.first_alone():
-        os.write(order, f"{ranks.rank}\\n".encode())
-        time.sleep(0.3)
-        os.write(order, f"{ranks.rank}\\n".encode())
-    """
-        (tmp_path / "run").touch()
-        assert mpiexec(4, script, tmp_path / "run", "float32").returncode == 0
-        lines = (tmp_path / "run").read_text().split()
-        assert lines[:4] == ["0", "0", "2", "2"] and sorted(lines[4:]) == ["1", "1", "3", "3"]
-
-    def test_each_rank_reads_its_own_images_only(self, mpiexec, tmp_path):
-        script = """
-    class Folder:
-        shape, dtype, seen = images.shape, images.dtype, []
-        def __len__(self): return len(images)
-        def __getitem__(self, indices):
-            self.seen.append(len(indices))
-            return images[indices]
-
-    settings["batch"] = 16
-    *_, state = train(unet, diffusion, Folder(), 3, **settings)
-    os.write(1, f"{Folder.seen} {state.step}\\n".encode())
-    """
-        result = mpiexec(2, script, tmp_path / "run", "float32")
-        assert result.stdout.splitlines() == ["[100, 4, 4, 4, 4, 4, 4] 3"] * 2, result.stderr
+        os.write(order, f"{ranks.rank}\n".encode())
+        time.sleep(0.05)
+        os.write(order, f"{ranks.rank}\n".encode())
+    wait(ranks)
+    lines = (folder / "order").read_text().split()
+    assert lines[:4] == ["0", "0", "2", "2"] and sorted(lines[4:]) == ["1", "1", "3", "3"]
 
 
-class TestFailure:
-    def test_a_rank_that_is_killed_ends_the_job(self, mpiexec, tmp_path):
-        script = """
-    for state in train(unet, diffusion, images, 10**6, **settings):
-        if state.step == 3 and ranks.rank == 1:
+@on(4)
+def the_mpiexec_of_another_mpi_is_noticed(ranks, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMPI_COMM_WORLD_SIZE", "9")
+        message = "mpi: mpiexec started 9 processes, but they see 4: it is that of another"
+        with pytest.raises(RuntimeError, match=message):
+            Ranks(True)
+
+
+def killed(ranks, folder):
+    for state in states_of(ranks, None, 10**6, "float32"):
+        if state.step == 4:
+            np.testing.assert_array_equal(state.optimizer.theta, np.load(folder / "bits.npy"))
+        if state.step == 6 and ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-    """
-        began = time.monotonic()
-        result = mpiexec(2, script, tmp_path / "run", "float32")
-        assert result.returncode != 0 and time.monotonic() - began < 60
-        assert re.search("TERMINATION.*signal:? 9", result.stdout + result.stderr, re.DOTALL | re.IGNORECASE)
 
-    def test_an_exception_in_one_rank_ends_the_job_and_says_which(self, mpiexec, tmp_path):
-        script = """
+
+def raises(ranks, folder):
     with ranks.abort_on_error():
-        for state in train(unet, diffusion, images, 10**6, **settings):
+        for state in states_of(ranks, None, 10**6, "float32"):
             if state.step == 3 and ranks.rank == 1:
                 raise LookupError("what was wrong")
-    """
-        result = mpiexec(2, script, tmp_path / "run", "float32")
-        assert result.returncode != 0
-        assert "rank 1 of 2 failed, which ends the job: Traceback" in result.stderr
-        assert "LookupError: what was wrong" in result.stderr and "rank 0 of 2" not in result.stderr
 
-    def test_the_mpiexec_of_another_mpi_is_noticed(self, mpiexec, monkeypatch):
-        monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "3")
-        assert ranks_started() == 3
+
+def start(n, *what):
+    pytest.importorskip("mpi4py")
+    if not MPIEXEC.exists():
+        pytest.skip("there is no mpiexec beside this python")
+    command = list(map(str, [MPIEXEC, "-n", n, sys.executable, *what]))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def mpiexec(n, *what, timeout=120):
+    """Run a function of this file, or the example, on n ranks; return status, stdout and stderr."""
+    with start(n, *what) as process:
+        try:
+            said = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    return process.returncode, *said
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """The folder of the job, the names of its parts that held, and what it said."""
+    folder = tmp_path_factory.mktemp("job")
+    _, stdout, stderr = mpiexec(4, __file__, "job", folder)
+    return folder, stdout.splitlines(), stderr
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_on_ranks(done, part):
+    assert part in done[1], done[2]
+
+
+def test_a_rank_that_is_killed_ends_the_job_which_until_then_gave_the_same_bits(done):
+    status, *said = mpiexec(3, __file__, "killed", done[0], timeout=60)
+    assert status != 0 and re.search("TERMINATION.*signal:? 9", "".join(said), re.DOTALL | re.IGNORECASE)
+
+
+def test_an_exception_in_one_rank_ends_the_job_and_says_which(tmp_path):
+    status, _, stderr = mpiexec(2, __file__, "raises", tmp_path)
+    assert status != 0 and "rank 1 of 2 failed, which ends the job: Traceback" in stderr
+    assert "LookupError: what was wrong" in stderr and "rank 0 of 2" not in stderr
+
+
+class TestWithoutMPI:
+    @given(count=st.integers(0, 40), size=st.integers(1, 12))
+    def test_each_rank_has_a_share_of_about_the_same_size(self, count, size):
+        ranks, shares = Ranks(), []
+        ranks.size = size
+        for ranks.rank in range(size):
+            shares.append(list(ranks.share(range(count))))
+        assert sum(shares, []) == list(range(count))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+    def test_there_is_one_rank(self):
+        ranks, vector = Ranks(), np.arange(3.0)
+        assert (ranks.rank, ranks.size, ranks.local_rank, ranks.local_size) == (0, 1, 0, 1)
+        ranks.allreduce(vector), ranks.broadcast(vector)
+        assert vector.tolist() == [0, 1, 2] and ranks.gathered("something") == ["something"]
+        with pytest.raises(ZeroDivisionError), ranks.abort_on_error(), ranks.first_alone():
+            raise ZeroDivisionError
+
+    def test_what_is_missing_is_named(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "mpi4py", None)
         with pytest.raises(
-            RuntimeError, match="mpi: mpiexec started 3 processes, but they see 1: it is that of another"
+            RuntimeError, match=r"mpi: .*mpi4py.*; pip install 'tinyddpm\[mpi\]' brings mpi4py and an MPI"
         ):
-            in_another_process("Ranks(True)")
+            Ranks(True)
 
 
-def in_another_process(expression):
-    """Evaluate it where MPI may be begun, and raise the RuntimeError that comes of it."""
-    code = f"from tinyddpm.speed.ranks import Ranks\ntry: {expression}\nexcept RuntimeError as error: print(error)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    raise RuntimeError(result.stdout + result.stderr)
+def alone(*options):
+    """What the example says without MPI."""
+    result = subprocess.run([sys.executable, EXAMPLE, *options], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 class TestExample:
-    def test_it_trains_on_two_ranks_and_one_of_them_writes(self, mpiexec, tmp_path):
-        result = mpiexec(2, EXAMPLE, *TINY, "--mpi", f"--out={tmp_path / 'two'}")
-        assert result.returncode == 0, result.stderr
-        assert "2 ranks of 1 worker, BLAS" in result.stdout and result.stdout.count("parameters") == 1
+    def test_it_trains_on_two_ranks_and_one_of_them_writes(self, tmp_path):
+        folders = one, two = tmp_path / "one", tmp_path / "two"
+        status, stdout, stderr = mpiexec(2, EXAMPLE, *OPTIONS, "--mpi", f"--out={two}")
+        assert status == 0 and "2 ranks of 1 worker, BLAS" in stdout and stdout.count("parameters") == 1, stderr
         # one bar begins; how often it says that it is through depends on the time
-        assert result.stdout.count("done in") == 1 and result.stderr.count("| 0/25 [") == 1
-        alone = subprocess.run(
-            [sys.executable, EXAMPLE, *TINY, "--workers=1", f"--out={tmp_path / 'one'}"], capture_output=True, text=True
-        )
-        assert alone.returncode == 0, alone.stderr
-        assert {p.name for p in (tmp_path / "one").iterdir()} == {p.name for p in (tmp_path / "two").iterdir()}
-        losses = [
-            np.loadtxt(tmp_path / name / "metrics.csv", delimiter=",", skiprows=1, usecols=(0, 1, 2, 3))
-            for name in ("one", "two")
-        ]
+        assert stdout.count("done in") == 1 and stderr.count("| 0/10 [") == 1
+        alone(*OPTIONS, "--workers=1", f"--out={one}")
+        assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+        losses = (np.loadtxt(f / "metrics.csv", delimiter=",", skiprows=1, usecols=(0, 1, 2, 3)) for f in folders)
         np.testing.assert_allclose(*losses, rtol=1e-5)
-        one, two = (load_model(tmp_path / name / "model.safetensors")[0].state_dict() for name in ("one", "two"))
-        for name, w in one.items():
-            np.testing.assert_allclose(two[name], w, atol=2e-5, err_msg=name)
-        pictures = [np.asarray(Image.open(tmp_path / name / "samples.png"), int) for name in ("one", "two")]
-        assert np.abs(pictures[0] - pictures[1]).max() <= 3
+        weights, others = (load_model(f / "model.safetensors")[0].state_dict() for f in folders)
+        for name, w in weights.items():
+            np.testing.assert_allclose(others[name], w, atol=2e-5, err_msg=name)
+        picture, other = (np.asarray(Image.open(f / "samples.png"), int) for f in folders)
+        assert np.abs(picture - other).max() <= 3
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_ctrl_c_ends_it_politely(self, mpiexec, tmp_path, number):
-        arguments = [*TINY, "--steps=1000000", "--sample-every=1000000", "--mpi", f"--out={tmp_path}"]
-        with mpiexec.start(2, EXAMPLE, *arguments) as process:
+    def test_ctrl_c_ends_it_politely_and_it_goes_on_at_another_number_of_ranks(self, tmp_path, number):
+        options = [*OPTIONS, "--steps=40", "--sample-every=1000", "--samples=1", "--mpi", f"--out={tmp_path}"]
+        with start(2, EXAMPLE, *options) as process:
             while not (tmp_path / "metrics.csv").exists() and process.poll() is None:  # until the first step is done
-                time.sleep(0.05)
-            time.sleep(0.5)
+                time.sleep(0.02)
             process.send_signal(number)
             stdout, stderr = process.communicate(timeout=60)
         assert "what was trained is saved and sampled in a moment" in stderr
-        assert process.returncode == 0 and "done in" in stdout, stderr
+        (steps,) = re.findall(r"trained  (\d+) steps", stdout)
+        assert process.returncode == 0 and "done in" in stdout and 1 <= int(steps) < 40, stderr
         assert (tmp_path / "checkpoint.safetensors").exists() and (tmp_path / "samples.png").exists()
+        if number == signal.SIGINT:
+            assert "trained  40 steps" in alone("--resume", f"--out={tmp_path}")
+            assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 41
 
-    def test_it_goes_on_at_another_number_of_ranks(self, mpiexec, tmp_path):
-        arguments = [*TINY, "--steps=60", "--sample-every=1000", "--samples=1", "--mpi", f"--out={tmp_path}"]
-        with mpiexec.start(2, EXAMPLE, *arguments) as process:
-            while not (tmp_path / "metrics.csv").exists() and process.poll() is None:
-                time.sleep(0.05)
-            process.send_signal(signal.SIGINT)
-            stdout, stderr = process.communicate(timeout=60)
-        (trained,) = re.findall(r"trained  (\d+) steps", stdout)
-        assert process.returncode == 0 and 1 <= int(trained) < 60, stderr
-        alone = [sys.executable, EXAMPLE, "--resume", f"--out={tmp_path}"]
-        result = subprocess.run(alone, capture_output=True, text=True)
-        assert result.returncode == 0 and "trained  60 steps" in result.stdout, result.stderr
-        assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 61
-
-    def test_the_ranks_agree_on_the_steps_that_take_so_long(self, mpiexec, tmp_path):
+    def test_the_ranks_agree_on_the_steps_that_take_so_long(self, tmp_path):
         """Or they would wait for each other for ever."""
-        result = mpiexec(2, EXAMPLE, *TINY[1:], "--sample-every=100000", "--minutes=0.05", "--mpi", f"--out={tmp_path}")
-        assert result.returncode == 0, result.stderr
-        (steps,) = re.findall(r"training ([\d,]+) steps, about 0.05 minutes", result.stdout)
-        assert f"trained  {steps} steps" in result.stdout
+        options = [*OPTIONS[1:], "--sample-every=100000", "--minutes=0.02", "--mpi", f"--out={tmp_path}"]
+        status, stdout, stderr = mpiexec(2, EXAMPLE, *options)
+        assert status == 0, stderr
+        (steps,) = re.findall(r"training ([\d,]+) steps, about 0.02 minutes", stdout)
+        assert f"trained  {steps} steps" in stdout
 
-    def test_without_the_option_it_is_refused(self, mpiexec, tmp_path):
-        result = mpiexec(2, EXAMPLE, *TINY, f"--out={tmp_path}")
-        assert result.returncode != 0 and not list(tmp_path.iterdir())
-        assert "--mpi is missing: mpiexec started 2 processes, which would all do the same" in result.stderr
+    def test_without_the_option_it_is_refused(self, tmp_path):
+        status, _, stderr = mpiexec(2, EXAMPLE, *OPTIONS, f"--out={tmp_path}")
+        assert status != 0 and not list(tmp_path.iterdir())
+        assert "--mpi is missing: mpiexec started 2 processes, which would all do the same" in stderr
 
-    def test_what_is_not_finite_ends_all(self, mpiexec, tmp_path):
-        result = mpiexec(
-            2, EXAMPLE, *TINY, "--lr=1e9", "--steps=200", "--sample-every=999", "--mpi", f"--out={tmp_path}"
-        )
-        assert result.returncode != 0
-        assert re.search(
-            r"which ends the job: mnist_ddpm.py: step \d+: (the loss is|it has left numbers in)", result.stderr
-        )
-        assert "Traceback" not in result.stderr
+    def test_what_is_not_finite_ends_all(self, tmp_path):
+        options = [*OPTIONS, "--lr=1e9", "--steps=200", "--sample-every=999", "--mpi", f"--out={tmp_path}"]
+        status, _, stderr = mpiexec(2, EXAMPLE, *options)
+        assert status != 0 and "Traceback" not in stderr
+        message = r"which ends the job: mnist_ddpm.py: step \d+: (the loss is|it has left numbers in)"
+        assert re.search(message, stderr)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](Ranks(True), pathlib.Path(sys.argv[2]))
