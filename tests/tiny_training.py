@@ -1,5 +1,6 @@
 """A training so small that it takes milliseconds, and copies of this process that may end as they like."""
 
+import contextlib
 import json
 import multiprocessing
 import sys
@@ -11,7 +12,7 @@ from safetensors import safe_open
 from tinyddpm import Diffusion, UNet, make_schedule, train
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
-SMALL = dict(channels=(4,), blocks=1, attention=(False,), groups=2)  # half the work, for what is not about the network
+SMALL = dict(channels=(4,), blocks=1, attention=(False,), middle_attention=False, groups=2)  # where any network will do
 DIFFUSION = Diffusion(make_schedule("linear", 20, beta_end=0.6))
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (23, 4, 4, 1)).astype(np.float32)
 SETTINGS = dict(batch=11, micro_batch=4, lr=0.01, warmup_steps=3, decay_steps=3, seed=3)
@@ -52,3 +53,16 @@ def in_a_copy(function):
     process.start()
     process.join(120)
     return process.exitcode
+
+
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """Within this block the system lets a file grow to so many bytes only, as a full disk does."""
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))  # and SIGXFSZ is ignored by Python
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -49,9 +49,8 @@ def test_it_is_free_as_soon_as_its_process_is_killed(tmp_path):
         with alone_in(tmp_path):
             if os.fork() == 0:
                 writer.send(os.getpid())
-                time.sleep(60)
-                os._exit(0)
             time.sleep(60)
+            os._exit(0)
 
     process = multiprocessing.get_context("fork").Process(target=holds)
     process.start()
@@ -69,9 +68,7 @@ def test_where_a_file_system_has_no_locks_all_goes_on(tmp_path, monkeypatch, num
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(lock, "_lock", none)
-    with alone_in(tmp_path), alone_in(tmp_path):
-        pass
-    with alone_in(tmp_path / "nowhere"):
+    with alone_in(tmp_path), alone_in(tmp_path), alone_in(tmp_path / "nowhere"):
         pass
 
 

@@ -1,14 +1,21 @@
-"""A file appears whole or not at all, whoever else writes it meanwhile."""
+"""A file appears whole or not at all, whoever else writes it meanwhile, and whatever the disk does."""
 
+import errno
 import os
-import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+from PIL import Image
+from tiny_training import DIFFUSION, SMALL, files_of_at_most, in_a_copy, on_linux
 
+from tinyddpm import UNet, save_model
 from tinyddpm.files import replacing as replacing_module
+from tinyddpm.files.checkpoint import write_checkpoint
+from tinyddpm.files.pictures import save_gif, save_loss_curve, save_picture
 from tinyddpm.files.replacing import replacing
+from tinyddpm.files.run_folder import write_options
 
 
 def names(folder):
@@ -25,17 +32,18 @@ def test_of_two_writers_at_a_time_none_spoils_what_the_other_writes(tmp_path):
     assert path.read_text() == "one" and names(tmp_path) == {"model"}
 
 
+HERE, THERE = replacing_module._HOST, "0123abcd"
+
+
 @pytest.mark.parametrize(
     ("host", "alive", "minutes", "stays"),
-    [(replacing_module._HOST, True, 0, True), (replacing_module._HOST, False, 0, os.name != "posix"),
-     ("0123abcd", False, 0, True), ("0123abcd", True, 59, True), ("0123abcd", False, 61, False)],
+    [(HERE, True, 0, True), (HERE, False, 0, os.name != "posix"), (THERE, False, 0, True), (THERE, True, 59, True),
+     (THERE, False, 61, False)],
 )  # fmt: skip
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path, host, alive, minutes, stays):
     """Of another machine it is not known whether it lives, only that it has not written for an hour. What is another's,
     or the user's, is left alone."""
-    pid = os.getpid() if alive else subprocess.Popen([sys.executable, "-c", ""]).pid
-    if not alive:
-        os.waitpid(pid, 0)
+    pid = os.getpid() if alive else 2**22 + 1  # more than a system gives
     left = f".[model].{host}-{pid}-0ab1.part"
     others = {f".model.{host}-{pid}-0ab1.part", ".[model].part", ".[model].old-1-none.part", "[model].part"}
     for name in (left, *others):
@@ -44,3 +52,64 @@ def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path, host, alive,
     with replacing(tmp_path / "[model]") as (unfinished,):
         unfinished.touch()
     assert names(tmp_path) == {"[model]", *others} | ({left} if stays else set())
+
+
+FRAMES = Image.new("L", (40, 40)), Image.new("L", (40, 40), 255)
+UNETS = UNet(**SMALL, rng=0), UNet(**SMALL, rng=1)
+VECTORS = dict.fromkeys(("theta", "m", "v"), np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("m.safetensors", lambda path, i: save_model(path, UNETS[i], DIFFUSION)),
+        ("m.safetensors", lambda path, i: save_model(path, UNETS[i], DIFFUSION, "float16")),
+        ("run.safetensors", lambda path, i: write_checkpoint(path, UNETS[i], DIFFUSION, VECTORS, {"step": i})),
+        ("options.json", lambda path, i: write_options(path.parent, {"lr": i})),
+        ("a.png", lambda path, i: save_picture(path, FRAMES[i])),
+        ("a.gif", lambda path, i: save_gif(path, [FRAMES[i], FRAMES[0]])),
+        ("loss_curve.png", lambda path, i: save_loss_curve(path, [1, 2 + i])),
+    ],
+    ids=["model", "16 bits", "checkpoint", "options", "picture", "gif", "loss_curve"],
+)
+def test_on_a_full_disk_what_is_there_stays(name, write, tmp_path, monkeypatch):
+    if name == "loss_curve.png":
+        pytest.importorskip("matplotlib")
+    path = tmp_path / name
+    contents = lambda: {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def refused(reason):
+        with pytest.raises(OSError, match=f"^.*path: cannot write {path}: {reason}"):
+            write(path, 1)
+        assert contents() == before
+
+    def full(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write(path, 0)
+    before = contents()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        refused("No space left on device")
+    if sys.platform == "linux":
+        for size in (0, 100, len(before[name]) - 1):
+            with files_of_at_most(size):
+                refused("File too large")
+    write(path, 1)  # there is space again
+    assert contents()[name] != before[name]
+
+
+@on_linux
+def test_where_nothing_may_be_written(tmp_path):
+    def writes_without_rights():
+        os.chdir(tmp_path)
+        tmp_path.chmod(0o555)
+        if os.getuid() == 0:
+            os.setuid(65534)
+        try:
+            write_options("", {})
+        except OSError as error:
+            os._exit(3 if "path: cannot write options.json: Permission denied" in str(error) else 4)
+
+    assert in_a_copy(writes_without_rights) == 3
+    assert not list(tmp_path.iterdir())
