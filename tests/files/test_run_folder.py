@@ -83,9 +83,8 @@ def test_a_run_that_goes_on_and_one_that_has_ended(tmp_path, said):
 
 
 def test_what_a_run_has_learned_so_far(tmp_path):
-    """The model is of before, once the run went on; alone, it will do."""
     assert model_in(tmp_path) == tmp_path and model_in(str(tmp_path / "nowhere")) == tmp_path / "nowhere"
-    for name in ("model.safetensors", "checkpoint.safetensors"):
+    for name in ("model.safetensors", "checkpoint.safetensors"):  # of which the model may be of before the run went on
         (tmp_path / name).touch()
         assert model_in(tmp_path) == model_in(tmp_path / name) == tmp_path / name
 
@@ -177,12 +176,11 @@ class TestLog:
     def test_it_has_the_numbers_of_each_step(self, path):
         states = list(training())
         write(path, states)
-        header, *lines = path.read_text().splitlines()
-        assert header == HEADER.strip() == ",".join(states[0].metrics())
-        for line, state in zip(lines, states, strict=True):
-            step, loss, grad_norm, lr, speed, seconds = line.split(",")
-            assert (int(step), float(loss), float(grad_norm)) == (state.step, state.loss, state.grad_norm)
-            assert float(lr) == state.lr and float(speed) > 0 and abs(float(seconds) - state.seconds) < 1e-3
+        lines = [",".join(map(str, state.metrics().values())) for state in states]
+        assert (
+            path.read_text().splitlines() == [HEADER.strip(), *lines]
+            and ",".join(states[0].metrics()) == HEADER.strip()
+        )
         assert states[-1].seconds > states[0].seconds > 0
 
     def test_a_line_is_there_as_soon_as_somebody_has_looked_at_the_step(self, path):
@@ -240,13 +238,3 @@ class TestLog:
                     failed += 1
         log.close()
         assert failed > 300 and steps_in(path) == [*range(1, 400)]
-
-    def test_what_could_not_be_written_is_tried_again(self, tmp_path):
-        log = MetricsLog(tmp_path / "folder" / "metrics.csv")
-        for state in states_of(1, 2):
-            with pytest.raises(OSError):
-                log.write(state)
-        (tmp_path / "folder").mkdir()
-        log.write(*states_of(3))
-        log.close()
-        assert steps_in(tmp_path / "folder" / "metrics.csv") == [1, 2, 3]
