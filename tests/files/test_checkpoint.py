@@ -160,6 +160,13 @@ class Own(Diffusion):
     """A diffusion of one's own."""
 
 
+def with_another(i):
+    """The images, one of which is another."""
+    images = IMAGES.copy()
+    images[i] *= -1
+    return images
+
+
 class TestAnotherRun:
     @pytest.mark.parametrize(
         ("changes", "fields"),
@@ -174,7 +181,10 @@ class TestAnotherRun:
             (dict(labels=[0] * 23, net=dict(classes=1)),
              "labels: None there, some here; unet.classes: None there, 1 here"),
             (dict(images=IMAGES[:22]), "images: 23 of 4 x 4 x 1 there, 22 of 4 x 4 x 1 here"),
-            (dict(images=-IMAGES), "images: as many there as here, but others, or in another order"),
+            (dict(images=with_another(0)), "images: as many there as here, but others, or in another order"),
+            (dict(images=with_another(-1)), "images: as many there as here, but others, or in another order"),
+            (dict(dtype="float64"),
+             "dtype: 'float32' there, 'float64' here; images: as many there as here, but others, or in another order"),
             (dict(net=dict(channels=(6,), dropout=0.1)),
              "unet.channels: [4] there, [6] here; unet.dropout: 0.0 there, 0.1 here"),
             (dict(unet=lambda rng: UNet(**SMALL).to(precision="tf32")), "precision: 'float32' there, 'tf32' here"),
@@ -199,6 +209,8 @@ class TestAnotherRun:
             warnings.simplefilter("error")
             next(states)
         assert str(error.value) == f"{path} is of another run: {fields}"
+        differing = error.value.differing.values()
+        assert len(differing) > 0 and all(there != here for there, here in differing)
         assert_same(before, unet.state_dict())
 
     @pytest.mark.parametrize(
@@ -216,6 +228,7 @@ class TestAnotherRun:
         labels = np.arange(6) % 2
         config = of(4, labels)
         assert differences(config, of(4, 1 - labels)) == ["labels: others there than here"]
+        assert differences(config, of(4, None)) == ["labels: some there, None here"]
         change(tmp_path)
         (line,) = differences(config, of(size, labels))
         assert line.startswith(f"images: {difference}")

@@ -53,14 +53,15 @@ def test_what_is_written_and_when(tmp_path, said, curves):
     assert drawn == [2, 4, 6]  # step 7 is the last, of which the caller makes what it likes
     assert curves == [("loss.png", losses[:n], [*range(1, n + 1)]) for n in (2, 4, 6, 7)]
     log, new = {"metrics.csv"}, {"metrics.csv", "checkpoint.safetensors"}
-    assert seen == [log, log, new, new, new, *2 * [new | {"checkpoint.previous.safetensors"}]]
+    both = new | {"checkpoint.previous.safetensors"}
+    assert seen == [log, log, new, new, new, both, both]
     assert steps_in(tmp_path / "metrics.csv") == [1, 2, 3, 4, 5, 6, 7]
     *_, alone = training()
     for model in (state.ema.model, load_model(tmp_path / "checkpoint.safetensors")[0]):  # nothing is changed by looking
         for w, unseen_w in zip(model.state_dict().values(), alone.ema.model.state_dict().values(), strict=True):
             np.testing.assert_array_equal(w, unseen_w)
     text = said()
-    assert "7/7" in text and f"{state.images_per_second:.0f} images/s" in text
+    assert all(words in text for words in ("training: ", "7/7", "step", f"{state.images_per_second:.0f} images/s"))
 
 
 def test_a_run_that_goes_on_and_one_that_has_ended(tmp_path, said):
@@ -110,10 +111,12 @@ def test_an_error_goes_on_to_the_caller_who_is_told_what_is_kept(tmp_path, said)
             yield state
 
     (tmp_path / "other").mkdir()
+    (tmp_path / "unwritable" / "checkpoint.safetensors").mkdir(parents=True)
     for states, folder, save_every, error, told in [
         (broken(5), tmp_path, 2, "5", True),
         (broken(6, resume=tmp_path / "checkpoint.safetensors"), tmp_path, 100, "6", True),  # kept before it went on
         (broken(5), tmp_path / "other", 100, "5", False),
+        (broken(5), tmp_path / "unwritable", 2, "5", False),
     ]:
         with pytest.raises(ArithmeticError, match=error):
             list(recorded(states, folder, 7, save_every))
@@ -121,12 +124,14 @@ def test_an_error_goes_on_to_the_caller_who_is_told_what_is_kept(tmp_path, said)
 
 
 def test_begin_folder(tmp_path):
+    tmp_path = tmp_path / "runs" / "first"
     read = lambda folder: json.loads((folder / "options.json").read_text())
     options = {"lr": 0.1, "channels": [8, 16], "steps": 5, "labels": None}
     assert begin_folder(tmp_path, options) is None and not differences(read(tmp_path), options)
     assert begin_folder(tmp_path, options | {"lr": 0.2}) is None and not (tmp_path / "earlier-1").exists()
     list(recorded(training(), tmp_path, 7))
-    (tmp_path / "step_2.png").touch()
+    for name in ("step_2.png", "loss.png", "model.safetensors"):
+        (tmp_path / name).touch()
     before = names(tmp_path)
     (tmp_path / "notes.txt").touch()  # the user's own
     assert begin_folder(tmp_path, options, resume=True) is None and names(tmp_path) == before | {"notes.txt"}
