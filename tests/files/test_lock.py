@@ -1,5 +1,6 @@
 """One program at a time in a folder; of one that is killed, nothing stays locked."""
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -60,6 +61,18 @@ def test_it_is_free_as_soon_as_its_process_is_killed(tmp_path):
     process.join()
     assert (tmp_path / LOCK).exists() and refused(tmp_path) == "" and not (tmp_path / LOCK).exists()
     os.kill(worker, signal.SIGKILL)
+
+
+def test_it_holds_within_a_process_too_and_may_be_waited_for(tmp_path, monkeypatch):
+    assert str(lock._in_use(tmp_path / LOCK)).startswith(f"{tmp_path} is in use by another process; wait for its end")
+    (tmp_path / "other").mkdir()
+    with contextlib.ExitStack() as first, alone_in(tmp_path / "other"):
+        first.enter_context(alone_in(tmp_path))
+        with pytest.raises(BlockingIOError, match=f"is in use by process {os.getpid()}"), alone_in(tmp_path):
+            pass
+        monkeypatch.setattr(lock.time, "sleep", lambda seconds: first.close())
+        with alone_in(tmp_path, wait=60):
+            pass
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
