@@ -47,15 +47,16 @@ def said(capsys):
 
 def test_what_is_written_and_when(tmp_path, said, curves):
     drawn, seen, losses = [], [], []
-    for state in recorded(training(), tmp_path, 7, 3, draw_every=2, draw=lambda state: drawn.append(state.step)):
+    draw = lambda state: drawn.append(state.step)
+    for state in recorded(training(), tmp_path, 7, save_every=3, draw_every=2, draw=draw, options={"steps": 7}):
         seen.append(names(tmp_path))
         losses.append(state.loss)
     assert drawn == [2, 4, 6]  # step 7 is the last, of which the caller makes what it likes
     assert curves == [("loss.png", losses[:n], [*range(1, n + 1)]) for n in (2, 4, 6, 7)]
-    log, new = {"metrics.csv"}, {"metrics.csv", "checkpoint.safetensors"}
+    log, new = {"metrics.csv", "options.json"}, {"metrics.csv", "options.json", "checkpoint.safetensors"}
     both = new | {"checkpoint.previous.safetensors"}
     assert seen == [log, log, new, new, new, both, both]
-    assert steps_in(tmp_path / "metrics.csv") == [1, 2, 3, 4, 5, 6, 7]
+    assert steps_in(tmp_path / "metrics.csv") == [1, 2, 3, 4, 5, 6, 7] and ended(tmp_path)
     *_, alone = training()
     for model in (state.ema.model, load_model(tmp_path / "checkpoint.safetensors")[0]):  # nothing is changed by looking
         for w, unseen_w in zip(model.state_dict().values(), alone.ema.model.state_dict().values(), strict=True):
