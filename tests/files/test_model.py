@@ -186,8 +186,9 @@ class TestBadInput:
             (b"\x1f\x8b\x08\0\0\0\0\0\0\x03", "it is packed: unpack it with gzip -d"),
             (slice(100), r"it ends after 100 of at least [0-9,]{6} bytes: download or copy it again"),
             (slice(-1), r"it ends after [0-9,]+ of [0-9,]+ bytes: download or copy it again"),
-            ((0x01_0280).to_bytes(8, "little") + b"{", "it ends after 9 of at least 66,184 bytes"),  # as a pickle
+            ((0x01_0280).to_bytes(8, "little") + b'{"w', "it ends after 11 of at least 66,184 bytes"),  # as a pickle
             ((99 * 10**6).to_bytes(8, "little") + b"{", "it ends after 9 of at least 99,000,008 bytes"),
+            (b"\x02\x03" * 50, r"safetensors file: Error .* \(it has 100 bytes\)$"),
             (b"\0" * 100, "it begins with zeros, as what was not downloaded to its end: download it again"),
         ],
     )  # fmt: skip
@@ -214,7 +215,7 @@ class TestBadInput:
         save_laid_out(tmp_path / "original", unet, lambda name, ndim: original_layout(name, ndim, 2))
         save_laid_out(tmp_path / "alone.safetensors", unet, diffusers_layout)
         save_file({"to_q.lora_A.weight": np.zeros(1)}, tmp_path / "lora")
-        save_file({"w": np.zeros(1)}, tmp_path / "other")
+        save_file({"w": np.zeros(1), "b": np.zeros(1)}, tmp_path / "other")
         folder = str(tmp_path / "theirs")
         for load, name, message in [
             (load_model, "theirs", f"theirs is a folder. load_diffusers reads the folder {folder}"),
@@ -223,11 +224,11 @@ class TestBadInput:
             (load_model, "theirs/unet/diffusion_pytorch_model.safetensors",
              f"not written by save_model; it has the names of diffusers: load_diffusers reads the folder {folder},"),
             (load_original, "alone.safetensors", f"load_diffusers reads the folder {tmp_path}, with its config.json"),
-            (load_model, "original", "was not written by save_model; .* Ho et al.'s code: load_original reads it"),
+            (load_model, "original", "was not written by save_model; it has the names of Ho et al.'s code: load_original reads it$"),
             (load_original, "run/model.safetensors", "does not have the names .*, but load_model reads it"),
-            (load_original, "lora", "it is a LoRA, which only changes another network, and nothing here reads it"),
+            (load_original, "lora", ", but it is a LoRA, which only changes another network, and nothing here reads it"),
             (load_model, "lora", "it is a LoRA"),
-            (load_model, "other", "was not written by save_model; it has w"),
+            (load_model, "other", "was not written by save_model; it has b, w$"),
         ]:  # fmt: skip
             with pytest.raises((ValueError, FileNotFoundError), match=f"^path: .*{message}"):
                 load(tmp_path / name)
