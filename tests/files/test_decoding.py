@@ -85,10 +85,8 @@ def is_right(path, data, expected, slack=1):
 
 KINDS = {"white is 0": 0, "black is 0": 1, "RGB": 2, "palette": 3, "CMYK": 5, "YCbCr": 6}
 # the depths of which every version of Pillow reads at least the plainest files, the last ones if the low byte is first
-DEPTHS = {
-    "white is 0": (1, 2, 4, 8, 16), "black is 0": (1, 2, 4, 8, 16, 12), "RGB": (8, 16), "palette": (1, 2, 4, 8),
-    "CMYK": (8,), "YCbCr": (8,),
-}  # fmt: skip
+DEPTHS = {"white is 0": (1, 2, 4, 8, 16), "black is 0": (1, 2, 4, 8, 16, 12), "RGB": (8, 16), "palette": (1, 2, 4, 8)}
+DEPTHS |= {"CMYK": (8,), "YCbCr": (8,)}
 SLACK = {"RGB": 1, "CMYK": 3, "YCbCr": 3}  # Pillow leaves out the low byte, and rounds as it goes; else 0.5: to the bit
 
 
@@ -132,12 +130,6 @@ def test_tiff(tmp_path, kind, order, deflate):
         at_least = DEPTHS[kind][: -1 if order == ">" and DEPTHS[kind][-1] > 8 and kind != "RGB" else None]
         assert right >= {(bits, None, False) for bits in at_least}
     assert not right & set(itertools.product((32,), (None, 0, 1, 2), (False, True)))
-
-
-def test_lab(tmp_path):
-    pytest.importorskip("PIL._imagingcms")
-    red = np.broadcast_to([138, 81, 70], (H, W, 3))  # L = 54, a = 81, b = 70
-    assert is_right(tmp_path / "a.tif", tiff(red, 8, 8), np.array([255, 0, 0]), slack=6)
 
 
 DEPTHS_OF_PNG = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
@@ -193,11 +185,35 @@ HEADERS = {  # of pictures of four bytes per pixel, the last one of which is an 
 }
 
 
-@pytest.mark.parametrize("alpha", [0, 255])
-@pytest.mark.parametrize("name", HEADERS)
-def test_if_alpha_is_0_throughout_programs_that_know_none_have_written_it(tmp_path, name, alpha):
-    data = HEADERS[name] + bytes([10, 100, 200, alpha]) * (H * W) + bytes(4 * H)
-    assert is_right(tmp_path / f"a.{name}", data, np.array([200, 100, 10]))
+BLACK = np.random.default_rng(0).integers(0, 2, (H, W))
+XBM = "#define a_width {}\n#define a_height {}\nstatic char a_bits[] = {{\n{}}};\n".format(
+    W, H, ", ".join(f"0x{row:02x}" for row in np.packbits(BLACK, axis=1, bitorder="little").ravel())
+)
+PSD = b"8BPS" + struct.pack(">H6xHIIHH", 1, 1, H, W, 1, 0) + bytes(14) + packed(BLACK, 1)
+DEEP = np.random.default_rng(0).integers(0, 2**16, (H, W, 1))
+ICON = struct.pack("<HHHBBBBHHII", 0, 1, 1, W, H, 0, 0, 1, 16, len(png(DEEP, 16, 0)), 22) + png(DEEP, 16, 0)
+RED = np.broadcast_to([138, 81, 70], (H, W, 3))  # in Lab: L = 54, a = 81, b = 70
+OTHERS = {  # what is in a file, what it shows, and how exactly
+    # if the alpha is 0 throughout, programs that know none have written it
+    **{
+        f"{name}, alpha {alpha}": (head + bytes([10, 100, 200, alpha]) * (H * W) + bytes(4 * H), (200, 100, 10), 0)
+        for name, head in HEADERS.items()
+        for alpha in (0, 255)
+    },
+    # bitmaps in which 1 is black, as ImageMagick shows both, Photoshop the one and the X Window System the other
+    "xbm": (XBM.encode(), 255 - 255 * BLACK[:, :, None], 0),
+    "psd": (PSD, 255 - 255 * BLACK[:, :, None], 0),
+    "an icon of 16 bits": (ICON, DEEP / 257, 0.5),
+    "Lab": (tiff(RED, 8, 8), (255, 0, 0), 6),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others(tmp_path, name):
+    if name == "Lab":
+        pytest.importorskip("PIL._imagingcms")
+    data, expected, slack = OTHERS[name]
+    assert is_right(tmp_path / "a", data, np.array(expected), slack)
 
 
 CLEAR = (9, 9, 9, 0)
@@ -206,7 +222,7 @@ CLEAR = (9, 9, 9, 0)
 @pytest.mark.parametrize(
     "kind, mode, left, right, how",
     [
-        *((kind, "RGBA", CLEAR, CLEAR, {}) for kind in ("PNG", "TIFF", "WEBP")),
+        *((kind, "RGBA", CLEAR, CLEAR, {}) for kind in ("PNG", "TIFF", "WEBP")),  # where an alpha of 0 is meant
         ("PNG", "P", 50, 9, {"transparency": 9}),
         ("PNG", "P", 50, 9, {"transparency": b"\xff" * 9 + b"\0" + b"\xff" * 41}),
         ("GIF", "P", 50, 9, {"transparency": 9}),
@@ -221,25 +237,6 @@ def test_white_is_behind_what_is_transparent(tmp_path, kind, mode, left, right, 
     expected = np.full((H, W, 3), 255)
     expected[:, : W // 2] = 255 if left == CLEAR else 50
     assert is_right(tmp_path / "a", data.getvalue(), expected, slack=0)
-
-
-BLACK = np.random.default_rng(0).integers(0, 2, (H, W))
-XBM = "#define a_width {}\n#define a_height {}\nstatic char a_bits[] = {{\n{}}};\n".format(
-    W, H, ", ".join(f"0x{row:02x}" for row in np.packbits(BLACK, axis=1, bitorder="little").ravel())
-)
-PSD = b"8BPS" + struct.pack(">H6xHIIHH", 1, 1, H, W, 1, 0) + bytes(14) + packed(BLACK, 1)
-DEEP = np.random.default_rng(0).integers(0, 2**16, (H, W, 1))
-ICON = struct.pack("<HHHBBBBHHII", 0, 1, 1, W, H, 0, 0, 1, 16, len(png(DEEP, 16, 0)), 22) + png(DEEP, 16, 0)
-
-
-@pytest.mark.parametrize(
-    "data, expected, slack",
-    # bitmaps in which 1 is black, as ImageMagick shows both, Photoshop the one and the X Window System the other
-    [(XBM.encode(), 255 - 255 * BLACK[:, :, None], 0), (PSD, 255 - 255 * BLACK[:, :, None], 0), (ICON, DEEP / 257, 1)],
-    ids=["xbm", "psd", "an icon of 16 bits"],
-)
-def test_others(tmp_path, data, expected, slack):
-    assert is_right(tmp_path / "a", data, expected, slack)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 7, 8, 12, 16])
@@ -260,18 +257,15 @@ def test_jpeg_2000_in_which_white_is_as_many_bits_as_it_says(tmp_path, name, bit
     assert is_right(tmp_path / f"a.{name}", bytes(data), np.full(3, 255)) == (bits >= 8)
 
 
-def half_a_gif():
-    frame = io.BytesIO()
-    Image.new("L", (W, H // 2), 90).save(frame, "GIF")
-    return frame.getvalue()[:6] + struct.pack("<2H", W, H) + frame.getvalue()[10:]
-
-
+FRAME = io.BytesIO()
+Image.new("L", (W, H // 2), 90).save(FRAME, "GIF")
+PART = FRAME.getvalue()[:6] + struct.pack("<2H", W, H) + FRAME.getvalue()[10:]
 CARDS = [("SIMPLE", "T"), ("BITPIX", 16), ("NAXIS", 2), ("NAXIS1", W), ("NAXIS2", H)]
 FITS = "".join(f"{name:8}= {value:>20}".ljust(80) for name, value in CARDS) + "END"
 BLANK, UNKNOWN = np.zeros((H, W, 1), int), "not known which of them are white$|a kind that Pillow does not read$"
 REFUSED = [
     (tiff(BLANK, 1, 3, palette=[0, 200] * 3), "^a palette of 8 bits where TIFF has 16$"),
-    (half_a_gif(), "^a first frame that is a part of the picture, without a colour for the rest$"),
+    (PART, "^a first frame that is a part of the picture, without a colour for the rest$"),
     (FITS.ljust(2880).encode() + bytes(2 * W * H), "^numbers of more than 8 bits, and it is not known which of them"),
     (tiff(BLANK, 8, 1, numbers=2), "^numbers with a sign, and it is not known which of them are white$"),
     *((tiff(BLANK, bits, black, numbers=2), UNKNOWN) for bits in (8, 16, 32) for black in (0, 1)),  # with a sign
