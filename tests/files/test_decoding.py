@@ -16,6 +16,7 @@ from PIL import Image
 from tinyddpm.files.decoding import opened, pixels, reason
 
 H, W = 5, 8
+NUMBERS = itertools.count()
 REASONS = (
     "in no format that Pillow reads|a kind that Pillow does not read|not known which of them are white|which Pillow "
     "mistakes|a palette of 8 bits|of which Pillow reads 8|a first frame that is a part|fewer than 8 bits|"
@@ -68,8 +69,9 @@ def read(path, channels=3):
         return pixels(picture, H, W, channels)
 
 
-def is_right(path, data, expected, slack=1):
+def is_right(folder, data, expected, slack=1):
     """Whether a picture shows what is expected, in RGB and in grey; False if it is refused with a reason."""
+    path = folder / str(next(NUMBERS))  # a new file is written faster than an old one anew
     path.write_bytes(data)
     expected = np.broadcast_to(expected, (H, W, 3))
     try:
@@ -124,7 +126,7 @@ def test_tiff(tmp_path, kind, order, deflate):
             levels = np.concatenate([levels, alpha], 2)
         colours = () if palette is None else 257 * palette.T.ravel()
         data = tiff(levels, bits, KINDS[kind], order, deflate, separate, extra, palette=colours)
-        if is_right(tmp_path / "a.tif", data, expected, SLACK.get(kind, 0.5)):
+        if is_right(tmp_path, data, expected, SLACK.get(kind, 0.5)):
             right.add((bits, extra, separate))
     if kind != "YCbCr" or deflate:  # else it is refused
         at_least = DEPTHS[kind][: -1 if order == ">" and DEPTHS[kind][-1] > 8 and kind != "RGB" else None]
@@ -150,14 +152,14 @@ def test_png(tmp_path, bits, colour):
         shown, alpha = shown[:, :, :-1], shown[:, :, -1:]
         shown = (shown * alpha + 255 * (255 - alpha)) / 255
     slack = 0.5 if colour == 0 else 2.5 if colour >= 4 and bits == 16 else 1.1  # Pillow leaves out the low byte
-    assert is_right(tmp_path / "a.png", png(levels, bits, colour, **chunks), shown, slack)
+    assert is_right(tmp_path, png(levels, bits, colour, **chunks), shown, slack)
     if colour == 3:
         chunks["tRNS"], alpha = bytes(alphas.ravel().tolist()), alphas[levels[:, :, 0]]
         shown = (shown * alpha + 255 * (255 - alpha)) / 255
     elif colour < 4:
         chunks["tRNS"] = levels[0, 0].astype(">u2").tobytes()
         shown = np.where((levels == levels[0, 0]).all(2, keepdims=True), 255, shown)
-    right = is_right(tmp_path / "a.png", png(levels, bits, colour, **chunks), shown, slack)
+    right = is_right(tmp_path, png(levels, bits, colour, **chunks), shown, slack)
     assert right == ((colour, bits) != (2, 16))
 
 
@@ -167,7 +169,7 @@ def test_pnm(tmp_path, white, samples, plain, magic):
     levels = np.random.default_rng(0).integers(0, white + 1, (H, W, samples))
     body = " ".join(map(str, levels.ravel())).encode() if plain else packed(levels, 16 if white > 255 else 8)
     data = b"P%d %d %d %d\n" % (magic, W, H, white) + body + b"\n" * plain
-    assert is_right(tmp_path / "a.pnm", data, levels / white * 255, 0.5 if magic == 5 and white == 65535 else 1)
+    assert is_right(tmp_path, data, levels / white * 255, 0.5 if magic == 5 and white == 65535 else 1)
 
 
 def dib(size, height=H):
@@ -192,6 +194,20 @@ XBM = "#define a_width {}\n#define a_height {}\nstatic char a_bits[] = {{\n{}}};
 PSD = b"8BPS" + struct.pack(">H6xHIIHH", 1, 1, H, W, 1, 0) + bytes(14) + packed(BLACK, 1)
 DEEP = np.random.default_rng(0).integers(0, 2**16, (H, W, 1))
 ICON = struct.pack("<HHHBBBBHHII", 0, 1, 1, W, H, 0, 0, 1, 16, len(png(DEEP, 16, 0)), 22) + png(DEEP, 16, 0)
+CLEAR = (9, 9, 9, 0)
+HALF = np.where(np.arange(W) < W // 2, 50, 255)[None, :, None]
+
+
+def transparent(kind, mode="P", left=50, right=9, **how):
+    """A picture of two colours, saved by Pillow."""
+    picture, data = Image.new(mode, (W, H), right), io.BytesIO()
+    picture.paste(left, (0, 0, W // 2, H))
+    if mode == "P":
+        picture.putpalette([i // 3 for i in range(768)])
+    picture.save(data, kind, **how)
+    return data.getvalue()
+
+
 RED = np.broadcast_to([138, 81, 70], (H, W, 3))  # in Lab: L = 54, a = 81, b = 70
 OTHERS = {  # what is in a file, what it shows, and how exactly
     # if the alpha is 0 throughout, programs that know none have written it
@@ -200,6 +216,11 @@ OTHERS = {  # what is in a file, what it shows, and how exactly
         for name, head in HEADERS.items()
         for alpha in (0, 255)
     },
+    # elsewhere it is meant: white is behind what is transparent
+    **{f"all of a {kind}": (transparent(kind, "RGBA", CLEAR, CLEAR), 255, 0) for kind in ("PNG", "TIFF", "WEBP")},
+    "a colour of a PNG": (transparent("PNG", transparency=9), HALF, 0),
+    "an alpha of each colour": (transparent("PNG", transparency=b"\xff" * 9 + b"\0" + b"\xff" * 41), HALF, 0),
+    "a colour of a GIF": (transparent("GIF", transparency=9), HALF, 0),
     # bitmaps in which 1 is black, as ImageMagick shows both, Photoshop the one and the X Window System the other
     "xbm": (XBM.encode(), 255 - 255 * BLACK[:, :, None], 0),
     "psd": (PSD, 255 - 255 * BLACK[:, :, None], 0),
@@ -213,30 +234,7 @@ def test_others(tmp_path, name):
     if name == "Lab":
         pytest.importorskip("PIL._imagingcms")
     data, expected, slack = OTHERS[name]
-    assert is_right(tmp_path / "a", data, np.array(expected), slack)
-
-
-CLEAR = (9, 9, 9, 0)
-
-
-@pytest.mark.parametrize(
-    "kind, mode, left, right, how",
-    [
-        *((kind, "RGBA", CLEAR, CLEAR, {}) for kind in ("PNG", "TIFF", "WEBP")),  # where an alpha of 0 is meant
-        ("PNG", "P", 50, 9, {"transparency": 9}),
-        ("PNG", "P", 50, 9, {"transparency": b"\xff" * 9 + b"\0" + b"\xff" * 41}),
-        ("GIF", "P", 50, 9, {"transparency": 9}),
-    ],
-)
-def test_white_is_behind_what_is_transparent(tmp_path, kind, mode, left, right, how):
-    picture, data = Image.new(mode, (W, H), right), io.BytesIO()
-    picture.paste(left, (0, 0, W // 2, H))
-    if mode == "P":
-        picture.putpalette([i // 3 for i in range(768)])
-    picture.save(data, kind, **how)
-    expected = np.full((H, W, 3), 255)
-    expected[:, : W // 2] = 255 if left == CLEAR else 50
-    assert is_right(tmp_path / "a", data.getvalue(), expected, slack=0)
+    assert is_right(tmp_path, data, np.array(expected), slack)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 7, 8, 12, 16])
@@ -254,7 +252,7 @@ def test_jpeg_2000_in_which_white_is_as_many_bits_as_it_says(tmp_path, name, bit
     data[place] = bits - 1
     if name == "jp2":
         data[data.index(b"ihdr") + 14] = bits - 1
-    assert is_right(tmp_path / f"a.{name}", bytes(data), np.full(3, 255)) == (bits >= 8)
+    assert is_right(tmp_path, bytes(data), np.full(3, 255)) == (bits >= 8)
 
 
 FRAME = io.BytesIO()
