@@ -147,7 +147,7 @@ def test_png(tmp_path, bits, colour):
     """Of each colour type, without and with a tRNS chunk, which says what is transparent."""
     rng, white = np.random.default_rng(0), 2**bits - 1
     levels = rng.integers(0, white + 1, (H, W, {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]))
-    levels[0] = white // 2
+    levels[:3] = np.array([white // 2, 1, white])[:, None, None]
     palette, alphas = rng.integers(0, 256, (white + 1, 3)), rng.integers(0, 256, (white + 1, 1))
     chunks = {"PLTE": bytes(palette.ravel().tolist())} if colour == 3 else {}
     shown = palette[levels[:, :, 0]] if colour == 3 else levels / white * 255
@@ -156,14 +156,16 @@ def test_png(tmp_path, bits, colour):
         shown = (shown * alpha + 255 * (255 - alpha)) / 255
     slack = 0.5 if colour == 0 else 2.5 if colour >= 4 and bits == 16 else 1.1  # Pillow leaves out the low byte
     assert is_right(tmp_path, png(levels, bits, colour, **chunks), shown, slack)
+    transparent = []  # what tRNS says, and the alpha that is meant
     if colour == 3:
-        chunks["tRNS"], alpha = bytes(alphas.ravel().tolist()), alphas[levels[:, :, 0]]
-        shown = (shown * alpha + 255 * (255 - alpha)) / 255
+        transparent = [(bytes(alphas.ravel().tolist()), alphas[levels[:, :, 0]])]
     elif colour < 4:
-        chunks["tRNS"] = levels[0, 0].astype(">u2").tobytes()
-        shown = np.where((levels == levels[0, 0]).all(2, keepdims=True), 255, shown)
-    right = is_right(tmp_path, png(levels, bits, colour, **chunks), shown, slack)
-    assert right == ((colour, bits) != (2, 16))
+        others = lambda x: 255 * (levels != x).any(2, keepdims=True)
+        transparent = [(x.astype(">u2").tobytes(), others(x)) for x in levels[[0, 2], 0]]
+    for chunks["tRNS"], alpha in transparent:
+        expected = (shown * alpha + 255 * (255 - alpha)) / 255
+        right = is_right(tmp_path, png(levels, bits, colour, **chunks), expected, slack)
+        assert right == ((colour, bits) != (2, 16))
 
 
 @pytest.mark.parametrize("white", [1, 3, 100, 255, 256, 1023, 4095, 65535])

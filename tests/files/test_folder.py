@@ -107,7 +107,7 @@ class TestWhichFiles:
         of_systems = ("__MACOSX/a.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg", "d/@eaDir/b.jpg", "lost+found/a.png")
         put_all(tmp_path, "a.png", ".b.png", ".cache/c.png", "d/.e/f.png", *of_systems)
         put_all(tmp_path, "g.eps", "h.pdf")  # the one needs Ghostscript, the other is only written
-        beside = "i.txt LICENSE README x/README.md x/y.py x/y.ipynb y.sh y.pdf z.zip zz.zip z.npy z.mp4 Thumbs.db"
+        beside = "i.txt LICENSE README x/README x/y.py x/y.ipynb y.sh y.pdf z.zip zz.zip z.npy z.mp4 Thumbs.db"
         for file in (*beside.split(), "1.a", "2.a", "3.a", "4.b", "5.b", "j.jpg_", "k", "png", "l/m.HEIC"):
             (tmp_path / file).parent.mkdir(exist_ok=True)
             (tmp_path / file).write_bytes(b"text")
@@ -175,6 +175,7 @@ class TestWhichFiles:
             ("train2017/1 val2017/2", "train2017, val2017", "train2017"),
             ("pets/cats/1 pets/dogs/2", "pets", "pets"),
             ("2019/cats/1 2020/cats/2 2020/dogs/3 2021/x/y/4", "2019, 2020, 2021", "2020"),
+            ("2019/cats/1 2019/dogs/2 2020/cats/3 2020/cats/4 2020/dogs/5", "2019, 2020", "2020"),
             *((files, "", None) for files in (
                 "cat/indoor/1 dog/indoor/2", "bullet_train/1 steam_train/2 train_station/3", "archive/dataset/1",
                 "cats/1 dogs/a/2", "cats/a/1 dogs/b/2", "cats/a/1 cats/2 dogs/a/3 dogs/b/4", "cow/1 train/1", "cats/1",
@@ -302,10 +303,12 @@ class TestWhatIsShown:
             how = {"lossless": True} if name == "a.webp" else {}
             put(tmp_path / "frames" / name, frames[0], save_all=True, append_images=frames[1:], **how)
         (tmp_path / "frames/b.png").touch()
+        damaged = put(tmp_path / "frames/c.gif", frames[0], save_all=True, append_images=frames[1:2])
+        damaged.write_bytes(damaged.read_bytes()[:-25])  # in the second frame, which is no harm to the first
         images, said = told(tmp_path / "frames")
         assert (to_uint8(images[:]) == 30).all() and said == [
-            "1 of 5 files are left out: b.png: empty",
-            "of 4 files with several frames or pages, the first is taken: a.gif, a.png, a.tif, ...",
+            "1 of 6 files are left out: b.png: empty",
+            "of 5 files with several frames or pages, the first is taken: a.gif, a.png, a.tif, ...",
         ]
         for name in ("b.jpg", "c.mpo"):
             put(tmp_path / "one" / name, frames[1], format="MPO", save_all=True, append_images=frames[2:])
