@@ -179,16 +179,13 @@ class TestThereAndBack:
         expected = ends | dict(beta_schedule=theirs, rescale_betas_zero_snr=zero_terminal_snr, trained_betas=None)
         assert expected.items() <= config.items()
 
-    @pytest.mark.parametrize(
-        "schedule",
-        [
-            make("cosine", 7, start=0), make("cosine", 7, s=0), make("sigmoid", 7), Schedule([0.1, 0.7, 1.0]),
-            Schedule([0.1, 0.7], name="linear", parameters={"beta_start": 0.1}),  # which it is not
-            dataclasses.replace(make("linear", 7), beta=make("linear", 7).beta * (1 + 1e-9)),  # nor is this
-        ],
-    )  # fmt: skip
-    def test_schedules_that_it_has_not(self, schedule):
-        assert scheduler_config(Diffusion(schedule, "v"))["trained_betas"] == schedule.beta.tolist()
+    def test_schedules_that_it_has_not(self):
+        linear = make("linear", 7)
+        like_linear = dataclasses.replace(linear, beta=linear.beta * (1 + 1e-9))
+        named_linear = Schedule([0.1, 0.7], name="linear", parameters={"beta_start": 0.1})
+        others = make("cosine", 7, start=0), make("cosine", 7, s=0), make("sigmoid", 7), Schedule([0.1, 0.7, 1.0])
+        for schedule in (like_linear, named_linear, *others):
+            assert scheduler_config(Diffusion(schedule, "v"))["trained_betas"] == schedule.beta.tolist()
 
     @given(schedule=schedules())
     def test_any_schedule_there_is(self, schedule):
@@ -486,30 +483,19 @@ def with_a_tensor_twice(folder):
     save_file(load_file(second) | {"conv_in.weight": np.zeros((4, 1, 3, 3), np.float32)}, second)
 
 
-class TestShards:
-    @pytest.mark.parametrize(("variant", "older"), [("", False), (".fp16", False), (".fp16", True)])
-    def test_they_are_read(self, folder, variant, older):
-        """Before one file beside them, as diffusers does."""
-        unet, _ = in_shards(folder, variant, older)
-        assert_same_weights(load_diffusers(folder, variant[1:] or None)[0], unet)
-        if variant:
-            assert_same_weights(load_diffusers(folder)[0], OURS)
-        (folder / WEIGHTS).unlink()
-        assert_same_weights(load_diffusers(folder, variant[1:] or None)[0], unet)
-
-    def test_one_file_of_a_variant_beside_them(self, folder):
-        fp16 = (folder / WEIGHTS).rename(folder / "unet" / f"{MODEL}.fp16.safetensors")
-        unet, index = in_shards(folder)
-        assert_same_weights(load_diffusers(folder, "fp16")[0], OURS)
-        assert_same_weights(load_diffusers(folder)[0], unet)
-        index.unlink()  # those that are left of an older model belong to nothing
-        fp16.rename(folder / WEIGHTS)
-        (folder / "unet" / f"{MODEL}.bin.index.json").write_text("{}")
+@pytest.mark.parametrize(("variant", "older"), [("", False), (".fp16", False), (".fp16", True)])
+def test_shards_are_read_before_one_file_beside_them(folder, variant, older):
+    unet, index = in_shards(folder, variant, older)
+    assert_same_weights(load_diffusers(folder, variant[1:] or None)[0], unet)
+    if variant:
         assert_same_weights(load_diffusers(folder)[0], OURS)
-        (folder / WEIGHTS).unlink()
-        message = f"there is no .*{MODEL}.safetensors; .* index, {index.name}, or with"
-        with pytest.raises(FileNotFoundError, match=message):
-            load_diffusers(folder)
+    whole = (folder / WEIGHTS).rename(folder / "unet" / f"{MODEL}.ema.safetensors")
+    assert_same_weights(load_diffusers(folder, variant[1:] or None)[0], unet)
+    assert_same_weights(load_diffusers(folder, "ema")[0], OURS)
+    index.unlink()  # shards that are left of an older model belong to nothing
+    whole.rename(folder / WEIGHTS)
+    (folder / "unet" / f"{MODEL}.bin.index.json").write_text("{}")
+    assert_same_weights(load_diffusers(folder)[0], OURS)
 
 
 THEIR_INDEX = f"{MODEL}.safetensors.index.json"
@@ -655,15 +641,12 @@ NO_JSON_OBJECT = [  # what a file holds, and what is said of it
     (b"{", "is not a JSON file: "),
     (b"\xff", "is not a JSON file: "),
     (b"[" * 100_000, "is not a JSON file: "),
-    (b'{"a": 1}x', "is not a JSON file: .*"),
     (b"version https://git-lfs.github.com/spec/v1", "is not .*; it is a pointer of git-lfs .*: run `git lfs pull` in"),
     (b"<!doctype html><html>", "is not .*; it is a web page and not the file: download it again"),
     (b"Entry not found", "is not .*; it is text, which begins with 'Entry not found'; if it was downloaded"),
     (b"[{}]", ": expected a JSON object, got list"),
-    (b"3", ": expected a JSON object, got int"),
     (b"9" * 5000, ": expected a JSON object, got float"),
     (b"null", ": expected a JSON object, got NoneType"),
-    (b'"{}"', ": expected a JSON object, got str"),
 ]
 
 
@@ -824,19 +807,18 @@ class TestOriginalNames:
             ({"conv_in.bias": np.zeros(32, np.int32)}, "conv_in.bias is of type I32"),
             ({"down.1.attn.0.q.weight": np.zeros((64, 64, 3, 3))}, r"q.weight has shape \(64, 64, 3, 3\) instead of"),
             ({"module.conv_in.bias": np.zeros(32)}, "conv_in.bias"),  # a second one: which?
+            (None, "does not have the names .* it has no tensors"),
         ],
     )  # fmt: skip
     def test_tensors_that_do_not_fit(self, tmp_path, changes, message):
-        save_file(changed(their_tensors(random_unet(**HO), original=True), changes), tmp_path / "m")
+        tensors = {} if changes is None else changed(their_tensors(random_unet(**HO), original=True), changes)
+        save_file(tensors, tmp_path / "m")
         with pytest.raises(ValueError, match=f"path: .*m .*{message}"):
             load_original(tmp_path / "m")
 
     def test_what_is_no_checkpoint(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="path: there is no file .*nothing"):
             load_original(tmp_path / "nothing")
-        save_file({}, tmp_path / "empty")
-        with pytest.raises(ValueError, match="path: .*empty does not have the names .* it has no tensors"):
-            load_original(tmp_path / "empty")
         save_file({f"x{i:02}": np.zeros(1) for i in range(20)}, tmp_path / "other")
         with pytest.raises(ValueError, match="it has x00, .*, x09$"):
             load_original(tmp_path / "other")

@@ -79,7 +79,7 @@ def nchw(x):
 
 
 def nhwc(x):
-    return x.numpy().transpose(0, 2, 3, 1)
+    return x.detach().numpy().transpose(0, 2, 3, 1)
 
 
 def assert_same_chain(peer, diffusion, method, steps, model=prediction, clip=True, but_the_last=False, eta=None):

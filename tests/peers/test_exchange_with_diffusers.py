@@ -11,6 +11,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from test_diffusers import Float64, nchw, nhwc
 
 from tinyddpm import Diffusion, Schedule, UNet, backward, load_diffusers, load_original, sample, save_diffusers
 from tinyddpm import make_schedule as make
@@ -74,27 +75,6 @@ def their_unet(config, seed=0):
     return model
 
 
-def exact_encoding(model):
-    """Let the network encode timesteps in float64; its own encoding is float32 always."""
-
-    def encode(t):
-        half = model.config.block_out_channels[0] // 2
-        rates = torch.exp(-math.log(10000) * torch.arange(half, dtype=torch.float64) / (half - model.config.freq_shift))
-        sin_cos = [torch.sin(t[:, None] * rates), torch.cos(t[:, None] * rates)]
-        return torch.cat(sin_cos[::-1] if model.config.flip_sin_to_cos else sin_cos, dim=1)
-
-    model.time_proj.forward = encode
-    return model
-
-
-def nchw(x):
-    return torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
-
-
-def nhwc(x):
-    return x.detach().numpy().transpose(0, 2, 3, 1)
-
-
 def batch(config, dtype="float32"):
     """Images, timesteps and what weights the outputs in a loss, and the labels that both networks may want."""
     rng = np.random.default_rng(0)
@@ -131,10 +111,11 @@ def pair(request, tmp_path_factory):
 
 class TestEveryConfiguration:
     @pytest.mark.parametrize("dtype", ["float32", "float64"])
-    def test_output_and_gradients(self, pair, dtype):
+    def test_output_and_gradients(self, pair, dtype, monkeypatch):
         config, theirs, ours = copy.deepcopy(pair)
         if dtype == "float64":
-            theirs, ours = exact_encoding(theirs.double()), ours.to(dtype=dtype)
+            theirs, ours = theirs.double(), ours.to(dtype=dtype)
+            monkeypatch.setattr(diffusers.models.embeddings, "torch", Float64(torch))  # of the timesteps, float32 else
         x, t, weights, labels = batch(config, dtype)
         y, expected = ours(x, t, labels=labels), their_output(theirs, x, t, labels)
         assert distance(y.data, nhwc(expected)) < {"float32": 2e-5, "float64": 1e-10}[dtype]
