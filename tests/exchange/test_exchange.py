@@ -36,6 +36,7 @@ WEIGHTS = f"unet/{MODEL}.safetensors"
 SHARDS = [f"{MODEL}-0000{i}-of-00002.safetensors" for i in (1, 2)]
 UNET_FIELDS = config_of.UNET_DEFAULTS | config_of.UNET_CHOICES
 SCHEDULER_FIELDS = config_of.SCHEDULER_DEFAULTS | config_of.SCHEDULER_CHOICES
+SCHEDULES = dict(linear="linear", quadratic="scaled_linear", cosine="squaredcos_cap_v2", sigmoid_beta="sigmoid")
 JSON_FILE = pathlib.Path("config.json")  # what errors name that has not been read from a file
 
 
@@ -164,15 +165,7 @@ class TestThereAndBack:
                 np.testing.assert_array_equal(file.get_tensor(name), x)
 
     @pytest.mark.parametrize("zero_terminal_snr", [False, True])
-    @pytest.mark.parametrize(
-        ("name", "theirs"),
-        [
-            ("linear", "linear"),
-            ("quadratic", "scaled_linear"),
-            ("cosine", "squaredcos_cap_v2"),
-            ("sigmoid_beta", "sigmoid"),
-        ],
-    )
+    @pytest.mark.parametrize(("name", "theirs"), SCHEDULES.items())
     def test_schedules_that_diffusers_has(self, name, theirs, zero_terminal_snr):
         ends = {} if name == "cosine" else {"beta_start": 0.001, "beta_end": 0.3}
         config = scheduler_config(Diffusion(make(name, 7, **ends, zero_terminal_snr=zero_terminal_snr), "v"))
@@ -274,35 +267,43 @@ class TestWhatIsWritten:
         assert not half.exists()
 
 
+# fmt: off
+@refused(
+    (lambda: (random_unet(heads=2, attention=(True, True)), PLAIN), "heads: .* not 2 heads at levels of 4 and 8 chann"),
+    (lambda: (random_unet(encoding="interleaved"), PLAIN), "encoding: diffusers has no 'interleaved'; it has ddpm"),
+    (lambda: (OURS, Diffusion(make("linear", 10, input_scale=0.5))), "input_scale: diffusers has none, .* has 0.5"),
+    (lambda: (random_unet(patch=2), PLAIN), "patch: diffusers' U-Nets have none, which is 1; this one has 2"),
+    (lambda: (OURS, PLAIN, 7), "image_size: expected .* multiples of 2.*, got .*7"),
+    (lambda: (OURS, Diffusion(S, clip=1e-7)), "diffusion: clip_sample_range would be 1e-07, expected 1e-06 to 1e.30"),
+    (lambda: (OURS, Diffusion(S, clip=1e31)), "diffusion: clip_sample_range would be 1e.31, expected 1e-06 to 1e.30"),
+    (lambda: (PLAIN, OURS), "unet: expected a UNet, got Diffusion", TypeError),
+    (lambda: (OURS, S), "diffusion: expected a Diffusion, got Schedule", TypeError),
+)
+# fmt: on
+def test_what_diffusers_has_not_is_refused(tmp_path, call, message, error):
+    with pytest.raises(error, match=message):
+        save_diffusers(tmp_path / "new", *call())
+    assert not list(tmp_path.iterdir())
+
+
 BESIDE = ["config.json", f"{MODEL}.safetensors", f"{MODEL}.bin", f"unet/{MODEL}.safetensors.index.json"]
 BESIDE += [f"unet/{SHARDS[0]}", f"unet/{MODEL}.bin", f"unet/{MODEL}.fp16.safetensors"]  # which diffusers would load
 
 
-# fmt: off
 @refused(
-    (lambda f: (f, random_unet(heads=2, attention=(True, True)), PLAIN), "heads: .* not 2 heads at levels of 4 and 8"),
-    (lambda f: (f, random_unet(encoding="interleaved"), PLAIN), "encoding: diffusers has no 'interleaved'; it has"),
-    (lambda f: (f, OURS, Diffusion(make("linear", 10, input_scale=0.5))), "input_scale: diffusers has none.* has 0.5"),
-    (lambda f: (f, random_unet(patch=2), PLAIN), "patch: diffusers' U-Nets have none, which is 1; this one has 2"),
-    (lambda f: (f, OURS, PLAIN, 7), "image_size: expected .* multiples of 2.*, got .*7"),
-    (lambda f: (f, OURS, Diffusion(S, clip=1e-7)), r"diffusion: clip_sample_range would be 1e-07, expected 1e-06 to"),
-    (lambda f: (f, OURS, Diffusion(S, clip=1e31)), r"diffusion: clip_sample_range would be 1e.31, expected 1e-06 to"),
-    (lambda f: (f, PLAIN, OURS), "unet: expected a UNet, got Diffusion", TypeError),
-    (lambda f: (f, OURS, S), "diffusion: expected a Diffusion, got Schedule", TypeError),
-    *[(lambda f, name=name: ((f / name).touch() or f, OURS, PLAIN),
+    *[(lambda f, name=name: (f / name).touch(),
        f"folder: .*{name} would stay beside the new weights; remove it or save elsewhere", FileExistsError)
       for name in BESIDE],
-    (lambda f: ((f / INDEX).unlink() or (f / INDEX).mkdir() or f, OURS, PLAIN),
+    (lambda f: (f / INDEX).unlink() or (f / INDEX).mkdir(),
      "path: cannot write .*model_index.json, which is a folder", IsADirectoryError),
-    (lambda f: (f / INDEX, OURS, PLAIN),
-     "folder: expected a folder, or a name for a new one, but .*index.json is a file", NotADirectoryError),
-)
-# fmt: on
-def test_what_is_refused_to_be_written(folder, call, message, error):
-    arguments = call(folder)
+    (lambda f: f.rename(f.with_name("elsewhere")) and f.touch(),
+     "folder: expected a folder, or a name for a new one, but .*m is a file", NotADirectoryError),
+)  # fmt: skip
+def test_a_folder_in_which_something_is_in_the_way(folder, call, message, error):
+    call(folder)
     before = files_in(folder)
     with pytest.raises(error, match=message):
-        save_diffusers(*arguments)
+        save_diffusers(folder, random_unet(seed=1), PLAIN)
     assert files_in(folder) == before
 
 

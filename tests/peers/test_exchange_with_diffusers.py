@@ -40,14 +40,13 @@ CIFAR10 = HO | blocks([1], 4) | dict(sample_size=32, block_out_channels=[128, 25
 GREY = dict(in_channels=1, out_channels=1)
 CONFIGURATIONS = {
     "cifar10-32, a quarter as wide": CIFAR10 | dict(block_out_channels=[32, 64, 64, 64]),
-    # google/ddpm-{celebahq,cat,church,bedroom}-256, a quarter as wide
-    "celebahq-256": HO | blocks([4], 6) | dict(sample_size=32, block_out_channels=[32, 32, 64, 64, 128, 128]),
-    # what `UNet()` is
-    "mnist": HO | GREY | blocks([2], 3) | dict(sample_size=28, block_out_channels=[32, 64, 128], norm_num_groups=8),
-    # of a well-known course, with diffusers' defaults for the rest
-    "course": GREY | blocks([1, 2], 3) | dict(sample_size=28, block_out_channels=[32, 64, 64]),
-    # of diffusers' training script, a quarter as wide
-    "script": blocks([4], 6) | dict(sample_size=32, block_out_channels=[32, 32, 64, 64, 128, 128]),
+    "google/ddpm-{celebahq,cat,church,bedroom}-256, a quarter as wide":
+        HO | blocks([4], 6) | dict(sample_size=32, block_out_channels=[32, 32, 64, 64, 128, 128]),
+    "what UNet() is":
+        HO | GREY | blocks([2], 3) | dict(sample_size=28, block_out_channels=[32, 64, 128], norm_num_groups=8),
+    "a well-known course's": GREY | blocks([1, 2], 3) | dict(sample_size=28, block_out_channels=[32, 64, 64]),
+    "their training script's, a quarter as wide":
+        blocks([4], 6) | dict(sample_size=32, block_out_channels=[32, 32, 64, 64, 128, 128]),
     "defaults": dict(block_out_channels=[32, 32, 64, 64]),
     "no attention in the middle": SMALL | dict(add_attention=False),
     "no attention at all": SMALL | blocks([], 2) | dict(add_attention=False),
