@@ -294,6 +294,8 @@ BESIDE += [f"unet/{SHARDS[0]}", f"unet/{MODEL}.bin", f"unet/{MODEL}.fp16.safeten
     *[(lambda f, name=name: (f / name).touch(),
        f"folder: .*{name} would stay beside the new weights; remove it or save elsewhere", FileExistsError)
       for name in BESIDE],
+    (lambda f: [(f / name).touch() for name in BESIDE[:2]],
+     f"folder: .*/{MODEL}.safetensors, [^,]*/config.json would stay", FileExistsError),
     (lambda f: (f / INDEX).unlink() or (f / INDEX).mkdir(),
      "path: cannot write .*model_index.json, which is a folder", IsADirectoryError),
     (lambda f: f.rename(f.with_name("elsewhere")) and f.touch(),
