@@ -9,10 +9,10 @@ gpu --cuda emulated` on any. With `--cuda null` the imitated GPU computes nothin
 
 import contextlib
 import functools
+import inspect
+import os
 import runpy
-import signal
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -135,26 +135,76 @@ def on_second_gpu(monkeypatch):
 
 
 @pytest.fixture
-def refusal(monkeypatch, capsys):
-    """refusal(script, *arguments) runs an example, which has to refuse the arguments, and returns what it says.
+def ended(capsys):
+    """ended(program, *arguments) is how a program ends: its exit status, and what it says on stdout and on stderr."""
 
-    In this process, for a new one takes a second. An error that nobody catches would leave it as such, not as an exit.
+    def run(program, *arguments):
+        code = 0
+        try:
+            program(*arguments)
+        except SystemExit as end:
+            code = end.code or 0
+        out, err = capsys.readouterr()
+        return (1, out, err + code) if isinstance(code, str) else (code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def example(ended, monkeypatch):
+    """example(script, *arguments) is how an example ends, which runs in this process, for a new one takes a second.
+
+    An error that nobody catches leaves it as such, not as an exit.
     """
 
     def run(script, *arguments):
-        handler, before = signal.getsignal(signal.SIGINT), warnings.formatwarning
         monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-        try:
-            with pytest.raises(SystemExit) as refused:
-                runpy.run_path(str(script), run_name="__main__")
-        finally:
-            signal.signal(signal.SIGINT, handler)
-            warnings.formatwarning = before
-        code = refused.value.code
-        assert code not in (None, 0)
-        return capsys.readouterr().err + (code if isinstance(code, str) else "")
+        return ended(runpy.run_path, str(script), None, "__main__")
 
     return run
+
+
+@pytest.fixture
+def refusal(example):
+    """refusal(script, *arguments) is what an example says that has to refuse the arguments."""
+
+    def run(script, *arguments):
+        code, _, err = example(script, *arguments)
+        assert code != 0
+        return err
+
+    return run
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """recorded(module, name) is a list of the calls of that function from now on: the arguments by name, and what it
+    returned."""
+
+    def record(module, name):
+        calls, function = [], getattr(module, name)
+
+        def wrapper(*args, **settings):
+            bound = inspect.signature(function).bind(*args, **settings)
+            bound.apply_defaults()
+            calls.append((bound.arguments, function(*args, **settings)))
+            return calls[-1][1]
+
+        monkeypatch.setattr(module, name, wrapper)
+        return calls
+
+    return record
+
+
+@pytest.fixture(scope="module")
+def without_matplotlib(tmp_path_factory):
+    """There is none, neither here nor in processes that are started: its import and a curve take most of a training."""
+    folder = tmp_path_factory.mktemp("instead")
+    (folder / "matplotlib.py").write_text("raise ImportError")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture
