@@ -1,9 +1,7 @@
-"""What every command has in common: where a picture may go, and Ctrl-C, which ends a training once its step is done;
-options and what is wrong with them; words that get through; errors in a line. Those of a training are in
-test_program.py.
+"""What every command has in common: options and what is wrong with them; Ctrl-C, which ends a training once its step is
+done; words that get through; errors in a line. The options of a training are in test_program.py.
 """
 
-import argparse
 import contextlib
 import errno
 import io
@@ -19,67 +17,129 @@ import pytest
 from tiny_training import in_a_copy, on_linux, step_in, training
 
 from tinyddpm import cli
-from tinyddpm.cli import Options, any_path, errors_in_a_line, picture_path, stop_signals
+from tinyddpm.cli import Options, any_path, errors_in_a_line, stop_signals
 from tinyddpm.files.replacing import previous
 
 
-class TestPicturePath:
-    @pytest.mark.parametrize("name", ["p.png", "P.PNG", "p.jpg", "p.gif"])
-    def test_a_picture_may_go_into_any_folder_that_is_there(self, tmp_path, name):
-        assert picture_path(str(tmp_path / name)) == tmp_path / name
-        assert picture_path(name) == pathlib.Path(name)
-        assert not list(tmp_path.iterdir())
-
-    @pytest.mark.parametrize("name", ["picture", "p.txt", "folder.png", "."])
-    def test_it_needs_the_name_of_one(self, tmp_path, name):
+class TestOptions:
+    @pytest.fixture
+    def parser(self, tmp_path, monkeypatch):
+        """Where one is, and at home, there is a folder whose name is like that of a picture."""
+        monkeypatch.setenv("HOME", str(tmp_path)), monkeypatch.setenv("USERPROFILE", str(tmp_path))
+        monkeypatch.chdir(tmp_path)
         (tmp_path / "folder.png").mkdir()
-        with pytest.raises(argparse.ArgumentTypeError, match="^expected a picture such as digits.png, got "):
-            picture_path(str(tmp_path / name))
+        parser = Options("A title\n\n    and    a\n      table", prog="program.py")
+        parser.add("--steps", type=int, default=5)
+        parser.add("--sample-steps", type=int, least=8)
+        parser.add("--counts", type=int, nargs="+", default=[1, 2])
+        parser.add("--rate", type=float, above=0)
+        parser.add("--scales", type=float, nargs="+")
+        parser.add("--flip", action="store_true")
+        parser.add("--to", type=any_path)
+        parser.add_usual(out="one.png", seed=3, gives="other flowers")
+        return parser
 
-    def test_its_folder_has_to_be_there(self, tmp_path):
-        with pytest.raises(argparse.ArgumentTypeError, match="^there is no folder .*nowhere$"):
-            picture_path(str(tmp_path / "nowhere" / "p.png"))
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("--sample-steps=7", "--sample-steps must be 8 or greater, got 7"),
+            ("--steps=1000000001", "--steps must be 1000000000 at most, got 1000000001"),
+            (f"--steps=-9{99 * '0'}", f"--steps must be -1000000000 or greater, got -9{99 * '0'}"),
+            ("--counts 3 1000000001", "--counts must be 1000000000 at most, got 1000000001"),
+            ("--rate=0", "--rate must be a number greater than 0, got 0.0"),
+            ("--rate=nan", "--rate must be a number greater than 0, got nan"),
+            *((f"--scales 1 {x}", f"--scales must be a number, got {float(x)}") for x in ("nan", "inf", "1e999")),
+            ("--scales=-inf", "--scales must be a number, got -inf"),
+            ("--seed=-1", "--seed must be 0 or greater, got -1"),
+            ("--workers=0", "--workers must be 1 or greater, got 0"),
+            ("--workers=1025", "--workers must be 1024 at most, got 1025"),
+            # a shortened name may be of two options, or of another one in the next version
+            *((f"{short} 3", f"unrecognized arguments: {short} 3") for short in ("--s", "--step", "--sample", "--work")),
+            *((f"--{name}=", f"argument --{name}: expected a path, got none") for name in ("to", "out")),
+            *((f"--out={name}", f"argument --out: expected a picture such as digits.png, got {name}")
+              for name in ("picture", "p.txt", "folder.png", ".")),
+            ("--out=nowhere/p.png", "argument --out: there is no folder nowhere"),
+        ],
+    )  # fmt: skip
+    def test_what_is_wrong_is_refused_by_name(self, said, parser, options, message):
+        assert said(parser, *options.split()) == f"program.py: error: {message}"
 
+    def test_of_a_default_too(self, said, parser):
+        """Such as one that was in a file."""
+        parser.set_defaults(sample_steps=0)
+        assert said(parser) == "program.py: error: --sample-steps must be 8 or greater, got 0"
 
-def signals_of_a_run(path, *numbers):
-    """Train in a copy of this process that gets these signals in its third step; return how it ended, and the steps."""
+    @pytest.mark.parametrize(
+        "option",
+        ["--steps=1000000000", "--steps=-1000000000", "--sample-steps=8", "--seed=0", f"--seed={10**30}", "--workers=1",
+         "--workers=1024", "--rate=0.001", "--to=a~", "--to=~/a/b", "--out=~/p.png", "--out=p.png", "--out=P.PNG",
+         "--out=p.jpg", "--out=p.gif"],
+    )  # fmt: skip
+    def test_what_is_right_is_taken_as_it_is(self, parser, tmp_path, option):
+        """But ~ is home, whatever the shell makes of --out=~/here."""
+        name, _, text = option.removeprefix("--").partition("=")
+        assert str(vars(parser.parse_args([option]))[name.replace("-", "_")]) == text.replace("~/", f"{tmp_path}/")
+        assert os.listdir() == ["folder.png"]
 
-    def trains():
-        with stop_signals("in a moment") as asked:
-            _, states = training(path, 100, workers=2, stop=lambda: send(asked))
-            for state in states:
-                state.save(path)
-        os._exit(0 if state.last else 1)
+    def test_what_is_there_by_default_and_what_is_given(self, parser):
+        usual = {"seed": 3, "workers": None, "out": pathlib.Path("one.png"), "to": None, "flip": False, "rate": None}
+        numbers = {"steps": 5, "sample_steps": None, "counts": [1, 2], "scales": None}
+        assert vars(parser.parse_args([])) == usual | numbers and parser.given([]) == {}
+        assert parser.given(["--steps=5", "--counts", "1", "2"]) == {"steps": 5, "counts": [1, 2]}
+        assert parser.given(["--flip"]) == {"flip": True}
 
-    def send(asked):
-        if path.exists() and path.with_name(previous(path).name).exists():
-            for number in numbers:
-                os.kill(os.getpid(), number)
-        return asked()
+    def test_help(self, parser):
+        """The text is shown as it stands."""
+        said = parser.format_help()
+        assert "A title\n\n    and    a\n      table" in said
+        for words in ("another one gives other flowers [3]", "[one per CPU]", "[one.png]"):
+            assert words in " ".join(said.split())
 
-    return in_a_copy(trains), step_in(path)
+    # the last: 3 in Arabic, a square
+    @pytest.mark.parametrize("wrong", ["", "2x", "1.5", "-1", " 1", "\u0663", "\u00b2"])
+    def test_digits(self, capsys, parser, wrong):
+        parser.check_digits("0123456789")
+        with pytest.raises(SystemExit):
+            parser.check_digits(wrong)
+        line = f"program.py: error: --digits must be digits such as 2026, got {wrong!r}"
+        assert capsys.readouterr().err.splitlines()[-1] == line
 
 
 @on_linux
 class TestSignals:
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_once_the_step_is_finished_and_nothing_more(self, tmp_path, number, capfd):
-        assert signals_of_a_run(tmp_path / "run", number) == (0, 3)
+    @pytest.mark.parametrize(
+        ("signals", "code", "steps"),
+        [
+            ([signal.SIGINT], 0, 3), ([signal.SIGTERM], 0, 3),  # once: the step is finished and nothing more
+            *(([first, second], -second, 2) for first in (signal.SIGINT, signal.SIGTERM)  # twice: it ends at once
+              for second in (signal.SIGINT, signal.SIGTERM)),
+        ],
+    )  # fmt: skip
+    def test_in_the_third_step_of_a_run(self, tmp_path, capfd, signals, code, steps):
+        path = tmp_path / "run"
+
+        def trains():
+            with stop_signals("in a moment") as asked:
+                for state in training(path, 100, workers=2, stop=lambda: send(asked))[1]:
+                    state.save(path)
+            os._exit(0 if state.last else 1)
+
+        def send(asked):
+            if path.exists() and path.with_name(previous(path).name).exists():
+                for number in signals:
+                    os.kill(os.getpid(), number)
+            return asked()
+
+        assert (in_a_copy(trains), step_in(path)) == (code, steps)
         assert capfd.readouterr().err.count("in a moment") == 1
 
-    @pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
-    @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-    def test_twice_it_ends_at_once(self, tmp_path, first, second):
-        assert signals_of_a_run(tmp_path / "run", first, second) == (-second, 2)
-
-    def test_a_signal_for_the_whole_group_does_not_end_the_workers(self, tmp_path):
+    def test_a_signal_for_the_whole_group_does_not_end_the_workers(self):
         """As a job scheduler or a shutdown sends it."""
 
         def trains():
             os.setpgid(0, 0)
             with stop_signals() as asked:
-                _, states = training(None, 100, workers=2, stop=asked)
-                for state in states:
+                for state in training(None, 100, workers=2, stop=asked)[1]:
                     if state.step == 2:
                         script = f"import os, signal; os.killpg({os.getpid()}, signal.SIGTERM)"
                         subprocess.run([sys.executable, "-c", script], start_new_session=True, check=True)
@@ -88,13 +148,13 @@ class TestSignals:
         assert in_a_copy(trains) == 0
 
     def test_afterwards_signals_are_what_they_were(self):
-        before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+        now = lambda: (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+        before = now()
         with stop_signals() as asked:
-            assert not asked() and signal.getsignal(signal.SIGTERM) is not before[1]
+            assert not asked() and now()[1] is not before[1]
             signal.raise_signal(signal.SIGTERM)
-            assert asked()
-            assert signal.getsignal(signal.SIGINT) == signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+            assert asked() and now() == (signal.SIG_DFL, signal.SIG_DFL)
+        assert now() == before
 
     def test_nobody_may_be_reading_any_more(self):
         """Ctrl-C ends `tee` too, for instance."""
@@ -122,104 +182,10 @@ class TestSignals:
         assert seen == [False]
 
 
-class TestOptions:
-    @pytest.mark.parametrize("least", [0, 1, 8])
-    def test_least(self, said, least):
-        parser = Options(None, prog="program.py")
-        parser.add("--train-steps", type=int, least=least)
-        parser.add("--others", type=int)
-        for below in (least - 1, -100):
-            line = f"program.py: error: --train-steps must be {least} or greater, got {below}"
-            assert said(parser, f"--train-steps={below}") == line
-        for value in (least, least + 1):
-            assert parser.parse_args([f"--train-steps={value}", "--others=-5"]).train_steps == value
-        assert parser.parse_args([]).train_steps is None
-
-    def test_of_a_default_too(self, said):
-        """Such as one that was in a file."""
-        parser = Options(None, prog="program.py")
-        parser.add("--count", type=int, default=1, least=1)
-        parser.set_defaults(count=0)
-        assert said(parser) == "program.py: error: --count must be 1 or greater, got 0"
-
-    def test_what_every_picture_has(self, said, tmp_path):
-        parser = Options(None, prog="program.py")
-        parser.add_usual(out="one.png", seed=3, gives="other flowers")
-        assert vars(parser.parse_args([])) == {"seed": 3, "workers": None, "out": pathlib.Path("one.png")}
-        args = parser.parse_args(["--seed=0", "--workers=1", f"--out={tmp_path / 'p.gif'}"])
-        assert vars(args) == {"seed": 0, "workers": 1, "out": tmp_path / "p.gif"}
-        assert said(parser, "--seed=-1") == "program.py: error: --seed must be 0 or greater, got -1"
-        assert said(parser, "--workers=0") == "program.py: error: --workers must be 1 or greater, got 0"
-        assert said(parser, "--out=one.txt").startswith("program.py: error: argument --out: expected a picture")
-        for words in ("another one gives other flowers [3]", "[one per CPU]", "[one.png]"):
-            assert words in " ".join(parser.format_help().split())
-
-    def test_the_text_is_shown_as_it_stands(self):
-        text = "A title\n\n    and    a\n      table"
-        assert text in Options(text).format_help()
-
-    @pytest.mark.parametrize(
-        "wrong", ["", "2x", "1.5", "-1", " 1", "\u0663", "\u00b2"]
-    )  # the last: 3 in Arabic, a square
-    def test_digits(self, capsys, wrong):
-        parser = Options(None, prog="program.py")
-        parser.check_digits("0123456789")
-        with pytest.raises(SystemExit):
-            parser.check_digits(wrong)
-        line = f"program.py: error: --digits must be digits such as 2026, got {wrong!r}"
-        assert capsys.readouterr().err.splitlines()[-1] == line
-
-    @pytest.mark.parametrize("kind", [int, float])
-    @pytest.mark.parametrize("nargs", [None, "+"])
-    def test_numbers_that_are_none_and_counts_beyond_all_measure(self, said, kind, nargs):
-        """Of any option, alone or in a list."""
-        parser = Options(None, prog="program.py")
-        parser.add("--how-much", type=kind, nargs=nargs)
-        parser.add("--seed", type=int)
-        wrong = ["1000000001", "-9" + 99 * "0"] if kind is int else ["nan", "inf", "-inf", "1e999"]
-        for value in wrong:
-            must = (
-                "a number" if kind is float else f"1{9 * '0'} at most" if int(value) > 0 else f"-1{9 * '0'} or greater"
-            )
-            assert said(parser, f"--how-much={value}") == (
-                f"program.py: error: --how-much must be {must}, got {kind(value)}"
-            )
-        assert parser.parse_args(["--how-much=-5", f"--seed={10**30}"]).seed == 10**30
-
-    @pytest.mark.parametrize("short", ["--sample", "--sample-e", "--st", "--lab"])
-    def test_a_shortened_name_is_no_name(self, said, short):
-        """It may be of two options, or of another one in the next version."""
-        parser = Options(None, prog="program.py")
-        for name in ("--samples", "--sample-every", "--steps", "--labels"):
-            parser.add(name, type=int)
-        assert said(parser, short, "3") == f"program.py: error: unrecognized arguments: {short} 3"
-
-    def test_paths(self, said, monkeypatch, tmp_path):
-        """~ is home, whatever the shell makes of --out=~/here; and a variable of it that is not set is no path."""
-        monkeypatch.setenv("HOME", str(tmp_path)), monkeypatch.setenv("USERPROFILE", str(tmp_path))
-        parser = Options(None, prog="program.py")
-        parser.add("--to", type=any_path)
-        parser.add("--picture", type=picture_path)
-        args = parser.parse_args(["--to=~/a/b", "--picture=~/p.png"])
-        assert (args.to, args.picture) == (tmp_path / "a" / "b", tmp_path / "p.png")
-        assert parser.parse_args(["--to=a~"]).to == pathlib.Path("a~")
-        for name in ("to", "picture"):
-            assert said(parser, f"--{name}=") == f"program.py: error: argument --{name}: expected a path, got none"
-
-    def test_what_is_given_is_known_from_what_is_there_by_default(self):
-        parser = Options(None)
-        parser.add("--steps", type=int, default=5)
-        parser.add("--flip", action="store_true")
-        parser.add("--channels", nargs="+", type=int, default=[1, 2])
-        assert parser.given([]) == {}
-        assert parser.given(["--steps=5", "--channels", "1", "2"]) == {"steps": 5, "channels": [1, 2]}
-        assert parser.given(["--flip"]) == {"flip": True}
-
-
 class TestWords:
     """What a program says never ends it, in whatever encoding, and whoever listens."""
 
-    def said(self, monkeypatch, stream, text):
+    def said(self, monkeypatch, stream, text="a word " * 10_000):
         monkeypatch.setattr(sys, "argv", ["program.py"])
         monkeypatch.setattr(sys, "stdout", stream)
         with errors_in_a_line(), errors_in_a_line():
@@ -232,20 +198,18 @@ class TestWords:
         """A class in Japanese, or a file whose name is no text at all."""
         stream = io.TextIOWrapper(io.BytesIO(), encoding)
         self.said(monkeypatch, stream, "0 \u732b, 1 caf\xe9, 2 b\udcffd")
-        text = stream.buffer.getvalue().decode(encoding)
-        cat, cafe = "\u732b".encode(encoding, "backslashreplace"), "caf\xe9".encode(encoding, "backslashreplace")
-        assert text == f"0 {cat.decode(encoding)}, 1 {cafe.decode(encoding)}, 2 b\\udcffd\n"
+        cat, cafe = (word.encode(encoding, "backslashreplace").decode(encoding) for word in ("\u732b", "caf\xe9"))
+        assert stream.buffer.getvalue().decode(encoding) == f"0 {cat}, 1 {cafe}, 2 b\\udcffd\n"
 
     def test_nobody_has_to_listen(self, monkeypatch):
-        """As in `| head`, and when Ctrl-C ends `tee` too; all that is said later goes nowhere as well."""
+        """As in `| head`, and when Ctrl-C ends `tee` too; all that is said later goes nowhere as well. Nor need there
+        be a stream."""
+        self.said(monkeypatch, None)
         reader, writer = os.pipe()
         os.close(reader)
         with open(writer, "w") as stream:
-            self.said(monkeypatch, stream, "a word " * 10_000)
-            self.said(monkeypatch, stream, "a word " * 10_000)
-
-    def test_there_need_not_be_a_stream(self, monkeypatch):
-        self.said(monkeypatch, None, "a word")
+            self.said(monkeypatch, stream)
+            self.said(monkeypatch, stream)
 
     @on_linux
     def test_a_full_disk_is_told_once_the_work_is_done(self, monkeypatch):
@@ -264,7 +228,7 @@ class TestWords:
                 raise OSError(errno.EIO, "Input/output error")
 
         with contextlib.nullcontext() if terminal else pytest.raises(SystemExit, match="could be: Input/output error"):
-            self.said(monkeypatch, Gone(), "a word")
+            self.said(monkeypatch, Gone())
 
     def test_an_error_is_told_all_the_same(self, monkeypatch):
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
@@ -279,67 +243,57 @@ class TestErrorsInALine:
     def program(self, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["some/where/program.py", "--option"])
 
-    def left_by(self, error, *arguments, **settings):
+    def left_by(self, error, *name, **settings):
         """The code with which the program ends."""
-        with pytest.raises(SystemExit) as ended, errors_in_a_line(*arguments, **settings):
+        with pytest.raises(SystemExit) as ended, errors_in_a_line(*name, **settings):
             raise error
         return ended.value.code
 
     @pytest.mark.parametrize(
-        "kind",
-        [ValueError, TypeError, ArithmeticError, FloatingPointError, ZeroDivisionError, RuntimeError, OSError,
-         FileNotFoundError],
+        ("error", "code"),
+        [
+            *((kind("steps: too many"), "{}: steps: too many") for kind in (ValueError, TypeError, ArithmeticError,
+              FloatingPointError, ZeroDivisionError, RuntimeError, OSError, FileNotFoundError)),
+            *((kind("No module named 'that'"), "{}: No module named 'that'; that needs that, pip install that")
+              for kind in (ImportError, ModuleNotFoundError)),
+            (MemoryError("Unable to allocate 9 TiB"), "{}: out of memory, of which fewer --workers or a smaller --batch "
+             "need less: Unable to allocate 9 TiB"),
+            (SystemExit(2), 2), (SystemExit("that is all"), "that is all"),  # what ends by itself keeps its code
+        ],
+        ids=repr,
     )  # fmt: skip
-    def test_an_error_that_says_what_was_wrong(self, kind):
-        assert self.left_by(kind("steps: too many")) == "program.py: steps: too many"
-        assert self.left_by(kind("steps: too many"), "python -m that") == "python -m that: steps: too many"
+    def test_what_was_wrong(self, error, code):
+        for name in ("program.py", "python -m that"):
+            got = self.left_by(error, *([] if name == "program.py" else [name]), needs="that, pip install that")
+            assert got == (code.format(name) if isinstance(code, str) else code)
 
-    @pytest.mark.parametrize("kind", [ImportError, ModuleNotFoundError])
-    def test_what_is_not_installed(self, kind):
-        error = kind("No module named 'that'")
-        assert self.left_by(error, needs="that, pip install that") == (
-            "program.py: No module named 'that'; that needs that, pip install that"
-        )
-        with pytest.raises(kind), errors_in_a_line("it"):  # a fault of ours, of which all is to be seen
-            raise error
-
-    def test_too_little_memory(self):
-        advice = "out of memory, of which fewer --workers or a smaller --batch need less: "
-        assert self.left_by(MemoryError("Unable to allocate 9 TiB")) == f"program.py: {advice}Unable to allocate 9 TiB"
+    @pytest.mark.parametrize("kind", [KeyError, AttributeError, AssertionError, IndexError, ImportError])
+    def test_a_mistake_of_the_program_is_shown_in_full(self, kind):
+        """Such as that something is not installed which it should not need."""
+        with pytest.raises(kind), errors_in_a_line():
+            raise kind("a")
 
     def test_a_warning_has_the_same_form_and_only_here(self):
         shown = lambda: warnings.formatwarning("odd", UserWarning, "file.py", 3)
         before = shown()
-        for name in ("program.py", "it"):
-            with errors_in_a_line(None if name == "program.py" else name):
+        for name, given in (("program.py", []), ("it", ["it"])):
+            with errors_in_a_line(*given):
                 assert shown() == f"\n{name}: odd\n"
             self.left_by(ValueError("no"), "another")
             assert shown() == before
 
     def test_ctrl_c(self, capsys):
         """130 is what a shell says of a program that Ctrl-C ended."""
-        assert self.left_by(KeyboardInterrupt()) == 130
-        assert capsys.readouterr().err == "\nprogram.py: interrupted\n"
-        assert self.left_by(KeyboardInterrupt(), "it") == 130
-        assert capsys.readouterr().err == "\nit: interrupted\n"
+        for name, given in (("program.py", []), ("it", ["it"])):
+            assert self.left_by(KeyboardInterrupt(), *given) == 130
+            assert capsys.readouterr().err == f"\n{name}: interrupted\n"
 
-    @pytest.mark.parametrize("error", [KeyError("a"), AttributeError("a"), AssertionError("a"), IndexError("a")])
-    def test_a_mistake_of_the_program_is_shown_in_full(self, error):
-        with pytest.raises(type(error)), errors_in_a_line():
-            raise error
-
-    def test_what_ends_by_itself_keeps_its_code(self):
-        assert self.left_by(SystemExit(2)) == 2 and self.left_by(SystemExit("that is all")) == "that is all"
-
-    def test_run(self, capsys):
+    def test_run(self, ended):
         """It calls the program; and nothing is said where nothing is wrong."""
-        done = []
-        cli.run(lambda: done.append(1), needs="this")
-        assert done == [1] and capsys.readouterr() == ("", "")
 
         def fails():
             raise ImportError("no")
 
-        with pytest.raises(SystemExit) as ended:
-            cli.run(fails, needs="this")
-        assert ended.value.code == "program.py: no; that needs this"
+        done = []
+        assert ended(lambda: cli.run(lambda: done.append(1), needs="this")) == (0, "", "") and done == [1]
+        assert ended(lambda: cli.run(fails, needs="this")) == (1, "", "program.py: no; that needs this")
