@@ -26,7 +26,62 @@ from tinyddpm.files.replacing import previous
 from tinyddpm.program import TrainingRun, steps_within
 
 
-class TestOptions:
+class OfRanks(types.SimpleNamespace):
+    """One of several processes, as `Ranks` shows them, but made up."""
+
+    def __init__(self, rank=0, size=1, others=None, **more):
+        super().__init__(rank=rank, size=size, local_rank=rank, cpus=3, others=others, alone=[], **more)
+
+    @contextlib.contextmanager
+    def first_alone(self):
+        self.alone.append("begins")
+        yield
+        self.alone.append("ends")
+
+    def gathered(self, value):
+        return [pickle.loads(pickle.dumps(value)) if self.others is None else self.others]  # as MPI sends it
+
+
+def arguments(*options):
+    return program.training_arguments(program.training_options(None, prog="program.py"), list(options))
+
+
+def a_run(tmp_path, *options, ranks=None):
+    args = program.training_options(None).parse_args([*options, f"--out={tmp_path}"])
+    return TrainingRun(args, ranks or OfRanks())
+
+
+def nowhere(size=1, to=lambda *_, **__: None):
+    """What is no network, but may be moved like one."""
+    return types.SimpleNamespace(size=size, to=to)
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch):
+    """The folder where one is: in it are folders of four pictures that are called as data sets are, and one that is
+    not."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "mnist", "fashion", "mine"):
+        for i in range(4):
+            (tmp_path / name / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (8, 8), (60 * i, 0, 90)).save(tmp_path / name / "ab"[i % 2] / f"{i}.png")
+    return tmp_path
+
+
+@pytest.fixture
+def refusal(capsys):
+    """refusal(*options) is the line that refuses them."""
+
+    def run(*options):
+        with pytest.raises(SystemExit) as error:
+            arguments(*options)
+        assert error.value.code == 2
+        return capsys.readouterr().err.splitlines()[-1].removeprefix("program.py: error: ")
+
+    return run
+
+
+class TestArguments:
     COUNTS = {  # how many there may be at most, of which there has to be one
         "steps": 10**9, "batch": 10**5, "patch": 1000, "blocks": 100, "timesteps": 10**5, "sampling-steps": 10**5,
         "samples": 10**4, "sample-every": 10**9, "save-every": 10**9, "workers": 1024, "size": 4096,
@@ -50,57 +105,29 @@ class TestOptions:
         if name in self.COUNTS:
             assert refused(0) == "1 or greater, got 0" and refused(-1) == "1 or greater, got -1"
 
-
-@pytest.fixture
-def pictures(tmp_path, monkeypatch):
-    """The folder where one is: in it are folders of four pictures that are called as data sets are, and one that is
-    not."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("digits", "mnist", "fashion", "mine"):
-        for i in range(4):
-            (tmp_path / name / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (8, 8), (60 * i, 0, 90)).save(tmp_path / name / "ab"[i % 2] / f"{i}.png")
-    return tmp_path
-
-
-def arguments(*options):
-    return program.training_arguments(program.training_options(None, prog="program.py"), list(options))
-
-
-class TestArguments:
-    @pytest.fixture
-    def refusal(self, capsys):
-        def run(*options):
-            with pytest.raises(SystemExit) as error:
-                arguments(*options)
-            assert error.value.code == 2
-            return capsys.readouterr().err.splitlines()[-1].removeprefix("program.py: error: ")
-
-        return run
-
-    @pytest.mark.parametrize("name", ["digits", "mnist", "fashion"])
-    def test_a_name_that_is_known_is_no_folder(self, pictures, monkeypatch, capsys, name):
+    @pytest.mark.parametrize(
+        ("name", "line", "how"),
+        [
+            ("digits", "the digits that come along", {}),
+            ("mnist", "MNIST", {"full": True}),
+            ("fashion", "Fashion-MNIST", {}),
+        ],
+    )
+    def test_a_name_that_is_known_is_no_folder(self, pictures, monkeypatch, capsys, name, line, how):
+        digits, asked = load_digits(), []
         for load in ("load_digits", "load_mnist", "load_fashion_mnist"):
-            monkeypatch.setattr(program, load, lambda **_: load_digits())
-        lines = {"digits": "the digits that come along", "mnist": "MNIST", "fashion": "Fashion-MNIST"}
-        for given, count, where in (
-            (name, 10_000, lines[name]),
-            (f"./{name}", 4, str(pictures / name)),
-            (f"{name}/", 4, str(pictures / name)),
-            (f"../{pictures.name}/{name}", 4, str(pictures / name)),
-        ):
+            monkeypatch.setattr(program, load, lambda load=load, **how: asked.append((load, how)) or digits)
+        for given in (name, f"./{name}", f"{name}/", f"../{pictures.name}/{name}"):
             run = TrainingRun(arguments(f"--data={given}", "--size=8"), OfRanks())
             images, _ = run.load_data()
-            run.prepare(types.SimpleNamespace(size=1, to=lambda *_, **__: None), images)
-            assert len(images) == count
-            assert f"data     {count:,} images of {images.shape[1]} x {images.shape[2]} pixels, {where}\n" in (
-                capsys.readouterr().out
+            run.prepare(nowhere(), images)
+            says = (
+                f"10,000 images of 28 x 28 pixels, {line}"
+                if given == name
+                else f"4 images of 8 x 8 pixels, {pictures / name}"
             )
-
-    def test_a_home_may_be_meant(self, pictures, monkeypatch):
-        monkeypatch.setenv("HOME", str(pictures)), monkeypatch.setenv("USERPROFILE", str(pictures))
-        args = arguments("--data=~/mine", "--out=~/runs/one", "--size=8")
-        assert args.data == str(pictures / "mine") and args.out == pictures / "runs" / "one"
+            assert (images is digits[0]) == (given == name) and f"data     {says}\n" in capsys.readouterr().out
+        assert asked == [("load_fashion_mnist" if name == "fashion" else f"load_{name}", how)]
 
     @pytest.mark.parametrize("out", ["mine", "mine/", "mine/run", "mine/a/../b", "link", "./link/run"])
     def test_results_do_not_go_where_pictures_are_learned_from(self, pictures, refusal, out):
@@ -111,49 +138,49 @@ class TestArguments:
         for beside in ("mine2", "runs/mine", "."):
             assert arguments("--data=mine", f"--out={beside}", "--size=8").out == pathlib.Path(beside)
 
+    def test_a_home_may_be_meant(self, pictures, monkeypatch):
+        monkeypatch.setenv("HOME", str(pictures)), monkeypatch.setenv("USERPROFILE", str(pictures))
+        args = arguments("--data=~/mine", "--out=~/runs/one", "--size=8")
+        assert args.data == str(pictures / "mine") and args.out == pictures / "runs" / "one"
+
     @pytest.mark.parametrize(
         ("options", "says"),
         [
-            (["--channels", "16", "12"], "--channels must be multiples of 8, got 12"),
-            (["--channels", "8", "-8"], "--channels must be multiples of 8, got -8"),
-            (["--channels", "8", "8", "8", "8"], "--size, --patch, --channels: 4 levels and squares of 2 x 2 pixels "
-             "need a height and a width that are multiples of 16, and images have 28"),
-            (["--patch=3"], "--size, --patch, --channels: 2 levels and squares of 3 x 3 pixels need a height and a "
-             "width that are multiples of 6, and images have 28"),
-            (["--data=mine", "--size=30"], "--size, --patch, --channels: 2 levels and squares of 2 x 2 pixels need a "
-             "height and a width that are multiples of 4, and images have 30"),
-            *(([f"--start={model}", "--out=./runs/a/"], "--out: runs/a holds the model that --start names, and keeps "
-               "it; take a new folder") for model in ("runs/a", "runs/b/../a/model.safetensors")),
-            (["--minutes=nan"], "--minutes must be a number greater than 0, got nan"),
-            (["--guidance=inf"], "--guidance must be a number, got inf"),
-            (["--steps=9999999999"], "--steps must be 1000000000 at most, got 9999999999"),
-            (["--steps=3", "--minutes=1"], "--steps, --minutes: each says how long to train, so give one of them"),
-            (["--digits=1", "--start=runs/a"], "--digits, --start: digits are drawn by the model in --out, so leave "
-             "out one of them"),
-            (["--step=3"], "unrecognized arguments: --step=3"),
-            (["--out="], "argument --out: expected a path, got none"),
+            ("--channels 16 12", "--channels must be multiples of 8, got 12"),
+            ("--channels 8 -8", "--channels must be multiples of 8, got -8"),
+            ("--channels 8 8 8 8", "--size, --patch, --channels: 4 levels and squares of 2 x 2 pixels need a height and a "
+             "width that are multiples of 16, and images have 28"),
+            ("--patch=3", "--size, --patch, --channels: 2 levels and squares of 3 x 3 pixels need a height and a width "
+             "that are multiples of 6, and images have 28"),
+            ("--data=mine --size=30", "--size, --patch, --channels: 2 levels and squares of 2 x 2 pixels need a height and "
+             "a width that are multiples of 4, and images have 30"),
+            *((f"--start={model} --out=./runs/a/", "--out: runs/a holds the model that --start names, and keeps it; take "
+               "a new folder") for model in ("runs/a", "runs/b/../a/model.safetensors")),
+            ("--steps=3 --minutes=1", "--steps, --minutes: each says how long to train, so give one of them"),
+            ("--digits=1 --start=runs/a", "--digits, --start: digits are drawn by the model in --out, so leave out one of "
+             "them"),
+            ("--digits=1.5", "--digits must be digits such as 2026, got '1.5'"),
+            ("--digits=", "--digits must be digits such as 2026, got ''"),
+            ("--step=3", "unrecognized arguments: --step=3"),
+            ("--out=", "argument --out: expected a path, got none"),
         ],
     )  # fmt: skip
     def test_what_is_wrong_is_known_before_any_work(self, pictures, refusal, options, says):
         (pictures / "runs" / "a").mkdir(parents=True)
-        assert refusal(*options) == says
+        assert refusal(*options.split()) == says
 
-    BEGAN = ["--steps=40", "--seed=3", "--data=mine", "--size=8", "--channels", "8", "16", "--guidance=2"]
+
+class TestGoingOn:
+    """The options of a run that goes on."""
+
+    BEGAN = "--steps=40 --seed=3 --data=mine --size=8 --channels 8 16 --guidance=2".split()
     KEPT = {
         "steps": "7", "seed": "4", "size": "12", "channels": "8", "batch": "9", "lr": "0.1", "patch": "1",
         "blocks": "2", "timesteps": "9", "objective": "v", "precision": "bf16", "grey": None, "flip": None,
         "no-labels": None,
     }  # fmt: skip
     MAY = {"guidance": 3.0, "sampling-steps": 5, "samples": 9, "sample-every": 7, "save-every": 8}
-    ONCE = {
-        "device": "cuda",
-        "workers": "2",
-        "mpi": None,
-        "digits": "1",
-        "resume": None,
-        "out": "runs/one",
-        "help": None,
-    }
+    ONCE = "device", "workers", "mpi", "digits", "resume", "out", "help"
 
     @pytest.fixture
     def begun(self, pictures):
@@ -171,23 +198,44 @@ class TestArguments:
     @pytest.mark.parametrize("name", KEPT)
     def test_what_decides_about_the_outcome_is_kept(self, begun, refusal, name):
         value = self.KEPT[name]
-        options = [f"--{name}"] if value is None else [f"--{name}", *value.split()]
-        says = refusal("--resume", "--out=runs/one", *options)
+        says = refusal("--resume", "--out=runs/one", f"--{name}", *([value] if value else []))
         kept = {"steps": "40", "seed": "3", "size": "8", "channels": "8 16"}
-        began = f"without --{name}" if value is None else f"with --{name} {kept.get(name, '')}"
+        began = f"with --{name} {kept.get(name, '')}" if value else f"without --{name}"
         assert says.startswith(f"--{name}: a run goes on as it began, {began}")
-        another = "--start runs/one with a new --out begins another from its weights"
-        assert says.endswith(f"; {another}")
-        same = ["--channels", "8", "16"] if name == "channels" else [f"--{name}={kept[name]}"] if name in kept else []
+        assert says.endswith("; --start runs/one with a new --out begins another from its weights")
+        same = [f"--{name}", *kept[name].split()] if name in kept else []
         assert arguments("--resume", "--out=runs/one", *same).steps == 40
+
+    @pytest.mark.parametrize(
+        ("damage", "says"),
+        [
+            ("{", "Expecting property name"),
+            ("[1]", "expected an object of options, got [1]"),
+            ("3", "expected an object of options, got 3"),
+            ('{"steps": "many"}', "argument --steps: invalid int value: 'many'"),
+            ('{"channels": 5.5}', "argument --channels: invalid int value: '5.5'"),
+            ('{"flip": "yes"}', "argument --flip: ignored explicit argument 'yes'"),
+            ('{"lr": true}', "argument --lr: expected one argument"),
+            ('{"objective": 3}', "argument --objective: invalid choice: '3'"),
+            ('{"batch": 0}', "--batch must be 1 or greater, got 0"),
+        ],
+    )
+    def test_damage_is_named(self, begun, refusal, damage, says):
+        (begun / "options.json").write_text(damage)
+        assert refusal("--resume", "--out=runs/one").startswith(f"--resume: runs/one/options.json is damaged: {says}")
+
+    def test_minutes_say_nothing_to_a_run_that_has_its_steps(self, begun, refusal):
+        says = "--minutes: the run that is to go on has 40 steps, and keeps them"
+        assert refusal("--resume", "--out=runs/one", "--minutes=9") == says
 
     def test_the_others_are_remembered_once_the_training_has_accepted_them(self, begun, pictures):
         (pictures / "mine").rename(pictures / "moved")
         options = [f"--{name}={value}" for name, value in self.MAY.items()]
         run = TrainingRun(arguments("--resume", "--out=runs/one", "--data=moved", "--workers=2", *options), OfRanks())
-        before = json.loads((begun / "options.json").read_text())
+        kept = lambda: json.loads((begun / "options.json").read_text())
+        before = kept()
         run.open_folder()
-        assert json.loads((begun / "options.json").read_text()) == before  # it may be refused yet
+        assert kept() == before  # it may be refused yet
 
         def refused(**differing):
             error = OtherRun("it is of another run: ...")
@@ -204,12 +252,11 @@ class TestArguments:
         ):
             with pytest.raises(ValueError, match=f"^{says}"):
                 list(run.followed(refused(**differing), None))
-        assert json.loads((begun / "options.json").read_text()) == before
+        assert kept() == before
         for _ in run.followed(training(None, 1)[1], lambda state: None):
             pass
-        after = json.loads((begun / "options.json").read_text())
         changed = {name.replace("-", "_"): value for name, value in self.MAY.items()}
-        assert after == before | changed | {"data": str(pictures / "moved")}
+        assert kept() == before | changed | {"data": str(pictures / "moved")}
         args = arguments("--resume", "--out=runs/one")
         assert args.data == str(pictures / "moved") and args.samples == 9 and args.workers is None
 
@@ -236,9 +283,7 @@ class TestStart:
         return pictures
 
     def started(self, *options):
-        ranks = OfRanks()
-        ranks.gathered = lambda value: [pickle.loads(pickle.dumps(value))]  # as MPI sends it
-        run = TrainingRun(arguments("--size=8", *options), ranks)
+        run = TrainingRun(arguments("--size=8", *options), OfRanks())
         return run, run.start_model(*run.load_data())
 
     def test_the_network_and_the_process_are_those_of_the_model(self, models, capsys):
@@ -269,9 +314,9 @@ class TestStart:
         a label, or with the mean of the vectors of classes."""
         _, (_, unet) = self.started(f"--start={model}.safetensors", f"--data={data}", "--grey")
         known, _ = load_model(models / f"{model}.safetensors")
-        size = (28, 28) if data == "digits" else (8, 8)
         printed = capsys.readouterr().out
-        assert unet.config["classes"] == classes and unet.config["image_size"] == size
+        assert unet.config["classes"] == classes
+        assert unet.config["image_size"] == ((28, 28) if data == "digits" else (8, 8))
         assert (says in printed) if says else ("learned" not in printed)
         rng = np.random.default_rng(0)
         x, t = rng.standard_normal((4, 8, 8, 1)).astype(np.float32), np.arange(4)
@@ -332,77 +377,54 @@ def clock(monkeypatch):
     return now
 
 
-class TestStepsWithin:
-    def rehearsal(self, clock, seconds, minutes, look=0.0):
-        """How many steps take so many minutes, if these are the times of those of a rehearsal, and how many it had."""
-        seen = []
+@pytest.mark.parametrize(
+    ("seconds", "minutes", "look", "steps", "taken"),
+    [
+        ([1.0] * 1000, 5, 0, 300 - 7, 7),  # seven steps at least
+        ([0.5] * 1000, 5, 0, (300 - 6.5) / 0.5, 13),  # a fiftieth of the time
+        ([0.5] * 1000, 500, 0, (30000 - 10.5) / 0.5, 21),  # but ten seconds at most
+        ([4.0, 1, 1, 9, 1, 1, 1, 1], 5, 0, 300 - 18, 7),  # neither a slow first step nor one interrupted says the pace
+        ([0.25] * 1000, 5, 0.75, 300 - 7, 7),  # a GPU runs behind: a step takes as long as to look at its loss
+        ([2.0] * 1000, 0.01, 0, 1, 7),  # one at least
+    ],
+)
+def test_how_many_steps_take_so_many_minutes(clock, seconds, minutes, look, steps, taken):
+    """By these times of the steps of a rehearsal, of which so many are taken."""
+    seen = []
 
-        def look_at():
-            clock[0] += look
+    def look_at():
+        clock[0] += look
 
-        def pretended(unet, steps, stop):
-            assert unet == "a network" and steps > 1000
-            for took in seconds:
-                clock[0] += took
-                last = stop()
-                seen.append(took)
-                yield types.SimpleNamespace(look=look_at)
-                if last:
-                    return
+    def pretended(unet, steps, stop):
+        assert unet == "a network" and steps > 1000
+        for took in seconds:
+            clock[0] += took
+            last = stop()
+            seen.append(took)
+            yield types.SimpleNamespace(look=look_at)
+            if last:
+                return
 
-        return steps_within(minutes, pretended, "a network"), len(seen)
-
-    def test_it_takes_a_fiftieth_of_the_time_but_ten_seconds_at_most(self, clock):
-        assert self.rehearsal(clock, [1.0] * 1000, 5) == (300 - 7, 7)  # seven steps at least
-        assert self.rehearsal(clock, [0.5] * 1000, 5) == (round((300 - 6.5) / 0.5), 13)
-        assert self.rehearsal(clock, [0.5] * 1000, 500) == (round((30000 - 10.5) / 0.5), 21)
-
-    def test_neither_a_slow_first_step_nor_one_interrupted_count_for_the_pace(self, clock):
-        times = [4.0, 1, 1, 9, 1, 1, 1, 1]
-        assert self.rehearsal(clock, times, 5) == (300 - sum(times[:7]), 7)
-
-    def test_what_a_gpu_is_waited_for_counts(self, clock):
-        """It runs behind, so that a step takes as long as it takes to look at its loss."""
-        assert self.rehearsal(clock, [0.25] * 1000, 5, look=0.75) == (300 - 7, 7)
-
-    def test_one_at_least(self, clock):
-        assert self.rehearsal(clock, [2.0] * 1000, 0.01) == (1, 7)
-
-
-class OfRanks(types.SimpleNamespace):
-    """One of several processes, as `Ranks` shows them, but made up."""
-
-    def __init__(self, rank=0, size=1, others=None, **more):
-        super().__init__(rank=rank, size=size, local_rank=rank, cpus=3, others=others, alone=[], **more)
-
-    @contextlib.contextmanager
-    def first_alone(self):
-        self.alone.append("begins")
-        yield
-        self.alone.append("ends")
-
-    def gathered(self, value):
-        return [value if self.others is None else self.others]
-
-
-def a_run(tmp_path, *options, ranks=None):
-    args = program.training_options(None).parse_args([*options, f"--out={tmp_path}"])
-    return TrainingRun(args, ranks or OfRanks())
+    assert (steps_within(minutes, pretended, "a network"), len(seen)) == (steps, taken)
 
 
 class TestTrainingRun:
-    def test_as_many_workers_as_there_are_cpus_for_this_rank(self, tmp_path):
-        assert a_run(tmp_path).workers == 3 and a_run(tmp_path, "--workers=5").workers == 5
-
     def test_data(self, tmp_path):
-        ranks = OfRanks()
-        for (images, labels), expected in (
-            (a_run(tmp_path, ranks=ranks).load_data(), load_digits()[1]),
-            (a_run(tmp_path, "--no-labels").load_data(), None),
-        ):
-            np.testing.assert_array_equal(images, load_digits()[0])
-            np.testing.assert_array_equal(labels, expected)
-        assert ranks.alone == ["begins", "ends"]  # one fetches it for all
+        """Of a folder, its results are no part: test_results_of_a_run_are_not_learned_from."""
+        for name in ("a", "b"):
+            (tmp_path / "in" / name).mkdir(parents=True)
+            Image.new("RGB", (9, 8)).save(tmp_path / "in" / name / "p.png")
+        ranks, (digits, labels) = OfRanks(), load_digits()
+        folder = [f"--data={tmp_path / 'in'}", "--size=6"]
+        for options, shape, expected in (
+            ([], digits.shape, labels), (["--no-labels"], digits.shape, None), (folder, (2, 6, 6, 3), [0, 1]),
+            ([*folder, "--grey"], (2, 6, 6, 1), [0, 1]), ([*folder, "--no-labels"], (2, 6, 6, 3), None),
+        ):  # fmt: skip
+            images, found = a_run(tmp_path, *options, ranks=ranks).load_data()
+            assert images.shape == shape and (found is None) == (expected is None)
+            np.testing.assert_array_equal(found, expected)
+            assert options in (folder, [*folder, "--grey"], [*folder, "--no-labels"]) or (images == digits).all()
+        assert ranks.alone == ["begins", "ends"] * 5  # one fetches it for all
         with pytest.raises(
             ValueError, match="^--data must be digits, mnist, fashion or a folder, and there is no fold"
         ):
@@ -421,91 +443,70 @@ class TestTrainingRun:
                 a_run(tmp_path, f"--data={data}").load_data()
         assert len(a_run(folder, "--resume", f"--data={tmp_path / 'in'}").load_data()[0]) == 1
 
-    def test_a_folder(self, tmp_path):
-        for name in ("a", "b"):
-            (tmp_path / "in" / name).mkdir(parents=True)
-            Image.new("RGB", (9, 8)).save(tmp_path / "in" / name / "p.png")
-        options = [f"--data={tmp_path / 'in'}", "--size=6"]
-        for more, channels, labels in (([], 3, [0, 1]), (["--grey"], 1, [0, 1]), (["--no-labels"], 3, None)):
-            images, found = a_run(tmp_path, *options, *more).load_data()
-            assert images.shape == (2, 6, 6, channels)
-            assert (found is None) if labels is None else found.tolist() == labels
-
     @pytest.mark.parametrize(
         ("options", "device", "says"),
         [
-            ([], "cpu", "device   cpu, 3 workers, BLAS"),
+            ([], "cpu", "device   cpu, 3 workers, BLAS"),  # one per CPU
             (["--workers=1"], "cpu", "device   cpu, 1 worker, BLAS"),
             (["--device=cuda"], "cuda", "device   cuda, 3 workers, BLAS"),
-            (
-                ["--device=cuda", "--mpi"],
-                "cuda:1",
-                "device   cuda, 2 ranks of 3 workers, BLAS",
-            ),  # each has one of its own
+            (["--device=cuda", "--mpi"], "cuda:1", "device   cuda, 2 ranks of 3 workers, BLAS"),  # each has its own
             (["--device=cuda:7", "--mpi"], "cuda:7", "device   cuda:7, 2 ranks of 3 workers, BLAS"),
         ],
     )
-    def test_where_it_computes(self, tmp_path, capsys, options, device, says):
+    def test_where_it_computes(self, tmp_path, capsys, clock, options, device, says):
+        """The clock starts when the network is there."""
         moved = []
-        unet = types.SimpleNamespace(size=12345, to=lambda *where, **how: moved.append((where, how)))
+
+        def to(*where, **how):
+            moved.append((where, how))
+            clock[0] += 1000
+
         run = a_run(tmp_path, *options, "--precision=bf16", ranks=OfRanks(0, 2))
         run.ranks.local_rank = 1
-        run.prepare(unet, np.zeros((1500, 7, 9, 1)))
-        assert moved == [((device,), {"precision": "bf16"})]
-        printed = capsys.readouterr().out
-        for words in (
-            says,
-            "network  U-Net 32-64, 12,345 parameters, T = 1000\n",
-            "data     1,500 images of 7 x 9 pixels, the digits that come along\n",
-        ):
+        run.prepare(nowhere(12345, to), np.zeros((1500, 7, 9, 1)))
+        clock[0] += 90
+        assert moved == [((device,), {"precision": "bf16"})] and run.minutes() == 1.5
+        assert run.workers == (1 if "--workers=1" in options else 3)
+        printed, network = capsys.readouterr().out, "network  U-Net 32-64, 12,345 parameters, T = 1000\n"
+        for words in (says, network, "data     1,500 images of 7 x 9 pixels, the digits that come along\n"):
             assert words in printed
         assert "classes" not in printed
 
-    def test_the_clock_starts_when_the_network_is_there(self, tmp_path, clock, capsys):
-        def to(*where, **how):
-            clock[0] += 1000
-
-        run = a_run(tmp_path)
-        run.prepare(types.SimpleNamespace(size=1, to=to), np.zeros((1, 8, 8, 1)))
-        clock[0] += 90
-        assert run.minutes() == 1.5
-
-    def test_a_rehearsal_is_for_a_copy(self, tmp_path, monkeypatch, capsys):
+    @pytest.mark.parametrize(
+        ("options", "ranks", "within", "steps"),
+        [
+            ("--minutes=2.5", OfRanks(), 1234, 1234),
+            ("--minutes=2.5", OfRanks(), 200, 200),
+            ("--minutes=2.5", OfRanks(), 199, 199),  # so few learn little
+            ("--steps=3", OfRanks(), None, 3),  # but who asks for them knows
+            ("--minutes=2.5", OfRanks(1, 2, others=800), 700, 800),  # all ranks take the steps of the first
+        ],
+    )
+    def test_a_rehearsal_is_for_a_copy(self, tmp_path, monkeypatch, capsys, options, ranks, within, steps):
         """The network that is trained afterwards is as it was."""
         seen, unet = [], {"weights": [1]}
 
-        def within(minutes, training, copied):
+        def pretended(minutes, training, copied):
             copied["weights"].append(2)
             seen.append((minutes, training))
-            return 1234
+            return within
 
-        monkeypatch.setattr(program, "steps_within", within)
-        run = a_run(tmp_path, "--minutes=2.5", "--batch=9")
+        monkeypatch.setattr(program, "steps_within", pretended)
+        with warnings.catch_warnings():
+            run = a_run(tmp_path, options, "--batch=9", ranks=ranks)
         run.rehearse("a training", unet)
-        assert unet == {"weights": [1]} and seen == [(2.5, "a training")] and run.steps == 1234
-        assert run.args.steps is None
-        printed = capsys.readouterr().out
-        assert printed.startswith("pace     a rehearsal tells how many steps take 2.5 minutes\n")
-        assert "training 1,234 steps, about 2.5 minutes, 9 images a step; Ctrl-C ends it earlier\n" in printed
-        assert "so few learn little" not in printed and f"results  {tmp_path.resolve()}\n" in printed
-
-    @pytest.mark.parametrize(
-        ("options", "steps", "told"), [([], 199, True), ([], 200, False), (["--steps=3"], 3, False)]
-    )
-    def test_so_few_steps_learn_little(self, tmp_path, monkeypatch, capsys, options, steps, told):
-        """But who asked for so few knows."""
-        monkeypatch.setattr(program, "steps_within", lambda *_: steps)
-        run = a_run(tmp_path, *options)
-        run.rehearse(None, None)
-        printed = capsys.readouterr().out
-        assert run.steps == steps and ("so few learn little" in printed) == told
-        assert ("pace " in printed) == ("about" in printed) == (options == [])
-
-    def test_all_ranks_take_the_steps_of_the_first(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(program, "steps_within", lambda *_: 700)
-        run = a_run(tmp_path, ranks=OfRanks(1, 2, others=800))
-        run.rehearse(None, None)
-        assert run.steps == 800
+        assert unet == {"weights": [1]} and run.steps == steps and run.args.steps == (3 if within is None else None)
+        assert seen == ([] if within is None else [(2.5, "a training")])
+        about = ", about 2.5 minutes" if within else ""
+        said = f"training {steps:,} steps{about}, 9 images a step; Ctrl-C ends it earlier\n"
+        if within:
+            said = "pace     a rehearsal tells how many steps take 2.5 minutes\n" + said
+        if within == 199:
+            said += (
+                "         so few learn little; README's digits come from --steps 1454, however long these take here\n"
+            )
+        said += f"results  {tmp_path.resolve()}\n"
+        assert capsys.readouterr().out == ("" if ranks.rank else said)
 
     def test_the_options_that_a_run_keeps(self, tmp_path, capsys):
         """Where and with whom it computes may be others when it goes on, what it computes may not."""
@@ -551,7 +552,7 @@ class TestTrainingRun:
         with warnings.catch_warnings():
             run = a_run(tmp_path, "--steps=2", "--resume", "--save-every=1", ranks=OfRanks(1, 2))
             warnings.warn("a warning", UserWarning, stacklevel=1)  # which would be an error in these tests
-        run.prepare(types.SimpleNamespace(size=1, to=lambda *_, **__: None), load_digits()[0])
+        run.prepare(nowhere(), load_digits()[0])
         run.rehearse(None, None)
         run.open_folder()
         run.save(Image.new("L", (1, 1)), "samples.png")
@@ -562,11 +563,8 @@ class TestTrainingRun:
             steps.append((state.step, run.stop()))
         assert steps == [(1, True), (2, True)] and not list(tmp_path.iterdir())
         assert capfd.readouterr() == ("", "")
-
-    def test_the_first_saves(self, tmp_path):
-        a_run(tmp_path).save(Image.new("L", (3, 2)), "samples.png")
-        with Image.open(tmp_path / "samples.png") as picture:
-            assert picture.size == (3, 2)
+        a_run(tmp_path).save(Image.new("L", (3, 2)), "samples.png")  # but the first does
+        assert Image.open(tmp_path / "samples.png").size == (3, 2)
 
 
 class TestTrainedModel:
