@@ -106,28 +106,22 @@ class TestArguments:
             assert refused(0) == "1 or greater, got 0" and refused(-1) == "1 or greater, got -1"
 
     @pytest.mark.parametrize(
-        ("name", "line", "how"),
-        [
-            ("digits", "the digits that come along", {}),
-            ("mnist", "MNIST", {"full": True}),
-            ("fashion", "Fashion-MNIST", {}),
-        ],
-    )
-    def test_a_name_that_is_known_is_no_folder(self, pictures, monkeypatch, capsys, name, line, how):
-        digits, asked = load_digits(), []
-        for load in ("load_digits", "load_mnist", "load_fashion_mnist"):
-            monkeypatch.setattr(program, load, lambda load=load, **how: asked.append((load, how)) or digits)
-        for given in (name, f"./{name}", f"{name}/", f"../{pictures.name}/{name}"):
+        ("name", "load", "how", "line"),
+        [("digits", "load_digits", {}, "the digits that come along"), ("mnist", "load_mnist", {"full": True}, "MNIST"),
+         ("fashion", "load_fashion_mnist", {}, "Fashion-MNIST")],
+    )  # fmt: skip
+    def test_a_name_that_is_known_is_no_folder(self, pictures, monkeypatch, capsys, name, load, how, line):
+        monkeypatch.setenv("HOME", str(pictures)), monkeypatch.setenv("USERPROFILE", str(pictures))
+        asked, images = [], np.zeros((1200, 28, 28, 1))
+        monkeypatch.setattr(program, load, lambda **how: asked.append(how) or (images, None))
+        for given, says in (
+            (name, f"1,200 images of 28 x 28 pixels, {line}\n"),
+            *((folder, f"4 images of 8 x 8 pixels, {pictures / name}\nclasses  0 a, 1 b\n")
+              for folder in (f"./{name}", f"{name}/", f"../{pictures.name}/{name}", f"~/{name}")),
+        ):  # fmt: skip
             run = TrainingRun(arguments(f"--data={given}", "--size=8"), OfRanks())
-            images, _ = run.load_data()
-            run.prepare(nowhere(), images)
-            says = (
-                f"10,000 images of 28 x 28 pixels, {line}"
-                if given == name
-                else f"4 images of 8 x 8 pixels, {pictures / name}"
-            )
-            assert (images is digits[0]) == (given == name) and f"data     {says}\n" in capsys.readouterr().out
-        assert asked == [("load_fashion_mnist" if name == "fashion" else f"load_{name}", how)]
+            run.prepare(nowhere(), run.load_data()[0])
+            assert capsys.readouterr().out.endswith(f"data     {says}") and asked == [how]
 
     @pytest.mark.parametrize("out", ["mine", "mine/", "mine/run", "mine/a/../b", "link", "./link/run"])
     def test_results_do_not_go_where_pictures_are_learned_from(self, pictures, refusal, out):
@@ -138,31 +132,21 @@ class TestArguments:
         for beside in ("mine2", "runs/mine", "."):
             assert arguments("--data=mine", f"--out={beside}", "--size=8").out == pathlib.Path(beside)
 
-    def test_a_home_may_be_meant(self, pictures, monkeypatch):
-        monkeypatch.setenv("HOME", str(pictures)), monkeypatch.setenv("USERPROFILE", str(pictures))
-        args = arguments("--data=~/mine", "--out=~/runs/one", "--size=8")
-        assert args.data == str(pictures / "mine") and args.out == pictures / "runs" / "one"
-
     @pytest.mark.parametrize(
         ("options", "says"),
         [
             ("--channels 16 12", "--channels must be multiples of 8, got 12"),
             ("--channels 8 -8", "--channels must be multiples of 8, got -8"),
-            ("--channels 8 8 8 8", "--size, --patch, --channels: 4 levels and squares of 2 x 2 pixels need a height and a "
-             "width that are multiples of 16, and images have 28"),
-            ("--patch=3", "--size, --patch, --channels: 2 levels and squares of 3 x 3 pixels need a height and a width "
-             "that are multiples of 6, and images have 28"),
-            ("--data=mine --size=30", "--size, --patch, --channels: 2 levels and squares of 2 x 2 pixels need a height and "
-             "a width that are multiples of 4, and images have 30"),
-            *((f"--start={model} --out=./runs/a/", "--out: runs/a holds the model that --start names, and keeps it; take "
-               "a new folder") for model in ("runs/a", "runs/b/../a/model.safetensors")),
+            *((options, f"--size, --patch, --channels: {levels} levels and squares of {patch} x {patch} pixels need a "
+               f"height and a width that are multiples of {factor}, and images have {side}") for options, levels, patch,
+              factor, side in [("--channels 8 8 8 8", 4, 2, 16, 28), ("--patch=3", 2, 3, 6, 28),
+                               ("--data=mine --size=30", 2, 2, 4, 30)]),
+            *((f"--start={model} --out=./runs/a/", "--out: runs/a holds the model that --start names, and keeps it; "
+               "take a new folder") for model in ("runs/a", "runs/b/../a/model.safetensors")),
             ("--steps=3 --minutes=1", "--steps, --minutes: each says how long to train, so give one of them"),
-            ("--digits=1 --start=runs/a", "--digits, --start: digits are drawn by the model in --out, so leave out one of "
-             "them"),
-            ("--digits=1.5", "--digits must be digits such as 2026, got '1.5'"),
+            ("--digits=1 --start=runs/a", "--digits, --start: digits are drawn by the model in --out, so leave out one "
+             "of them"),
             ("--digits=", "--digits must be digits such as 2026, got ''"),
-            ("--step=3", "unrecognized arguments: --step=3"),
-            ("--out=", "argument --out: expected a path, got none"),
         ],
     )  # fmt: skip
     def test_what_is_wrong_is_known_before_any_work(self, pictures, refusal, options, says):
@@ -190,10 +174,13 @@ class TestGoingOn:
         (pictures / "runs/one/checkpoint.safetensors").touch()
         return pictures / "runs" / "one"
 
-    def test_each_option_is_of_one_kind(self):
+    def test_each_option_is_of_one_kind(self, begun):
         """It is kept, or may change and is remembered, or is said anew each time; or it is one of the few below."""
         names = {a.option_strings[-1].removeprefix("--") for a in program.training_options(None)._actions}
         assert names == {*self.KEPT, *self.MAY, *self.ONCE, "data", "start", "minutes"}
+        kept = json.loads((begun / "options.json").read_text())
+        assert {name.replace("_", "-") for name in kept} == names - {*self.ONCE}
+        assert kept["steps"] == 40 and kept["channels"] == [8, 16] and kept["minutes"] == 5  # that by default
 
     @pytest.mark.parametrize("name", KEPT)
     def test_what_decides_about_the_outcome_is_kept(self, begun, refusal, name):
@@ -207,11 +194,10 @@ class TestGoingOn:
         assert arguments("--resume", "--out=runs/one", *same).steps == 40
 
     @pytest.mark.parametrize(
-        ("damage", "says"),
+        ("options", "says"),
         [
             ("{", "Expecting property name"),
-            ("[1]", "expected an object of options, got [1]"),
-            ("3", "expected an object of options, got 3"),
+            *((value, f"expected an object of options, got {value}") for value in ("[1]", "3")),
             ('{"steps": "many"}', "argument --steps: invalid int value: 'many'"),
             ('{"channels": 5.5}', "argument --channels: invalid int value: '5.5'"),
             ('{"flip": "yes"}', "argument --flip: ignored explicit argument 'yes'"),
@@ -220,13 +206,9 @@ class TestGoingOn:
             ('{"batch": 0}', "--batch must be 1 or greater, got 0"),
         ],
     )
-    def test_damage_is_named(self, begun, refusal, damage, says):
-        (begun / "options.json").write_text(damage)
+    def test_damage_is_named(self, begun, refusal, options, says):
+        (begun / "options.json").write_text(options)
         assert refusal("--resume", "--out=runs/one").startswith(f"--resume: runs/one/options.json is damaged: {says}")
-
-    def test_minutes_say_nothing_to_a_run_that_has_its_steps(self, begun, refusal):
-        says = "--minutes: the run that is to go on has 40 steps, and keeps them"
-        assert refusal("--resume", "--out=runs/one", "--minutes=9") == says
 
     def test_the_others_are_remembered_once_the_training_has_accepted_them(self, begun, pictures):
         (pictures / "mine").rename(pictures / "moved")
@@ -260,7 +242,9 @@ class TestGoingOn:
         args = arguments("--resume", "--out=runs/one")
         assert args.data == str(pictures / "moved") and args.samples == 9 and args.workers is None
 
-    def test_where_the_images_were(self, begun, pictures):
+    def test_where_the_images_were_and_how_many_steps_it_has(self, begun, pictures, refusal):
+        says = "--minutes: the run that is to go on has 40 steps, and keeps them"
+        assert refusal("--resume", "--out=runs/one", "--minutes=9") == says
         (pictures / "mine").rename(pictures / "moved")
         with pytest.raises(ValueError, match="no folder .*mine; if it was moved, --data says where it is now$"):
             TrainingRun(arguments("--resume", "--out=runs/one"), OfRanks()).load_data()
@@ -272,10 +256,9 @@ class TestStart:
     @pytest.fixture
     def models(self, pictures):
         """Of grey images and of coloured ones, with classes and without."""
-        for name, more in {
-            "plain": {}, "told": {"classes": 3, "label_dropout": 0.2}, "ten": {"classes": 10}, "rgb": {"in_channels": 3,
-            "out_channels": 3}, "two": {"classes": 2, "label_dropout": 0.1},
-        }.items():  # fmt: skip
+        rgb, dropout = {"in_channels": 3, "out_channels": 3}, {"label_dropout": 0.2}
+        for name, more in {"plain": {}, "rgb": rgb, "told": {"classes": 3} | dropout, "ten": {"classes": 10},
+                           "two": {"classes": 2} | dropout}.items():  # fmt: skip
             unet = UNet(**TINY | {"groups": 4} | more, image_size=28, patch=2, rng=len(name))
             for p in unet.parameters():
                 p.data = p.data + np.float32(0.05) * np.cos(np.arange(p.data.size, dtype=np.float32)).reshape(p.shape)
@@ -287,6 +270,8 @@ class TestStart:
         return run, run.start_model(*run.load_data())
 
     def test_the_network_and_the_process_are_those_of_the_model(self, models, capsys):
+        same = "--channels 4 8 --blocks=1 --patch=2 --objective=eps --timesteps=20".split()  # that may be said
+        self.started("--start=told.safetensors", *same, "--no-labels"), capsys.readouterr()
         run, (diffusion, unet) = self.started("--start=told.safetensors", "--data=digits", "--no-labels")
         assert configuration(unet, diffusion) == configuration(unet, DIFFUSION)
         np.testing.assert_array_equal(diffusion.schedule.beta, DIFFUSION.schedule.beta)
@@ -335,24 +320,23 @@ class TestStart:
     @pytest.mark.parametrize(
         ("options", "says"),
         [
-            ("plain.safetensors --channels 8 16", "--channels: the model of --start has 4 8, which stays, got 8 16"),
-            ("plain.safetensors --objective=x0", "--objective: the model of --start has eps, which stays, got x0"),
-            ("plain.safetensors --timesteps=1000", "--timesteps: the model of --start has 20, which stays, got 1000"),
-            ("plain.safetensors --patch=1", "--patch: the model of --start has 2, which stays, got 1"),
-            ("plain.safetensors --blocks=2", "--blocks: the model of --start has 1, which stays, got 2"),
-            ("plain.safetensors --data=mine", "--data: its images have 3 channels, and the model of --start has 1; "
-             "--grey makes them grey"),
-            ("rgb.safetensors --data=mine --grey", "--data: its images have 1 channel, and the model of --start has "
-             "3$"),
-            ("plain.safetensors --data=mine --size=10", "--size: of the model of --start, 2 levels and squares of 2 x "
-             "2 pixels need a height and a width that are multiples of 4, and images have 10"),
-            ("nowhere.safetensors", "--start: .*there is no file .*nowhere.safetensors"),
-            ("mine/a/0.png", "--start: .*0.png is not a readable safetensors file"),
+            ("--channels 8 16", "--channels: the model of --start has 4 8, which stays, got 8 16"),
+            ("--objective=x0", "--objective: the model of --start has eps, which stays, got x0"),
+            ("--timesteps=1000", "--timesteps: the model of --start has 20, which stays, got 1000"),
+            ("--patch=1", "--patch: the model of --start has 2, which stays, got 1"),
+            ("--blocks=2", "--blocks: the model of --start has 1, which stays, got 2"),
+            ("--data=mine", "--data: its images have 3 channels, and the model of --start has 1; --grey makes them grey"),
+            ("--start=rgb.safetensors --grey --data=mine", "--data: its images have 1 channel, and the model of --start "
+             "has 3$"),
+            ("--data=mine --size=10", "--size: of the model of --start, 2 levels and squares of 2 x 2 pixels need a height "
+             "and a width that are multiples of 4, and images have 10"),
+            ("--start=nowhere.safetensors", "--start: .*there is no file .*nowhere.safetensors"),
+            ("--start=mine/a/0.png", "--start: .*0.png is not a readable safetensors file"),
         ],
     )  # fmt: skip
     def test_what_does_not_fit_is_refused_by_name(self, models, options, says):
         with pytest.raises(ValueError, match=f"^{says}"):
-            self.started(*f"--start={options}".split())
+            self.started("--start=plain.safetensors", *options.split())
 
     def test_a_checkpoint_that_is_damaged_is_named(self, models):
         (models / "runs/mnist").mkdir(parents=True)
@@ -363,10 +347,6 @@ class TestStart:
             self.started(*options)
         (models / "plain.safetensors").rename(before)
         assert self.started(*options)[1][1].config["channels"] == (4, 8)
-
-    def test_the_same_as_the_model_has_may_be_said(self, models):
-        options = ["--channels", "4", "8", "--blocks=1", "--patch=2", "--objective=eps", "--timesteps=20"]
-        assert self.started("--start=plain.safetensors", *options, "--no-labels")[1]
 
 
 @pytest.fixture
@@ -410,25 +390,18 @@ def test_how_many_steps_take_so_many_minutes(clock, seconds, minutes, look, step
 
 class TestTrainingRun:
     def test_data(self, tmp_path):
-        """Of a folder, its results are no part: test_results_of_a_run_are_not_learned_from."""
         for name in ("a", "b"):
             (tmp_path / "in" / name).mkdir(parents=True)
             Image.new("RGB", (9, 8)).save(tmp_path / "in" / name / "p.png")
-        ranks, (digits, labels) = OfRanks(), load_digits()
-        folder = [f"--data={tmp_path / 'in'}", "--size=6"]
+        ranks, folder, labels = OfRanks(), f"--data={tmp_path / 'in'} --size=6", load_digits()[1]
         for options, shape, expected in (
-            ([], digits.shape, labels), (["--no-labels"], digits.shape, None), (folder, (2, 6, 6, 3), [0, 1]),
-            ([*folder, "--grey"], (2, 6, 6, 1), [0, 1]), ([*folder, "--no-labels"], (2, 6, 6, 3), None),
+            ("", (10_000, 28, 28, 1), labels), ("--no-labels", (10_000, 28, 28, 1), None), (folder, (2, 6, 6, 3), [0, 1]),
+            (f"{folder} --grey", (2, 6, 6, 1), [0, 1]), (f"{folder} --no-labels", (2, 6, 6, 3), None),
         ):  # fmt: skip
-            images, found = a_run(tmp_path, *options, ranks=ranks).load_data()
+            images, found = a_run(tmp_path, *options.split(), ranks=ranks).load_data()
             assert images.shape == shape and (found is None) == (expected is None)
             np.testing.assert_array_equal(found, expected)
-            assert options in (folder, [*folder, "--grey"], [*folder, "--no-labels"]) or (images == digits).all()
         assert ranks.alone == ["begins", "ends"] * 5  # one fetches it for all
-        with pytest.raises(
-            ValueError, match="^--data must be digits, mnist, fashion or a folder, and there is no fold"
-        ):
-            a_run(tmp_path, "--data=nowhere").load_data()
 
     @pytest.mark.filterwarnings("ignore:.* files are left out")
     def test_results_of_a_run_are_not_learned_from(self, tmp_path):
@@ -473,16 +446,16 @@ class TestTrainingRun:
         assert "classes" not in printed
 
     @pytest.mark.parametrize(
-        ("options", "ranks", "within", "steps"),
+        ("ranks", "within", "steps", "says"),
         [
-            ("--minutes=2.5", OfRanks(), 1234, 1234),
-            ("--minutes=2.5", OfRanks(), 200, 200),
-            ("--minutes=2.5", OfRanks(), 199, 199),  # so few learn little
-            ("--steps=3", OfRanks(), None, 3),  # but who asks for them knows
-            ("--minutes=2.5", OfRanks(1, 2, others=800), 700, 800),  # all ranks take the steps of the first
+            (OfRanks(), 1234, 1234, "{pace}training 1,234 steps, about 2.5 minutes{one}{results}"),
+            (OfRanks(), 200, 200, "{pace}training 200 steps, about 2.5 minutes{one}{results}"),
+            (OfRanks(), 199, 199, "{pace}training 199 steps, about 2.5 minutes{one}{few}{results}"),
+            (OfRanks(), None, 3, "training 3 steps{one}{results}"),  # who asks for so few knows
+            (OfRanks(1, 2, others=800), 700, 800, ""),  # all ranks take the steps of the first
         ],
     )
-    def test_a_rehearsal_is_for_a_copy(self, tmp_path, monkeypatch, capsys, options, ranks, within, steps):
+    def test_a_rehearsal_is_for_a_copy(self, tmp_path, monkeypatch, capsys, ranks, within, steps, says):
         """The network that is trained afterwards is as it was."""
         seen, unet = [], {"weights": [1]}
 
@@ -493,42 +466,28 @@ class TestTrainingRun:
 
         monkeypatch.setattr(program, "steps_within", pretended)
         with warnings.catch_warnings():
-            run = a_run(tmp_path, options, "--batch=9", ranks=ranks)
+            run = a_run(tmp_path, "--minutes=2.5" if within else "--steps=3", "--batch=9", ranks=ranks)
         run.rehearse("a training", unet)
-        assert unet == {"weights": [1]} and run.steps == steps and run.args.steps == (3 if within is None else None)
-        assert seen == ([] if within is None else [(2.5, "a training")])
-        about = ", about 2.5 minutes" if within else ""
-        said = f"training {steps:,} steps{about}, 9 images a step; Ctrl-C ends it earlier\n"
-        if within:
-            said = "pace     a rehearsal tells how many steps take 2.5 minutes\n" + said
-        if within == 199:
-            said += (
-                "         so few learn little; README's digits come from --steps 1454, however long these take here\n"
-            )
-        said += f"results  {tmp_path.resolve()}\n"
-        assert capsys.readouterr().out == ("" if ranks.rank else said)
-
-    def test_the_options_that_a_run_keeps(self, tmp_path, capsys):
-        """Where and with whom it computes may be others when it goes on, what it computes may not."""
-        run = a_run(tmp_path, "--device=cuda", "--workers=2", "--mpi", "--resume", "--seed=3")
-        run.steps = 77
-        run.open_folder()
-        assert capsys.readouterr().out == "resumed  from the beginning, for there is no checkpoint\n"
-        kept = json.loads((tmp_path / "options.json").read_text())
-        assert kept["steps"] == 77 and kept["seed"] == 3 and kept["minutes"] == 5 and kept["channels"] == [32, 64]
-        assert set(vars(run.args)) - set(kept) == {"out", "resume", "digits", "device", "workers", "mpi"}
+        assert unet == {"weights": [1]} and run.steps == steps and run.args.steps == (None if within else 3)
+        assert seen == ([(2.5, "a training")] if within else [])
+        few = "so few learn little; README's digits come from --steps 1454, however long these take here"
+        assert capsys.readouterr().out == says.format(
+            pace="pace     a rehearsal tells how many steps take 2.5 minutes\n", few=f"{9 * ' '}{few}\n",
+            one=", 9 images a step; Ctrl-C ends it earlier\n", results=f"results  {tmp_path.resolve()}\n",
+        )  # fmt: skip
 
     def test_an_earlier_run_is_moved_with_its_pictures(self, tmp_path, capsys):
         names = {"noising.png", "step_00500.png", "samples.png", "denoising.gif", "digits.png", "model.safetensors"}
-        for name in {*names, "checkpoint.safetensors", "mine.png"}:
+        a_run(tmp_path, "--resume").open_folder()
+        assert capsys.readouterr().out == "resumed  from the beginning, for there is no checkpoint\n"
+        for name in (names := {*names, "checkpoint.safetensors", "options.json"}) | {"mine.png"}:
             (tmp_path / name).write_text("")
-        run = a_run(tmp_path)
-        run.open_folder()
+        a_run(tmp_path).open_folder()
         says = "earlier  the run that was there is in earlier-1 now; --resume would have gone on from it\n"
-        assert capsys.readouterr().out == says
-        assert {p.name for p in (tmp_path / "earlier-1").iterdir()} == {*names, "checkpoint.safetensors"}
+        assert capsys.readouterr().out == says and {p.name for p in (tmp_path / "earlier-1").iterdir()} == names
         assert {p.name for p in tmp_path.iterdir()} == {"earlier-1", "mine.png", "options.json"}
-        assert run.resume is None and a_run(tmp_path, "--resume").resume == tmp_path / "checkpoint.safetensors"
+        assert a_run(tmp_path).resume is None
+        assert a_run(tmp_path, "--resume").resume == tmp_path / "checkpoint.safetensors"
 
     def test_followed(self, tmp_path, capfd, monkeypatch):
         """Checkpoints, log and loss curve are those of `recorded`; a signal asks for an end."""
@@ -567,94 +526,75 @@ class TestTrainingRun:
         assert Image.open(tmp_path / "samples.png").size == (3, 2)
 
 
-class TestTrainedModel:
-    @pytest.fixture
-    def folder(self, tmp_path):
-        save_model(tmp_path / "model.safetensors", UNet(**TINY, classes=3), DIFFUSION)
-        return tmp_path
+def test_digits_are_drawn_by_the_model_in_the_folder(tmp_path, monkeypatch):
+    """That of the checkpoint, which is never older; and only those that it knows."""
 
-    def asked(self, folder, *options):
-        return program.trained_model(program.training_options(None).parse_args([f"--out={folder}", *options]))
+    def asked(*options):
+        return program.trained_model(program.training_options(None).parse_args([f"--out={tmp_path}", *options]))
 
-    def test_it_comes_with_the_labels_that_are_asked_for(self, folder, monkeypatch):
-        moved, to = [], UNet.to
-        monkeypatch.setattr(UNet, "to", lambda self, *x, **y: moved.append((x, y)) or to(self, "cpu"))
-        unet, diffusion, labels = self.asked(folder, "--digits=2021", "--device=cuda:1", "--precision=fp16")
-        assert unet.config["channels"] == TINY["channels"] and diffusion.T == DIFFUSION.T and labels == [2, 0, 2, 1]
-        assert moved == [(("cuda:1",), {"precision": "fp16"})]
-
-    def test_that_of_the_checkpoint_which_is_never_older(self, folder):
-        save_model(folder / "checkpoint.safetensors", UNet(**TINY, classes=9), DIFFUSION)
-        assert self.asked(folder, "--digits=8")[0].config["classes"] == 9
-        (folder / "model.safetensors").unlink()
-        assert self.asked(folder, "--digits=8")[0].config["classes"] == 9
-
-    def test_digits_that_it_does_not_know(self, folder):
-        with pytest.raises(ValueError, match="^--digits: this model knows 0 to 2, got 103$"):
-            self.asked(folder, "--digits=103")
-        save_model(folder / "model.safetensors", UNet(**TINY), DIFFUSION)
-        with pytest.raises(ValueError, match="^--digits: the model in .* was trained without labels, so it does not"):
-            self.asked(folder, "--digits=1")
+    moved, to = [], UNet.to
+    monkeypatch.setattr(UNet, "to", lambda self, *x, **y: moved.append((x, y)) or to(self, "cpu"))
+    save_model(tmp_path / "model.safetensors", UNet(**TINY, classes=3), DIFFUSION)
+    unet, diffusion, labels = asked("--digits=2021", "--device=cuda:1", "--precision=fp16")
+    assert unet.config["channels"] == TINY["channels"] and diffusion.T == DIFFUSION.T and labels == [2, 0, 2, 1]
+    assert moved == [(("cuda:1",), {"precision": "fp16"})]
+    with pytest.raises(ValueError, match="^--digits: this model knows 0 to 2, got 103$"):
+        asked("--digits=103")
+    save_model(tmp_path / "checkpoint.safetensors", UNet(**TINY, classes=9), DIFFUSION)
+    assert asked("--digits=8")[0].config["classes"] == 9
+    (tmp_path / "model.safetensors").unlink()
+    assert asked("--digits=8")[0].config["classes"] == 9
+    save_model(tmp_path / "checkpoint.safetensors", UNet(**TINY), DIFFUSION)
+    with pytest.raises(ValueError, match="^--digits: the model in .* was trained without labels, so it does not know"):
+        asked("--digits=1")
 
 
 class TestRunTraining:
     @pytest.fixture
-    def ranks(self, monkeypatch):
+    def ranks(self, monkeypatch, tmp_path):
         """What the processes are to be; whether they ran within `abort_on_error` is noted."""
-        made = OfRanks(ended=[])
+        made = OfRanks(failed=[])
 
         @contextlib.contextmanager
         def abort_on_error():
             try:
                 yield
             except BaseException as error:
-                made.ended.append(error.code)
+                made.failed.append(error.code)
                 raise
 
         made.abort_on_error = abort_on_error
         monkeypatch.setattr(program, "Ranks", lambda mpi: made)
+        (tmp_path / "model.safetensors").write_text("")
         return made
 
-    def test_the_first_has_found_the_options_of_before(self, ranks, tmp_path):
-        """Which may be on its disk alone."""
-        ranks.others, seen = program.training_options(None).parse_args(["--seed=9"]), []
-        program.run_training(seen.append, None, [f"--out={tmp_path}"])
-        assert seen[0].args.seed == 9 and seen[0].ranks is ranks
-
-    @pytest.mark.parametrize(
-        ("options", "rank", "runs"), [([], 0, 1), ([], 1, 1), (["--digits=1"], 0, 1), (["--digits=1"], 1, 0)]
-    )
-    def test_digits_are_drawn_by_the_first_alone(self, ranks, tmp_path, options, rank, runs):
-        (tmp_path / "model.safetensors").write_text("")
+    @pytest.mark.parametrize("options", [[], ["--digits=1"]])
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_digits_are_drawn_by_the_first_alone(self, ranks, tmp_path, rank, options):
+        """Which has found the options of before, perhaps on its disk alone."""
+        ranks.others = program.training_options(None).parse_args(["--seed=9", *options, f"--out={tmp_path}"])
         ranks.rank, seen = rank, []
         with warnings.catch_warnings():
             program.run_training(seen.append, None, [*options, f"--out={tmp_path}"])
-        assert len(seen) == runs
+        assert [(run.args.seed, run.ranks) for run in seen] == [(9, ranks)] * (rank == 0 or not options)
 
-    def test_an_error_in_one_ends_all_in_a_line(self, ranks, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(("settings", "name"), [({}, "program.py"), ({"prog": "python -m that"}, "python -m that")])
+    def test_an_error_in_one_ends_all_in_a_line(self, ranks, ended, tmp_path, monkeypatch, settings, name):
         monkeypatch.setattr(sys, "argv", ["program.py"])
-        (tmp_path / "model.safetensors").write_text("")
-
         shown, before = [], warnings.formatwarning
 
         def fails(run):
             shown.append(warnings.formatwarning("odd", UserWarning, "file.py", 3))
             raise FloatingPointError("step 3: the loss is nan")
 
-        for settings, name in (({}, "program.py"), ({"prog": "python -m that"}, "python -m that")):
-            for more in ([], ["--digits=1"]):
-                with pytest.raises(SystemExit) as ended:
-                    program.run_training(fails, None, [f"--out={tmp_path}", *more], **settings)
-                assert ended.value.code == f"{name}: step 3: the loss is nan"
-                assert ranks.ended == ([] if more else [ended.value.code])  # nobody waits for who draws digits
-                ranks.ended.clear()
-            assert shown.pop() == f"\n{name}: odd\n" and warnings.formatwarning is before
+        run = lambda *options: program.run_training(fails, None, [*options, f"--out={tmp_path}"], **settings)
+        says = f"{name}: step 3: the loss is nan"
+        assert ended(run) == (1, "", says) and ranks.failed == [says]
+        assert ended(run, "--digits=1") == (1, "", says) and ranks.failed == [says]  # nobody waits for who draws digits
+        assert shown == [f"\n{name}: odd\n"] * 2 and warnings.formatwarning is before
 
-    def test_what_is_wrong_before_there_are_ranks_is_said_in_a_line_too(self, monkeypatch, tmp_path):
         def none(mpi):
             raise RuntimeError("mpi: there is none")
 
         monkeypatch.setattr(program, "Ranks", none)
-        with pytest.raises(SystemExit) as ended:
-            program.run_training(pytest.fail, None, ["--mpi", f"--out={tmp_path}"], prog="it")
-        assert ended.value.code == "it: mpi: there is none"
+        assert ended(run, "--mpi") == (1, "", f"{name}: mpi: there is none")

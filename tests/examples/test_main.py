@@ -1,5 +1,5 @@
-"""`python -m tinyddpm`: what it trains is what examples/mnist_ddpm.py trains, to the bit; and it samples from a model of
-any kind, as examples/sample_pretrained.py does. What the three refuse.
+"""`python -m tinyddpm`: what it trains is what examples/mnist_ddpm.py trains, to the bit; it samples from models of any
+kind, as examples/sample_pretrained.py does. What the three refuse.
 """
 
 import json
@@ -38,6 +38,11 @@ def command(ended):
 def pixels(path):
     with Image.open(path) as picture:
         return np.asarray(picture)
+
+
+def assert_same_weights(one, other):
+    for name, w in one.state_dict().items():
+        np.testing.assert_array_equal(other.state_dict()[name], w, err_msg=name)
 
 
 def by_command(out, *options):
@@ -83,152 +88,143 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def test_it_makes_what_the_example_makes(folders):
-    ours, theirs = folders.values()
-    assert_same(ours, theirs, "step_00002.png")
-    made, only_of_the_example = ({path.name for path in f.iterdir()} for f in (ours, theirs))
-    assert only_of_the_example - made == {"noising.png", "denoising.gif"} and made < only_of_the_example
+class TestTrain:
+    def test_it_makes_what_the_example_makes(self, folders):
+        ours, theirs = folders.values()
+        assert_same(ours, theirs, "step_00002.png")
+        made, only_of_the_example = ({path.name for path in f.iterdir()} for f in (ours, theirs))
+        assert only_of_the_example - made == {"noising.png", "denoising.gif"} and made < only_of_the_example
 
-
-@pytest.mark.parametrize(
-    ("options", "classes"),
-    [
-        ("", 2),
-        ("--data={photos}/a", None),
-        ("--grey --no-labels --objective=v --blocks=2 --patch=2 --lr=0.01 --save-every=2", None),
-    ],
-)
-def test_with_other_options_and_images_of_ones_own(photos, tmp_path, options, classes):
-    """Every option that says something about the network, the process or the samples."""
-    few = f"--steps=2 --data={photos} --size=14 --flip --sampling-steps=3 --guidance=3 --seed=5".split()
-    for by in (by_command, by_example):
-        by(tmp_path / by.__name__, *TINY, *few, *options.format(photos=photos).split())
-    assert_same(tmp_path / "by_command", tmp_path / "by_example")
-    assert load_model(tmp_path / "by_command" / "model.safetensors")[0].config["classes"] == classes
-
-
-@pytest.mark.parametrize("begin", [by_command, by_example])
-def test_a_rehearsal_changes_nothing_but_the_number_of_steps(tmp_path, begin):
-    """In so few minutes as these, one is taken."""
-    for name, option in (("clock", "--minutes=1e-9"), ("count", "--steps=1")):
-        begin(tmp_path / name, *TINY[1:], option)
-        assert json.loads((tmp_path / name / "options.json").read_text())["steps"] == 1
-    assert (tmp_path / "clock/model.safetensors").read_bytes() == (tmp_path / "count/model.safetensors").read_bytes()
-
-
-@pytest.mark.parametrize(("by", "module"), [(by_command, commands), (by_example, tinyddpm)])
-def test_digits(folders, recorded, capsys, by, module):
-    """They are drawn by the model that is there, which stays as it is."""
-    model, calls = folders[by] / "model.safetensors", recorded(module, "sample")
-    before = model.read_bytes()
-    by(folders[by], "--digits=2026", "--guidance=2.5", "--seed=4", "--sampling-steps=6", "--workers=2")
-    said, ((how, digits),) = capsys.readouterr(), calls
-    assert said.out == f"look at {folders[by] / 'digits.png'}\n" and "6/6" in said.err and model.read_bytes() == before
-    expected = {"shape": (4, 28, 28, 1), "guidance": 2.5, "rng": 4, "workers": 2, "steps": 6, "method": "ddpm"}
-    assert {name: how[name] for name in expected} == expected and list(how["labels"]) == [2, 0, 2, 6]
-    for name, w in load_model(model)[0].state_dict().items():
-        np.testing.assert_array_equal(how["model"].state_dict()[name], w)
-    np.testing.assert_array_equal(pixels(folders[by] / "digits.png"), np.asarray(grid(digits, 4, scale=4)))
-
-
-@pytest.mark.parametrize(("began", "goes_on"), [(by_command, by_example), (by_example, by_command)])
-def test_each_goes_on_with_a_run_of_the_other(folders, tmp_path, began, goes_on, capsys):
-    """As if there had been no break after the third step."""
-    folder = shutil.copytree(folders[began], tmp_path / "run")
-    (folder / "checkpoint.previous.safetensors").replace(folder / "checkpoint.safetensors")
-    assert step_in(folder / "checkpoint.safetensors") == 3
-    for name in ("model.safetensors", "samples.png"):
-        (folder / name).unlink()
-    goes_on(folder, "--resume")
-    assert "resumed  at step 4 of 4" in "".join(capsys.readouterr())
-    assert_same(folder, folders[began])
-    before, after = ((f / "metrics.csv").read_text().splitlines() for f in (folders[began], folder))
-    assert before[:4] == after[:4] and len(after) == 5  # a header, and three steps that are not done again
-
-
-@pytest.mark.parametrize("begin", [by_command, by_example])
-def test_it_begins_with_the_weights_of_a_model(folders, tmp_path, begin, capsys):
-    """As `train` does in Python with what `load_model` gives: the first loss is that of the model, and the average
-    begins at its weights. It goes on with --resume when the model is gone."""
-    model, out = (
-        shutil.copy(folders[by_command] / "model.safetensors", tmp_path / "start.safetensors"),
-        tmp_path / "out",
+    @pytest.mark.parametrize(
+        ("options", "classes"),
+        [
+            ("", 2),
+            ("--data={photos}/a", None),
+            ("--grey --no-labels --objective=v --blocks=2 --patch=2 --lr=0.01 --save-every=2", None),
+        ],
     )
-    options = "--batch=4 --samples=2 --workers=1 --seed=5 --sampling-steps=4 --steps=2 --save-every=1"
-    begin(out, *options.split(), f"--start={model}")
-    learned = "it has learned of 10 classes, and takes those here for them"
-    assert f"start    from {model}\n         {learned}" in capsys.readouterr().out
-    (unet, diffusion), (images, labels) = load_model(model), load_digits()
-    before, losses, averages = unet.state_dict(), [], []
-    for state in train(unet, diffusion, images, 2, 4, lr=4e-3, decay_steps=1, seed=5, labels=labels, workers=1):
-        losses.append(state.loss), averages.append(state.ema.model.state_dict())
-    np.testing.assert_array_equal(np.loadtxt(out / "metrics.csv", delimiter=",", skiprows=1)[:, 1], losses)
-    again, _ = load_model(out / "model.safetensors")
-    for name, w in again.state_dict().items():
-        np.testing.assert_array_equal(w, averages[-1][name])
-        assert np.abs(averages[0][name] - before[name]).max() < 5e-3  # the first step's; of new weights, any distance
-    kept = json.loads((out / "options.json").read_text())
-    assert kept["start"] == str(model) and kept["channels"] == [8] and kept["timesteps"] == 20
-    assert again.config == unet.config
+    def test_with_other_options_and_images_of_ones_own(self, photos, tmp_path, options, classes):
+        """Every option that says something about the network, the process or the samples."""
+        few = f"--steps=2 --data={photos} --size=14 --flip --sampling-steps=3 --guidance=3 --seed=5".split()
+        for by in (by_command, by_example):
+            by(tmp_path / by.__name__, *TINY, *few, *options.format(photos=photos).split())
+        assert_same(tmp_path / "by_command", tmp_path / "by_example")
+        assert load_model(tmp_path / "by_command" / "model.safetensors")[0].config["classes"] == classes
 
-    model.unlink()
-    (out / "checkpoint.previous.safetensors").replace(out / "checkpoint.safetensors")
-    (out / "model.safetensors").rename(tmp_path / "whole.safetensors")
-    begin(out, "--resume", "--workers=1", f"--start={model}")
-    said = capsys.readouterr()
-    assert "start    the checkpoint in the folder goes on, and has its own weights\n" in said.out
-    assert "resumed  at step 2 of 2" in said.out + said.err
-    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    @pytest.mark.parametrize("begin", [by_command, by_example])
+    def test_a_rehearsal_changes_nothing_but_the_number_of_steps(self, tmp_path, begin):
+        """In so few minutes as these, one is taken."""
+        for out, option in ((tmp_path / "clock", "--minutes=1e-9"), (tmp_path / "count", "--steps=1")):
+            begin(out, *TINY[1:], option)
+            assert json.loads((out / "options.json").read_text())["steps"] == 1
+        assert_same_weights(*(load_model(tmp_path / name / "model.safetensors")[0] for name in ("clock", "count")))
 
+    @pytest.mark.parametrize(("by", "module"), [(by_command, commands), (by_example, tinyddpm)])
+    def test_digits(self, folders, recorded, capsys, by, module):
+        """They are drawn by the model that is there, which stays as it is."""
+        out, calls = folders[by], recorded(module, "sample")
+        before = (out / "model.safetensors").read_bytes()
+        by(out, "--digits=2026", "--guidance=2.5", "--seed=4", "--sampling-steps=6", "--workers=2")
+        said, ((how, digits),) = capsys.readouterr(), calls
+        assert said.out == f"look at {out / 'digits.png'}\n" and "6/6" in said.err
+        expected = {"shape": (4, 28, 28, 1), "guidance": 2.5, "rng": 4, "workers": 2, "steps": 6, "method": "ddpm"}
+        assert {name: how[name] for name in expected} == expected and list(how["labels"]) == [2, 0, 2, 6]
+        assert_same_weights(how["model"], load_model(out / "model.safetensors")[0])
+        np.testing.assert_array_equal(pixels(out / "digits.png"), np.asarray(grid(digits, 4, scale=4)))
+        assert (out / "model.safetensors").read_bytes() == before
 
-def test_another_run_does_not_lose_the_one_before(folders, tmp_path, capsys):
-    """With another seed, it draws others."""
-    folder = shutil.copytree(folders[by_command], tmp_path / "run")
-    by_command(folder, *TINY, "--steps=1", "--seed=1")
-    assert "the run that was there is in earlier-1 now; it had had all its steps\n" in capsys.readouterr().out
-    assert_same(folder / "earlier-1", folders[by_command], "step_00002.png")
-    assert not (folder / "step_00002.png").exists()
-    assert (folder / "samples.png").read_bytes() != (folder / "earlier-1" / "samples.png").read_bytes()
+    @pytest.mark.parametrize(("began", "goes_on"), [(by_command, by_example), (by_example, by_command)])
+    def test_each_goes_on_with_a_run_of_the_other(self, folders, tmp_path, began, goes_on, capsys):
+        """As if there had been no break after the third step."""
+        folder = shutil.copytree(folders[began], tmp_path / "run")
+        (folder / "checkpoint.previous.safetensors").replace(folder / "checkpoint.safetensors")
+        assert step_in(folder / "checkpoint.safetensors") == 3
+        for name in ("model.safetensors", "samples.png"):
+            (folder / name).unlink()
+        goes_on(folder, "--resume")
+        assert "resumed  at step 4 of 4" in "".join(capsys.readouterr())
+        assert_same(folder, folders[began])
+        before, after = ((f / "metrics.csv").read_text().splitlines() for f in (folders[began], folder))
+        assert before[:4] == after[:4] and len(after) == 5  # a header, and three steps that are not done again
+
+    @pytest.mark.parametrize("begin", [by_command, by_example])
+    def test_it_begins_with_the_weights_of_a_model(self, folders, tmp_path, begin, capsys):
+        """As `train` does in Python with what `load_model` gives: the first loss is that of the model, and the average
+        begins at its weights. It goes on with --resume when the model is gone."""
+        model, out = tmp_path / "start.safetensors", tmp_path / "out"
+        shutil.copy(folders[by_command] / "model.safetensors", model)
+        options = "--batch=4 --samples=2 --workers=1 --seed=5 --sampling-steps=4 --steps=2 --save-every=1"
+        begin(out, *options.split(), f"--start={model}")
+        learned = "it has learned of 10 classes, and takes those here for them"
+        assert f"start    from {model}\n         {learned}" in capsys.readouterr().out
+        (unet, diffusion), (images, labels) = load_model(model), load_digits()
+        before, losses, first = unet.state_dict(), [], None
+        for state in train(unet, diffusion, images, 2, 4, lr=4e-3, decay_steps=1, seed=5, labels=labels, workers=1):
+            losses.append(state.loss)
+            first = first or state.ema.model.state_dict()
+        np.testing.assert_array_equal(np.loadtxt(out / "metrics.csv", delimiter=",", skiprows=1)[:, 1], losses)
+        again, _ = load_model(out / "model.safetensors")
+        assert_same_weights(again, state.ema.model)
+        for name, w in before.items():  # of new weights, any distance
+            assert np.abs(first[name] - w).max() < 5e-3
+        kept = json.loads((out / "options.json").read_text())
+        assert kept["start"] == str(model) and kept["channels"] == [8] and kept["timesteps"] == 20
+        assert again.config == unet.config
+
+        model.unlink()
+        (out / "checkpoint.previous.safetensors").replace(out / "checkpoint.safetensors")
+        (out / "model.safetensors").rename(tmp_path / "whole.safetensors")
+        begin(out, "--resume", "--workers=1", f"--start={model}")
+        said = capsys.readouterr()
+        assert "start    the checkpoint in the folder goes on, and has its own weights\n" in said.out
+        assert "resumed  at step 2 of 2" in said.out + said.err
+        assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+    def test_another_run_does_not_lose_the_one_before(self, folders, tmp_path, capsys):
+        """With another seed, it draws others."""
+        folder = shutil.copytree(folders[by_command], tmp_path / "run")
+        by_command(folder, *TINY, "--steps=1", "--seed=1")
+        assert "the run that was there is in earlier-1 now; it had had all its steps\n" in capsys.readouterr().out
+        assert_same(folder / "earlier-1", folders[by_command], "step_00002.png")
+        assert not (folder / "step_00002.png").exists()
+        assert (folder / "samples.png").read_bytes() != (folder / "earlier-1" / "samples.png").read_bytes()
 
 
 @pytest.fixture(scope="module")
 def kinds(tmp_path_factory):
     """A model of each kind: where it is, and what is to be found there. Of a checkpoint it is the averaged one."""
 
-    def with_weights(unet):
-        """None of which is zero, so that the images depend on all of them."""
+    def network(**settings):
+        """None of its weights is zero, so that the images depend on all of them."""
+        unet = UNet(**dict(channels=(8, 8), blocks=1, attention=(False, True), image_size=8) | settings)
         for p in unet.parameters():
             p.data = p.data + np.float32(0.05) * np.cos(np.arange(p.data.size, dtype=np.float32)).reshape(p.shape)
         return unet
 
-    folder, small = tmp_path_factory.mktemp("models"), dict(channels=(8, 8), blocks=1, attention=(False, True))
+    folder = tmp_path_factory.mktemp("models")
     diffusion = Diffusion(make_schedule("linear", 60, beta_end=0.3), clip=0.9, spacing="leading")
-    plain, told = (with_weights(UNet(**small, image_size=8, classes=classes)) for classes in (None, 3))
+    plain, told, rgb = network(), network(classes=3), network(in_channels=3, out_channels=3, image_size=(8, 12))
     save_model(folder / "plain.safetensors", plain, diffusion)
     save_model(folder / "classes.safetensors", told, diffusion)
     save_diffusers(folder / "diffusers", told, diffusion)
-    rgb = with_weights(UNet(**small, in_channels=3, out_channels=3, image_size=(8, 12)))
     save_diffusers(folder / "rgb", rgb, diffusion)
-    original = with_weights(UNet(1, 1, (32, 32), 1, (False, True), groups=32))
+    original = network(channels=(32, 32), groups=32, image_size=None)
     tensors = laid_out(original.state_dict(), lambda name, ndim: original_layout(name, ndim, 2))
     save_file({name: np.ascontiguousarray(w) for name, w in tensors.items()}, folder / "original.safetensors")
-    (folder / "run").mkdir()  # the folder of a training that has gone on since it ended: its checkpoint is to be taken
-    save_model(folder / "run" / "model.safetensors", plain, diffusion)
+    for name in ("run", "plain"):  # folders of trainings
+        (folder / name).mkdir()
+        save_model(folder / name / "model.safetensors", plain, diffusion)
     for state in training(None, 5)[1]:
         state.save(folder / "checkpoint.safetensors")
-    shutil.copy(folder / "checkpoint.safetensors", folder / "run")
-    (folder / "plain").mkdir()
-    shutil.copy(folder / "plain.safetensors", folder / "plain" / "model.safetensors")
+    shutil.copy(folder / "checkpoint.safetensors", folder / "run")  # it has gone on since: this is to be taken
     (folder / "damaged.safetensors").write_bytes(b"nothing of the kind")
-    return {
-        "plain.safetensors": (folder, plain, diffusion),
-        "classes.safetensors": (folder, told, diffusion),
-        "diffusers": (folder, told, diffusion),
-        "rgb": (folder, rgb, diffusion),
-        "run": (folder, state.ema.model, TRAINED),
-        "original.safetensors": (folder, original, Diffusion(make_schedule("linear", 1000), variance="large")),
-        "checkpoint.safetensors": (folder, state.ema.model, TRAINED),
-    }
+    process = Diffusion(make_schedule("linear", 1000), variance="large")
+    found = {
+        "plain.safetensors": (plain, diffusion), "plain": (plain, diffusion), "classes.safetensors": (told, diffusion),
+        "diffusers": (told, diffusion), "rgb": (rgb, diffusion), "original.safetensors": (original, process),
+        "checkpoint.safetensors": (state.ema.model, TRAINED), "run": (state.ema.model, TRAINED),
+    }  # fmt: skip
+    return {name: (folder, *it) for name, it in found.items()}
 
 
 @pytest.fixture
@@ -237,116 +233,104 @@ def models(kinds):
     return kinds["diffusers"][0]
 
 
-@pytest.fixture
-def drawn(command, tmp_path):
-    """drawn(*arguments) is the picture that `sample` draws, as an array."""
+@pytest.mark.filterwarnings("ignore:steps")  # in so few, the first may be far from noise
+class TestSample:
+    @pytest.fixture
+    def drawn(self, command, tmp_path):
+        """drawn(*arguments) is the picture that `sample` draws, as an array."""
 
-    def draw(*arguments):
-        code, out, err = command("sample", *arguments, "--workers=1", f"--out={tmp_path / 'p.png'}")
-        assert code == 0 and f"seconds: look at {tmp_path / 'p.png'}\n" in out, err
-        return pixels(tmp_path / "p.png")
+        def draw(*arguments):
+            code, out, err = command("sample", *arguments, "--workers=1", f"--out={tmp_path / 'p.png'}")
+            assert code == 0 and f"seconds: look at {tmp_path / 'p.png'}\n" in out, err
+            return pixels(tmp_path / "p.png")
 
-    return draw
+        return draw
 
+    @pytest.mark.parametrize(
+        ("options", "n", "labels", "expected"),
+        [
+            ("--steps=1", 12, np.arange(12) % 10, {"method": "ddpm", "steps": 1, "guidance": 1.5, "rng": 0}),
+            ("--labels 3 8 --guidance=2.5 --method=dpm++ --steps=1 --seed=7", 3, [3, 8, 3],
+             {"method": "dpm++", "steps": 1, "guidance": 2.5, "rng": 7}),
+        ],
+    )  # fmt: skip
+    def test_the_digits_that_come_along(self, drawn, recorded, options, n, labels, expected):
+        calls = recorded(commands, "sample")
+        picture = drawn(f"--samples={n}", *options.split())
+        ((how, images),) = calls
+        assert {name: how[name] for name in expected} == expected and how["shape"] == (n, 28, 28, 1)
+        np.testing.assert_array_equal(how["labels"], labels)
+        assert_same_weights(how["model"], load_model()[0])
+        np.testing.assert_array_equal(picture, np.asarray(page(images, 10)))
 
-few_steps = pytest.mark.filterwarnings("ignore:steps")  # in so few, the first may be far from noise
+    @pytest.mark.parametrize(
+        ("name", "size", "sides"),
+        [("plain.safetensors", None, (8, 8)), ("classes.safetensors", None, (8, 8)), ("diffusers", None, (8, 8)),
+         ("rgb", None, (8, 12)), ("original.safetensors", 8, (8, 8)), ("checkpoint.safetensors", 4, (4, 4)),
+         ("run", 4, (4, 4)), ("plain", 12, (12, 12))],
+    )  # fmt: skip
+    def test_a_model_of_any_kind(self, kinds, drawn, name, size, sides):
+        folder, unet, diffusion = kinds[name]
+        picture = drawn(folder / name, "--steps=2", "--samples=5", "--seed=1", *([f"--size={size}"] if size else []))
+        labels, shape = np.arange(5) % 3 if unet.config["classes"] else None, (5, *sides, unet.config["in_channels"])
+        images = sample(diffusion, unet, shape, "ddpm", 2, rng=1, labels=labels, workers=1)
+        np.testing.assert_array_equal(picture, np.asarray(grid(images)))
+        assert len(np.unique(picture)) > 20
 
+    @pytest.mark.parametrize(
+        ("options", "shape", "labels", "expected"),
+        [
+            ("diffusers", (16, 8, 8, 1), [0, 1, 2] * 5 + [0], dict(method="ddim", steps=50, rng=0, workers=None)),
+            ("rgb --method=dpm++ --samples=5", (5, 8, 12, 3), None, dict(method="dpm++", steps=50)),
+            ("diffusers --label=2 --method=ddpm --workers=2", (16, 8, 8, 1), [2] * 16, dict(steps=60, workers=2)),
+            ("original.safetensors --steps=2 --size=8 --seed=3", (16, 8, 8, 1), None, dict(steps=2, rng=3)),
+        ],
+    )  # fmt: skip
+    def test_sample_pretrained(self, kinds, example, recorded, monkeypatch, tmp_path, options, shape, labels, expected):
+        """It asks for what it should, of which two steps are enough here."""
 
-@few_steps
-@pytest.mark.parametrize(
-    ("options", "n", "labels", "how"),
-    [
-        ("--steps=1", 12, np.arange(12) % 10, {"method": "ddpm", "steps": 1, "guidance": 1.5, "rng": 0}),
-        ("--labels 3 8 --guidance=2.5 --method=dpm++ --steps=1 --seed=7", 3, [3, 8, 3],
-         {"method": "dpm++", "steps": 1, "guidance": 2.5, "rng": 7}),
-    ],
-)  # fmt: skip
-def test_the_digits_that_come_along(drawn, recorded, options, n, labels, how):
-    calls = recorded(commands, "sample")
-    picture = drawn(f"--samples={n}", *options.split())
-    ((asked, images),) = calls
-    assert {name: asked[name] for name in how} == how and asked["shape"] == (n, 28, 28, 1)
-    np.testing.assert_array_equal(asked["labels"], labels)
-    for name, w in load_model()[0].state_dict().items():
-        np.testing.assert_array_equal(asked["model"].state_dict()[name], w)
-    np.testing.assert_array_equal(picture, np.asarray(page(images, 10)))
+        def in_two(diffusion, model, shape, method, steps, **how):
+            return sample(diffusion, model, shape, method, 2, **how)
 
+        monkeypatch.setattr(tinyddpm, "sample", in_two)
+        (name, *options), calls = options.split(), recorded(tinyddpm, "sample")
+        folder, unet, diffusion = kinds[name]
+        code, out, err = example(PRETRAINED, folder / name, f"--out={tmp_path / 'p.png'}", *options)
+        ((how, images),) = calls
+        how |= how.pop("how")
+        assert code == 0 and "2/2" in err and how["shape"] == shape
+        assert {name: how[name] for name in expected} == expected
+        np.testing.assert_array_equal(how["labels"], labels)
+        assert (how["diffusion"].T, how["diffusion"].clip) == (diffusion.T, diffusion.clip)
+        channels, n = "-".join(map(str, unet.config["channels"])), how["steps"]
+        size = f"{shape[0]} of {shape[1]} x {shape[2]} pixels"
+        assert all(words in out for words in (f"U-Net {channels}, {unet.size:,} parameters", size, f"in {n} steps"))
+        np.testing.assert_array_equal(pixels(tmp_path / "p.png"), np.asarray(grid(images)))
 
-@few_steps
-@pytest.mark.parametrize(
-    ("name", "size", "sides"),
-    [("plain.safetensors", None, (8, 8)), ("classes.safetensors", None, (8, 8)), ("diffusers", None, (8, 8)),
-     ("rgb", None, (8, 12)), ("original.safetensors", 8, (8, 8)), ("checkpoint.safetensors", 4, (4, 4)),
-     ("run", 4, (4, 4)), ("plain.safetensors", 12, (12, 12))],
-)  # fmt: skip
-def test_a_model_of_any_kind(kinds, drawn, name, size, sides):
-    folder, unet, diffusion = kinds[name]
-    picture = drawn(folder / name, "--steps=2", "--samples=5", "--seed=1", *([f"--size={size}"] if size else []))
-    labels, shape = np.arange(5) % 3 if unet.config["classes"] else None, (5, *sides, unet.config["in_channels"])
-    images = sample(diffusion, unet, shape, "ddpm", 2, rng=1, labels=labels, workers=1)
-    np.testing.assert_array_equal(picture, np.asarray(grid(images)))
-    assert len(np.unique(picture)) > 20
+    @pytest.mark.parametrize("kind", ["diffusers", "run"])
+    def test_whatever_sample_opens_can_be_begun_with(self, kinds, photos, tmp_path, kind):
+        """On other pictures, larger and of other classes."""
+        folder, unet, _ = kinds[kind]
+        options = "--steps=1 --batch=2 --samples=2 --sampling-steps=2 --workers=1 --size=16 --grey".split()
+        by_command(tmp_path / "out", *options, f"--start={folder / kind}", f"--data={photos}")
+        ours, _ = load_model(tmp_path / "out" / "model.safetensors")
+        changed = {"image_size": (16, 16), "classes": 2, "label_dropout": 0.1}
+        assert ours.config == unet.config | changed and pixels(tmp_path / "out" / "samples.png").shape == (40, 76)
 
+    def test_of_few_timesteps_it_takes_no_more_steps_than_there_are(self, models, drawn, monkeypatch):
+        asked, nothing = [], np.zeros((1, 4, 4, 1), np.float32)
+        monkeypatch.setattr(commands, "sample", lambda *_, steps, **how: asked.append(steps) or nothing)
+        for steps in ([], ["--steps=20"], ["--steps=21"], ["--steps=3"]):
+            drawn(models / "checkpoint.safetensors", "--samples=1", "--size=4", *steps)
+        assert asked == [20, 20, 20, 3]
 
-@few_steps
-@pytest.mark.parametrize(
-    ("options", "shape", "expected", "labels"),
-    [
-        ("diffusers", (16, 8, 8, 1), {"method": "ddim", "steps": 50, "rng": 0, "workers": None}, [0, 1, 2] * 5 + [0]),
-        ("rgb --method=ddpm --samples=5", (5, 8, 12, 3), {"method": "ddpm", "steps": 60}, None),
-        ("diffusers --label=2 --method=dpm++ --workers=2", (16, 8, 8, 1), {"method": "dpm++", "workers": 2}, [2] * 16),
-        ("original.safetensors --steps=2 --size=8 --seed=3", (16, 8, 8, 1), {"steps": 2, "rng": 3}, None),
-    ],
-)
-def test_sample_pretrained(kinds, example, recorded, monkeypatch, tmp_path, options, shape, expected, labels):
-    """It asks for what it should, of which two steps are enough here."""
-
-    def in_two(diffusion, model, shape, method, steps, **how):
-        return sample(diffusion, model, shape, method, 2, **how)
-
-    monkeypatch.setattr(tinyddpm, "sample", in_two)
-    (name, *options), calls = options.split(), recorded(tinyddpm, "sample")
-    folder, unet, diffusion = kinds[name]
-    code, out, err = example(PRETRAINED, folder / name, f"--out={tmp_path / 'p.png'}", *options)
-    ((how, images),) = calls
-    how |= how.pop("how")
-    assert code == 0 and "2/2" in err and {name: how[name] for name in expected} == expected and how["shape"] == shape
-    assert (how["labels"] is None) if labels is None else how["labels"].tolist() == labels
-    assert (how["diffusion"].T, how["diffusion"].clip) == (diffusion.T, diffusion.clip)
-    channels, size = "-".join(map(str, unet.config["channels"])), f"{shape[1]} x {shape[2]} pixels"
-    for words in (f"U-Net {channels}, {unet.size:,} parameters", f"{shape[0]} of {size}", f"in {how['steps']} steps"):
-        assert words in out
-    np.testing.assert_array_equal(pixels(tmp_path / "p.png"), np.asarray(grid(images)))
-
-
-@pytest.mark.parametrize("kind", ["diffusers", "run"])
-def test_whatever_sample_opens_can_be_begun_with(kinds, photos, tmp_path, kind):
-    """On other pictures, larger and of other classes."""
-    folder, unet, _ = kinds[kind]
-    options = "--steps=1 --batch=2 --samples=2 --sampling-steps=2 --workers=1 --size=16 --grey".split()
-    by_command(tmp_path / "out", *options, f"--start={folder / kind}", f"--data={photos}")
-    ours, _ = load_model(tmp_path / "out" / "model.safetensors")
-    changed = {"image_size": (16, 16), "classes": 2, "label_dropout": 0.1}
-    assert ours.config == unet.config | changed and pixels(tmp_path / "out" / "samples.png").shape == (40, 76)
-
-
-@few_steps
-def test_of_few_timesteps_it_takes_no_more_steps_than_there_are(models, drawn, monkeypatch):
-    asked, nothing = [], np.zeros((1, 4, 4, 1), np.float32)
-    monkeypatch.setattr(commands, "sample", lambda *_, steps, **how: asked.append(steps) or nothing)
-    for steps in ([], ["--steps=20"], ["--steps=21"], ["--steps=3"]):
-        drawn(models / "checkpoint.safetensors", "--samples=1", "--size=4", *steps)
-    assert asked == [20, 20, 20, 3]
-
-
-@few_steps
-def test_device_precision_and_variant_arrive(models, drawn, monkeypatch):
-    calls, to, load = [], UNet.to, opening.load_diffusers
-    monkeypatch.setattr(UNet, "to", lambda self, *x, **settings: calls.append((x, settings)) or to(self, "cpu"))
-    monkeypatch.setattr(opening, "load_diffusers", lambda *x: calls.append(x) or load(x[0]))
-    options = "--variant=fp16 --device=cuda:1 --precision=bf16 --steps=1 --samples=1"
-    drawn(models / "diffusers", *options.split())
-    assert calls == [(models / "diffusers", "fp16"), (("cuda:1",), {"precision": "bf16"})]
+    def test_device_precision_and_variant_arrive(self, models, drawn, monkeypatch):
+        calls, to, load = [], UNet.to, opening.load_diffusers
+        monkeypatch.setattr(UNet, "to", lambda self, *x, **settings: calls.append((x, settings)) or to(self, "cpu"))
+        monkeypatch.setattr(opening, "load_diffusers", lambda *x: calls.append(x) or load(x[0]))
+        options = "--variant=fp16 --device=cuda:1 --precision=bf16 --steps=1 --samples=1"
+        drawn(models / "diffusers", *options.split())
+        assert calls == [(models / "diffusers", "fp16"), (("cuda:1",), {"precision": "bf16"})]
 
 
 REFUSED = {  # a line that begins with "error: " comes with how the command is called
@@ -381,13 +365,13 @@ REFUSED = {  # a line that begins with "error: " comes with how the command is c
         ("diffusers --variant=fp16", "diffusion_pytorch_model.fp16.safetensors"),
         ("--device=gpu", "device: 'gpu' is unknown; use 'cpu', 'cuda' or 'cuda:N'"),
         ("--precision=int8", "precision: unknown 'int8'"),
-        ("--steps=0", "error: --steps must be 1 or greater, got 0"),
-        ("--samples=0", "error: --samples must be 1 or greater, got 0"),
+        *(
+            (f"--{it}=0", f"error: --{it} must be 1 or greater, got 0")
+            for it in ("steps", "samples", "size", "workers")
+        ),
         ("--samples=1000000000", "error: --samples must be 10000 at most, got 1000000000"),
-        ("--size=0", "error: --size must be 1 or greater, got 0"),
         ("--guidance=nan", "error: --guidance must be a number, got nan"),
         ("--guidance=1e308", "error: --guidance must be 1000 at most, got 1e+308"),
-        ("--workers=0", "error: --workers must be 1 or greater, got 0"),
         ("--seed=-1", "error: --seed must be 0 or greater, got -1"),
         ("--method=euler", "error: argument --method: invalid choice: 'euler'"),
         ("--out=nowhere/p.png", "error: argument --out: there is no folder nowhere"),
@@ -405,9 +389,8 @@ REFUSED = {  # a line that begins with "error: " comes with how the command is c
         ("diffusers --label=3", "--label: this model knows 0 to 2, got 3"),
         ("rgb --label=1", "--label: this model knows no classes, so leave it out"),
         ("rgb --out=picture", "error: argument --out: expected a picture such as digits.png, got picture"),
-        ("rgb --steps=0", "error: --steps must be 1 or greater, got 0"),
+        *((f"rgb --{it}=0", f"error: --{it} must be 1 or greater, got 0") for it in ("steps", "samples", "size")),
         ("rgb --steps=61", "steps: expected an integer from 1 to 60"),
-        ("rgb --samples=0", "error: --samples must be 1 or greater, got 0"),
         ("rgb --seed=-1", "error: --seed must be 0 or greater, got -1"),
         ("rgb --size=7", "x: height and width must be multiples of 2"),
         ("rgb --variant=fp16", "diffusion_pytorch_model.fp16.safetensors"),
@@ -418,82 +401,80 @@ REFUSED = {  # a line that begins with "error: " comes with how the command is c
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"), [(name, *row) for name, rows in REFUSED.items() for row in rows]
-)
-def test_bad_input_is_refused_in_a_line(command, example, models, monkeypatch, tmp_path, name, options, message):
-    """And leaves no folder."""
-    monkeypatch.chdir(models)
-    out = {"train": "new/out", "mnist_ddpm.py": "new/out", "evaluate": None}.get(name, "p.png")
-    options = [*([f"--out={tmp_path / out}"] if out else []), *options.split()]
-    if name.endswith(".py"):
-        code, _, text = example(EXAMPLES / name, *options)
-    else:
-        code, _, text = command(name, *options)
-        name = f"python -m tinyddpm {name}"
-    (line,) = [line for line in text.splitlines() if line.startswith(f"{name}: ")]
-    assert message in line and code == (2 if message.startswith("error: ") else 1) and not list(tmp_path.iterdir())
+class TestAll:
+    @pytest.mark.parametrize(
+        ("name", "options", "message"), [(name, *row) for name, rows in REFUSED.items() for row in rows]
+    )
+    def test_bad_input_is_refused_in_a_line(
+        self, command, example, models, monkeypatch, tmp_path, name, options, message
+    ):
+        """And leaves no folder."""
+        monkeypatch.chdir(models)
+        out = {"train": "new/out", "mnist_ddpm.py": "new/out", "evaluate": None}.get(name, "p.png")
+        options = [*([f"--out={tmp_path / out}"] if out else []), *options.split()]
+        if name.endswith(".py"):
+            code, _, text = example(EXAMPLES / name, *options)
+        else:
+            code, _, text = command(name, *options)
+            name = f"python -m tinyddpm {name}"
+        (line,) = [line for line in text.splitlines() if line.startswith(f"{name}: ")]
+        assert message in line and code == (2 if message.startswith("error: ") else 1) and not list(tmp_path.iterdir())
 
+    @pytest.mark.parametrize("name", ["Train", "--version", "sample.py"])
+    def test_an_unknown_command_is_named(self, command, name):
+        says = f"python -m tinyddpm: unknown command {name!r}; known: train, sample, evaluate"
+        assert command(name) == (1, "", says)
 
-@pytest.mark.parametrize("name", ["Train", "--version", "sample.py"])
-def test_an_unknown_command_is_named(command, name):
-    says = f"python -m tinyddpm: unknown command {name!r}; known: train, sample, evaluate"
-    assert command(name) == (1, "", says)
+    @pytest.mark.parametrize("data", ["mnist", "fashion"])
+    def test_without_a_network_it_says_what_there_is(self, command, monkeypatch, tmp_path, data):
+        """Proxies that refuse make it one."""
+        for name, value in {"XDG_CACHE_HOME": tmp_path, "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}.items():
+            monkeypatch.setenv(name, str(value))
+        code, _, text = command("train", f"--data={data}", f"--out={tmp_path / 'out'}")
+        words = "no mirror gave it", "https://", "bundled 10,000 digits", "--data FOLDER"
+        assert code == 1 and all(word in text for word in words)
 
+    def test_ctrl_c(self, command, monkeypatch):
+        def interrupted(*arguments, **settings):
+            raise KeyboardInterrupt
 
-@pytest.mark.parametrize("data", ["mnist", "fashion"])
-def test_without_a_network_it_says_what_there_is(command, monkeypatch, tmp_path, data):
-    """Proxies that refuse make it one."""
-    for name, value in {"XDG_CACHE_HOME": tmp_path, "https_proxy": "http://127.0.0.1:9", "no_proxy": ""}.items():
-        monkeypatch.setenv(name, str(value))
-    code, _, text = command("train", f"--data={data}", f"--out={tmp_path / 'out'}")
-    words = "no mirror gave it", "https://", "bundled 10,000 digits", "--data FOLDER"
-    assert code == 1 and all(word in text for word in words)
+        monkeypatch.setattr(commands, "sample", interrupted)
+        assert command("sample") == (130, "", "\npython -m tinyddpm sample: interrupted\n")
 
+    def test_evaluate_hands_its_arguments_on(self, command, monkeypatch, tmp_path):
+        script, ran = str(EXAMPLES / "measure" / "evaluate_digits.py"), []
+        main = lambda argv, prog: ran.append((argv, prog))
+        monkeypatch.setattr(runpy, "run_path", lambda path: ran.append(path) or {"main": main})
+        assert command("evaluate", "runs/mnist/model.safetensors", "--samples=50") == (0, "", "")
+        assert ran == [script, (["runs/mnist/model.safetensors", "--samples=50"], "python -m tinyddpm evaluate")]
+        monkeypatch.setattr(commands, "EVALUATION", tmp_path / "evaluate_digits.py")  # as without a checkout
+        says = "the classifier is not in the package, but in a checkout of its repository"
+        assert command("evaluate", "runs/mnist") == (1, "", f"python -m tinyddpm evaluate: {says}")
 
-def test_ctrl_c(command, monkeypatch):
-    def interrupted(*arguments, **settings):
-        raise KeyboardInterrupt
+    @pytest.mark.parametrize(
+        ("arguments", "said"),
+        [
+            *((none, ["\n    train ", "\n    sample ", "\n    evaluate "]) for none in ("", "--help", "-h")),
+            ("train --help", ["usage: python -m tinyddpm train ", "--data", "--resume", "--digits", "--mpi", "--out"]),
+            ("sample -h", ["usage: python -m tinyddpm sample ", "--labels", "--guidance", "--size", "--variant"]),
+            ("evaluate --help", ["usage: python -m tinyddpm evaluate ", "--samples", "--classifier", "--json"]),
+        ],
+    )
+    def test_help(self, command, arguments, said):
+        code, out, err = command(*arguments.split())
+        assert (code, err) == (0, "") and all(words in out for words in said)
 
-    monkeypatch.setattr(commands, "sample", interrupted)
-    assert command("sample") == (130, "", "\npython -m tinyddpm sample: interrupted\n")
+    def test_help_says_how_to_fetch_a_model(self, example):
+        code, out, _ = example(PRETRAINED, "--help")
+        assert code == 0 and "hf download google/ddpm-cifar10-32 --local-dir ddpm-cifar10-32" in " ".join(out.split())
 
+    def test_as_a_user_runs_it(self, tmp_path):
+        def run(*arguments):
+            line = [sys.executable, "-m", "tinyddpm", *arguments]
+            return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
 
-def test_evaluate_hands_its_arguments_on(command, monkeypatch, tmp_path):
-    script, ran = str(EXAMPLES / "measure" / "evaluate_digits.py"), []
-    main = lambda argv, prog: ran.append((argv, prog))
-    monkeypatch.setattr(runpy, "run_path", lambda path: ran.append(path) or {"main": main})
-    assert command("evaluate", "runs/mnist/model.safetensors", "--samples=50") == (0, "", "")
-    assert ran == [script, (["runs/mnist/model.safetensors", "--samples=50"], "python -m tinyddpm evaluate")]
-    monkeypatch.setattr(commands, "EVALUATION", tmp_path / "evaluate_digits.py")  # as without a checkout
-    says = "the classifier is not in the package, but in a checkout of its repository"
-    assert command("evaluate", "runs/mnist") == (1, "", f"python -m tinyddpm evaluate: {says}")
-
-
-COMMANDS = ["\n    train ", "\n    sample ", "\n    evaluate "]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        *((none, COMMANDS) for none in ("", "--help", "-h")),
-        ("train --help", ["usage: python -m tinyddpm train ", "--data", "--resume", "--digits", "--mpi", "--out"]),
-        ("sample -h", ["usage: python -m tinyddpm sample ", "--labels", "--guidance", "--size", "--variant", "--out"]),
-        ("evaluate --help", ["usage: python -m tinyddpm evaluate ", "--samples", "--classifier", "--json"]),
-    ],
-)
-def test_help(command, arguments, said):
-    code, out, err = command(*arguments.split())
-    assert (code, err) == (0, "") and all(words in out for words in said)
-
-
-def test_as_a_user_runs_it(tmp_path):
-    def run(*arguments):
-        line = [sys.executable, "-m", "tinyddpm", *arguments]
-        return subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-
-    result = run("sample", "--samples=10", "--steps=1", "--workers=1")
-    assert result.returncode == 0 and "10 images in " in result.stdout, result.stderr
-    assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
-    result = run("draw")
-    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "unknown command" in result.stderr
+        result = run("sample", "--samples=10", "--steps=1", "--workers=1")
+        assert result.returncode == 0 and "10 images in " in result.stdout, result.stderr
+        assert [path.name for path in tmp_path.iterdir()] == ["samples.png"]
+        result = run("draw")
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == 1 and "unknown command" in result.stderr

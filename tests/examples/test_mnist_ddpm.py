@@ -77,181 +77,180 @@ def made(tmp_path_factory, without_matplotlib):
     return run(*FEW, *options), out
 
 
-def test_it_trains_and_draws_and_leaves_what_it_promises(made):
-    result, out = made
-    assert result.returncode == 0, result.stderr
-    for words in (
-        "device   cpu, 2 workers, BLAS", "10,000 images of 28 x 28 pixels, the digits that come along", str(out),
-        "parameters, T = 12", "training 3 steps, 4 images a step",
-    ):  # fmt: skip
-        assert words in result.stdout
-    assert "images/s" in result.stderr and "loss" in result.stderr
-    assert "\r" not in result.stderr and len(result.stderr.splitlines()) == 4  # in a file, of each bar two lines
-    without = "no loss curve after {} steps: that needs matplotlib, pip install 'tinyddpm[plots]'"
-    assert re.findall("no loss curve .*", result.stdout) == [without.format(2), without.format(3)]  # first and last
-    assert names(out) == {
-        "options.json", "noising.png", "step_00002.png", "samples.png", "denoising.gif", "model.safetensors",
-        "metrics.csv", "checkpoint.safetensors", "checkpoint.previous.safetensors",
-    }  # fmt: skip
-    with Image.open(out / "denoising.gif") as gif:
-        assert gif.n_frames > 10
-    unet, diffusion = load_model(out / "model.safetensors")
-    assert_has(unet.config, channels=(8, 16), image_size=(28, 28))
-    for name, w in load_model(out / "checkpoint.safetensors")[0].state_dict().items():
-        np.testing.assert_array_equal(w, unet.state_dict()[name])
-    log = np.loadtxt(out / "metrics.csv", delimiter=",", skiprows=1)
-    assert log.shape == (3, 6) and log[:, 0].tolist() == [1, 2, 3] and np.isfinite(log).all()
-    again = sample(diffusion, unet, (6, 28, 28, 1), rng=0, labels=np.arange(6), guidance=1.5)
-    with Image.open(out / "samples.png") as picture:  # the file is the model that drew the samples
-        np.testing.assert_array_equal(np.asarray(picture), np.asarray(grid(again)))
+class TestTraining:
+    def test_it_trains_and_draws_and_leaves_what_it_promises(self, made):
+        result, out = made
+        assert result.returncode == 0, result.stderr
+        for words in (
+            "device   cpu, 2 workers, BLAS", "10,000 images of 28 x 28 pixels, the digits that come along", str(out),
+            "parameters, T = 12", "training 3 steps, 4 images a step",
+        ):  # fmt: skip
+            assert words in result.stdout
+        assert "images/s" in result.stderr and "loss" in result.stderr
+        assert "\r" not in result.stderr and len(result.stderr.splitlines()) == 4  # in a file, of each bar two lines
+        without = "no loss curve after {} steps: that needs matplotlib, pip install 'tinyddpm[plots]'"
+        assert re.findall("no loss curve .*", result.stdout) == [without.format(2), without.format(3)]  # first and last
+        assert names(out) == {
+            "options.json", "noising.png", "step_00002.png", "samples.png", "denoising.gif", "model.safetensors",
+            "metrics.csv", "checkpoint.safetensors", "checkpoint.previous.safetensors",
+        }  # fmt: skip
+        with Image.open(out / "denoising.gif") as gif:
+            assert gif.n_frames > 10
+        unet, diffusion = load_model(out / "model.safetensors")
+        assert_has(unet.config, channels=(8, 16), image_size=(28, 28))
+        for name, w in load_model(out / "checkpoint.safetensors")[0].state_dict().items():
+            np.testing.assert_array_equal(w, unet.state_dict()[name])
+        log = np.loadtxt(out / "metrics.csv", delimiter=",", skiprows=1)
+        assert log.shape == (3, 6) and log[:, 0].tolist() == [1, 2, 3] and np.isfinite(log).all()
+        again = sample(diffusion, unet, (6, 28, 28, 1), rng=0, labels=np.arange(6), guidance=1.5)
+        with Image.open(out / "samples.png") as picture:  # the file is the model that drew the samples
+            np.testing.assert_array_equal(np.asarray(picture), np.asarray(grid(again)))
+
+    def test_every_option_arrives_where_it_belongs(self, example, recorded, tmp_path):
+        calls = {name: recorded(tinyddpm, name) for name in ("UNet", "Diffusion", "train", "sample", "save_model")}
+        options = "--batch=6 --lr=0.003 --blocks=2 --seed=7 --steps=4 --timesteps=30 --objective=v --sample-every=2 "
+        options += "--samples=12 --flip --patch=14 --sampling-steps=5 --guidance=3 --workers=2 --channels 8"
+        assert example(EXAMPLE, *options.split(), f"--out={tmp_path}")[0] == 0
+        (network, unet), diffusion = calls["UNet"][0], calls["Diffusion"][0][1]
+        assert_has(network, channels=[8], blocks=2, rng=7, attention=[False], patch=14, classes=10, label_dropout=0.1)
+        assert diffusion.objective == "v" and diffusion.T == 30
+        assert diffusion.schedule.alpha_bar[-1] < 1e-4  # as noisy at the end as with 1000 steps
+        ((training, _),) = calls["train"]
+        settings = {"steps": 4, "decay_steps": 2, "batch": 6, "lr": 0.003, "workers": 2, "seed": 7, "flip": True}
+        assert_has(training, model=unet, diffusion=diffusion, resume=None, **settings)
+        for given, expected in zip((training["images"], training["labels"]), load_digits()):
+            np.testing.assert_array_equal(given, expected)
+        averages = [how["model"] for how, _ in calls["sample"]] + [calls["save_model"][0][0]["unet"]]
+        assert len(averages) == 3 and all(model is averages[0] is not unet for model in averages)
+        for (how, _), n in zip(
+            calls["sample"], (20, 12)
+        ):  # after step 2; step 4 is the last, whose grid is the final one
+            assert_has(how, shape=(n, 28, 28, 1), rng=7, workers=2, steps=5, guidance=3)
+            assert how["labels"].tolist() == [label % 10 for label in range(n)]
+        with Image.open(tmp_path / "denoising.gif") as gif, Image.open(tmp_path / "samples.png") as samples:
+            assert gif.n_frames == 5 and samples.size == (
+                2 * (10 * 30 + 2),
+                2 * (2 * 30 + 2),
+            )  # a column for each digit
+            gif.seek(4)  # its last frame is the result
+            assert np.abs(np.asarray(gif.convert("L")).astype(int) - np.asarray(samples)).max() <= 24  # it has 16 greys
+
+    def test_a_grid_has_a_column_for_each_class_unless_these_are_few_or_many(self):
+        """Few would make it a tower, many a strip."""
+        images = np.zeros((64, 8, 8, 1), np.float32)
+        for classes, columns in ((None, 8), (1, 8), (2, 8), (5, 5), (10, 10), (64, 64), (65, 8)):
+            assert page(images, classes).size[0] == 2 * (10 * columns + 2)
+
+    def test_help_documents_every_option(self, example):
+        code, out, _ = example(EXAMPLE, "--help")
+        text = " ".join(out.split())
+        options = set(re.findall(r" --([a-z-]+)", text.partition("options:")[2])) - {"help"}
+        assert code == 0 and len(options) == 28
+        for option in options:  # its meaning, and its default in brackets
+            assert re.search(rf"--{option}( \{{\S+\}}| [A-Z_ \[\].]+)? [^-]+\[[^\]]+\]", text), option
+
+    def test_it_can_be_read_as_a_tutorial(self):
+        assert len(EXAMPLE.read_text().splitlines()) < 100
+
+    @pytest.mark.slow
+    def test_a_rehearsal_tells_how_many_steps_take_so_many_minutes(self, tmp_path):
+        """And the same many give the same digits, so that nothing but their number depends on the clock."""
+        options = "--batch=4 --channels 8 16 --timesteps=25 --samples=2 --workers=2".split()
+        result = run(*options, "--minutes=0.1", f"--out={tmp_path / 'clock'}")
+        assert result.returncode == 0, result.stderr
+        (steps,) = re.findall(r"training ([\d,]+) steps, about 0.1 minutes", result.stdout)
+        assert ("so few learn little" in result.stdout) == (int(steps.replace(",", "")) < 200)
+        seconds = np.loadtxt(tmp_path / "clock" / "metrics.csv", delimiter=",", skiprows=1)[-1, 5]
+        assert 2 < seconds < 18, (steps, seconds)  # of 6, for others may be at work here
+        assert run(*options, f"--steps={steps.replace(',', '')}", f"--out={tmp_path / 'count'}").returncode == 0
+        assert (tmp_path / "clock" / "samples.png").read_bytes() == (tmp_path / "count" / "samples.png").read_bytes()
+
+    @pytest.mark.slow
+    def test_two_minutes_of_training_learn_digits(self, tmp_path):
+        """The default recipe, cut short, draws digits of which a classifier recognises most as what they were to be."""
+        result = run("--steps=400", "--samples=60", "--sample-every=1000", f"--out={tmp_path}", timeout=900)
+        assert result.returncode == 0, result.stderr
+        unet, diffusion = load_model(tmp_path / "model.safetensors")
+        labels = np.arange(60) % 10
+        images = sample(diffusion, unet, (60, 28, 28, 1), steps=25, rng=0, labels=labels, guidance=1.5)
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples.png")), np.asarray(grid(images, 10)))
+        evaluate = runpy.run_path(str(EXAMPLES / "measure" / "evaluate_digits.py"))
+        _, p = evaluate["load_classifier"](evaluate["CLASSIFIER"]).look(images)
+        assert (p.argmax(axis=1) == labels).mean() > 0.8
 
 
-def test_every_option_arrives_where_it_belongs(example, recorded, tmp_path):
-    calls = {name: recorded(tinyddpm, name) for name in ("UNet", "Diffusion", "train", "sample", "save_model")}
-    options = "--batch=6 --lr=0.003 --blocks=2 --seed=7 --steps=4 --timesteps=30 --objective=v --sample-every=2 "
-    options += "--samples=12 --flip --patch=14 --sampling-steps=5 --guidance=3 --workers=2 --channels 8"
-    assert example(EXAMPLE, *options.split(), f"--out={tmp_path}")[0] == 0
-    (network, unet), diffusion = calls["UNet"][0], calls["Diffusion"][0][1]
-    assert_has(network, channels=[8], blocks=2, rng=7, attention=[False], patch=14, classes=10, label_dropout=0.1)
-    assert diffusion.objective == "v" and diffusion.T == 30
-    assert diffusion.schedule.alpha_bar[-1] < 1e-4  # as noisy at the end as with 1000 steps
-    ((training, _),) = calls["train"]
-    settings = {"steps": 4, "decay_steps": 2, "batch": 6, "lr": 0.003, "workers": 2, "seed": 7, "flip": True}
-    assert_has(training, model=unet, diffusion=diffusion, resume=None, **settings)
-    for given, expected in zip((training["images"], training["labels"]), load_digits()):
-        np.testing.assert_array_equal(given, expected)
-    averages = [how["model"] for how, _ in calls["sample"]] + [calls["save_model"][0][0]["unet"]]
-    assert len(averages) == 3 and all(model is averages[0] is not unet for model in averages)
-    for (how, _), n in zip(calls["sample"], (20, 12)):  # after step 2; step 4 is the last, whose grid is the final one
-        assert_has(how, shape=(n, 28, 28, 1), rng=7, workers=2, steps=5, guidance=3)
-        assert how["labels"].tolist() == [label % 10 for label in range(n)]
-    with Image.open(tmp_path / "denoising.gif") as gif, Image.open(tmp_path / "samples.png") as samples:
-        assert gif.n_frames == 5 and samples.size == (2 * (10 * 30 + 2), 2 * (2 * 30 + 2))  # a column for each digit
-        gif.seek(4)  # its last frame is the result
-        assert np.abs(np.asarray(gif.convert("L")).astype(int) - np.asarray(samples)).max() <= 24  # it has 16 greys
+class TestPhotos:
+    @pytest.fixture
+    def photos(self, tmp_path):
+        """Two classes of pictures larger than they are asked for, and one that is none."""
+        rng = np.random.default_rng(0)
+        for name in ("cats", "dogs"):
+            (tmp_path / "photos" / name).mkdir(parents=True)
+            for i in range(4):
+                pixels = rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
+        (tmp_path / "photos" / "cats" / "broken.png").write_bytes(b"nothing")
+        return tmp_path / "photos"
+
+    @on_posix
+    @pytest.mark.filterwarnings("ignore:.* files are left out")
+    def test_images_of_ones_own_with_names_that_a_terminal_cannot_show(self, photos, example, refusal, tmp_path):
+        """Classes in Japanese, and bytes that are no text, where the output is piped on a machine of another encoding,
+        which a process of its own has. It learns of them in colour, and reports what cannot be read."""
+        (photos / "dogs").rename(photos / "\u732b")
+        os.rename(photos / "cats", os.fsencode(photos) + b"/\xff")
+        out, encoding = tmp_path / "out", {"PYTHONIOENCODING": "cp1252", "LC_ALL": "C", "PYTHONUTF8": "0"}
+        options = f"--data={photos}", "--size=14", "--flip", "--samples=4", f"--out={out}"
+        result = run(*FEW, *options, env=os.environ | encoding)
+        assert result.returncode == 0, result.stderr
+        assert "8 images of 14 x 14 pixels" in result.stdout and "\nclasses  0 \\ud" in result.stdout
+        assert "1 of 9 files are left out: \\udcff/broken.png: " in result.stderr
+        unet, _ = load_model(out / "model.safetensors")
+        assert_has(unet.config, in_channels=3, out_channels=3, image_size=(14, 14), classes=2)
+        with Image.open(out / "samples.png") as picture:
+            assert picture.mode == "RGB" and picture.size == (2 * (2 * 16 + 2), 2 * (2 * 16 + 2))
+        assert json.loads((out / "options.json").read_text())["data"] == str(photos)
+        result = run("--resume", f"--out={out}", env=os.environ | encoding)
+        assert result.returncode == 0 and "ended    this run has had its 3 steps" in result.stdout, result.stderr
+        assert "--digits: this model knows 0 to 1, got 12" in refusal(EXAMPLE, "--digits=12", f"--out={out}")
 
 
-def test_a_grid_has_a_column_for_each_class_unless_these_are_few_or_many():
-    """Few would make it a tower, many a strip."""
-    images = np.zeros((64, 8, 8, 1), np.float32)
-    for classes, columns in ((None, 8), (1, 8), (2, 8), (5, 5), (10, 10), (64, 64), (65, 8)):
-        assert page(images, classes).size[0] == 2 * (10 * columns + 2)
+class TestTrouble:
+    def test_what_cannot_be_drawn_does_not_lose_the_training(self, example, tmp_path):
+        for name in ("step_00002.png", "samples.png"):
+            (tmp_path / name).mkdir()  # in the way
+        code, out, err = example(EXAMPLE, *FEW, "--sample-every=2", f"--out={tmp_path}")
+        assert code == 1 and "no grid after 2 steps: " in out
+        assert re.search("^mnist_ddpm.py: .*samples.png", err, re.M) and (tmp_path / "model.safetensors").exists()
 
+    @on_posix
+    def test_a_disk_that_is_full_is_told_once_and_does_not_end_the_training(self, tmp_path):
+        """No file can grow beyond so many bytes; then the model cannot be written in the end either, and it is named."""
+        import resource
 
-def test_help_documents_every_option(example):
-    code, out, _ = example(EXAMPLE, "--help")
-    text = " ".join(out.split())
-    options = set(re.findall(r" --([a-z-]+)", text.partition("options:")[2])) - {"help"}
-    assert code == 0 and len(options) == 28
-    for option in options:  # its meaning, and its default in brackets
-        assert re.search(rf"--{option}( \{{\S+\}}| [A-Z_ \[\].]+)? [^-]+\[[^\]]+\]", text), option
+        def little_space():
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
+        (tmp_path / "metrics.csv").mkdir()  # in the way
+        result = run(*LITTLE, "--steps=15", "--save-every=5", "--resume", f"--out={tmp_path}", preexec_fn=little_space)
+        assert result.returncode == 1 and "Traceback" not in result.stderr
+        assert re.findall(r"no checkpoint after (\d+) steps: ", result.stdout) == [
+            "5",
+            "15",
+        ]  # the first time, and the last
+        assert re.findall(r"no line in metrics.csv after (\d+) steps: ", result.stdout) == ["1", *["15"] * 3]
+        assert re.search("^mnist_ddpm.py: .*cannot write .*model.safetensors: File too large", result.stderr, re.M)
+        assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.safetensors"))
 
-def test_it_can_be_read_as_a_tutorial():
-    assert len(EXAMPLE.read_text().splitlines()) < 100
-
-
-@pytest.mark.slow
-def test_a_rehearsal_tells_how_many_steps_take_so_many_minutes(tmp_path):
-    """And the same many give the same digits, so that nothing but their number depends on the clock."""
-    options = "--batch=4 --channels 8 16 --timesteps=25 --samples=2 --workers=2".split()
-    result = run(*options, "--minutes=0.1", f"--out={tmp_path / 'clock'}")
-    assert result.returncode == 0, result.stderr
-    (steps,) = re.findall(r"training ([\d,]+) steps, about 0.1 minutes", result.stdout)
-    assert ("so few learn little" in result.stdout) == (int(steps.replace(",", "")) < 200)
-    seconds = np.loadtxt(tmp_path / "clock" / "metrics.csv", delimiter=",", skiprows=1)[-1, 5]
-    assert 2 < seconds < 18, (steps, seconds)  # of 6, for others may be at work here
-    assert run(*options, f"--steps={steps.replace(',', '')}", f"--out={tmp_path / 'count'}").returncode == 0
-    assert (tmp_path / "clock" / "samples.png").read_bytes() == (tmp_path / "count" / "samples.png").read_bytes()
-
-
-@pytest.mark.slow
-def test_two_minutes_of_training_learn_digits(tmp_path):
-    """The default recipe, cut short, draws digits of which a classifier recognises most as what they were to be."""
-    result = run("--steps=400", "--samples=60", "--sample-every=1000", f"--out={tmp_path}", timeout=900)
-    assert result.returncode == 0, result.stderr
-    unet, diffusion = load_model(tmp_path / "model.safetensors")
-    labels = np.arange(60) % 10
-    images = sample(diffusion, unet, (60, 28, 28, 1), steps=25, rng=0, labels=labels, guidance=1.5)
-    np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples.png")), np.asarray(grid(images, 10)))
-    evaluate = runpy.run_path(str(EXAMPLES / "measure" / "evaluate_digits.py"))
-    _, p = evaluate["load_classifier"](evaluate["CLASSIFIER"]).look(images)
-    assert (p.argmax(axis=1) == labels).mean() > 0.8
-
-
-@pytest.fixture
-def photos(tmp_path):
-    """Two classes of pictures larger than they are asked for, and one that is none."""
-    rng = np.random.default_rng(0)
-    for name in ("cats", "dogs"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for i in range(4):
-            pixels = rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
-    (tmp_path / "photos" / "cats" / "broken.png").write_bytes(b"nothing")
-    return tmp_path / "photos"
-
-
-@on_posix
-@pytest.mark.filterwarnings("ignore:.* files are left out")
-def test_images_of_ones_own_with_names_that_a_terminal_cannot_show(photos, example, refusal, tmp_path):
-    """Classes in Japanese, and bytes that are no text, where the output is piped on a machine of another encoding,
-    which a process of its own has. It learns of them in colour, and reports what cannot be read."""
-    (photos / "dogs").rename(photos / "\u732b")
-    os.rename(photos / "cats", os.fsencode(photos) + b"/\xff")
-    out, encoding = tmp_path / "out", {"PYTHONIOENCODING": "cp1252", "LC_ALL": "C", "PYTHONUTF8": "0"}
-    options = f"--data={photos}", "--size=14", "--flip", "--samples=4", f"--out={out}"
-    result = run(*FEW, *options, env=os.environ | encoding)
-    assert result.returncode == 0, result.stderr
-    assert "8 images of 14 x 14 pixels" in result.stdout and "\nclasses  0 \\ud" in result.stdout
-    assert "1 of 9 files are left out: \\udcff/broken.png: " in result.stderr
-    unet, _ = load_model(out / "model.safetensors")
-    assert_has(unet.config, in_channels=3, out_channels=3, image_size=(14, 14), classes=2)
-    with Image.open(out / "samples.png") as picture:
-        assert picture.mode == "RGB" and picture.size == (2 * (2 * 16 + 2), 2 * (2 * 16 + 2))
-    assert json.loads((out / "options.json").read_text())["data"] == str(photos)
-    result = run("--resume", f"--out={out}", env=os.environ | encoding)
-    assert result.returncode == 0 and "ended    this run has had its 3 steps" in result.stdout, result.stderr
-    assert "--digits: this model knows 0 to 1, got 12" in refusal(EXAMPLE, "--digits=12", f"--out={out}")
-
-
-def test_what_cannot_be_drawn_does_not_lose_the_training(example, tmp_path):
-    for name in ("step_00002.png", "samples.png"):
-        (tmp_path / name).mkdir()  # in the way
-    code, out, err = example(EXAMPLE, *FEW, "--sample-every=2", f"--out={tmp_path}")
-    assert code == 1 and "no grid after 2 steps: " in out
-    assert re.search("^mnist_ddpm.py: .*samples.png", err, re.M) and (tmp_path / "model.safetensors").exists()
-
-
-@on_posix
-def test_a_disk_that_is_full_is_told_once_and_does_not_end_the_training(tmp_path):
-    """No file can grow beyond so many bytes; then the model cannot be written in the end either, and it is named."""
-    import resource
-
-    def little_space():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    (tmp_path / "metrics.csv").mkdir()  # in the way
-    result = run(*LITTLE, "--steps=15", "--save-every=5", "--resume", f"--out={tmp_path}", preexec_fn=little_space)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert re.findall(r"no checkpoint after (\d+) steps: ", result.stdout) == [
-        "5",
-        "15",
-    ]  # the first time, and the last
-    assert re.findall(r"no line in metrics.csv after (\d+) steps: ", result.stdout) == ["1", *["15"] * 3]
-    assert re.search("^mnist_ddpm.py: .*cannot write .*model.safetensors: File too large", result.stderr, re.M)
-    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.safetensors"))
-
-
-@pytest.mark.filterwarnings("ignore")  # of an overflow
-def test_a_loss_that_is_not_finite_ends_it_with_the_last_checkpoint_kept(example, tmp_path):
-    code, out, err = example(EXAMPLE, *LITTLE, "--steps=400", "--lr=1e9", "--save-every=1", f"--out={tmp_path}")
-    (step,) = re.findall(r"mnist_ddpm.py: step (\d+): the loss is ", err)
-    assert code == 1 and f"the checkpoint after {int(step) - 1} steps is kept: --resume goes on from it" in out
-    weights = load_file(tmp_path / "checkpoint.safetensors")
-    assert all(np.isfinite(w).all() for w in weights.values()) and not (tmp_path / "samples.png").exists()
-    assert sum(1 for _ in open(tmp_path / "metrics.csv")) == int(step)  # a header, and the steps before
+    @pytest.mark.filterwarnings("ignore")  # of an overflow
+    def test_a_loss_that_is_not_finite_ends_it_with_the_last_checkpoint_kept(self, example, tmp_path):
+        code, out, err = example(EXAMPLE, *LITTLE, "--steps=400", "--lr=1e9", "--save-every=1", f"--out={tmp_path}")
+        (step,) = re.findall(r"mnist_ddpm.py: step (\d+): the loss is ", err)
+        assert code == 1 and f"the checkpoint after {int(step) - 1} steps is kept: --resume goes on from it" in out
+        weights = load_file(tmp_path / "checkpoint.safetensors")
+        assert all(np.isfinite(w).all() for w in weights.values()) and not (tmp_path / "samples.png").exists()
+        assert sum(1 for _ in open(tmp_path / "metrics.csv")) == int(step)  # a header, and the steps before
 
 
 @on_posix
@@ -270,79 +269,76 @@ def test_too_little_memory_is_said(photos, tmp_path, workers):
     assert "mnist_ddpm.py: out of memory, of which fewer --workers or a smaller --batch need less: " in result.stderr
 
 
-@pytest.fixture
-def in_step(monkeypatch):
-    """in_step(number, action) has the training call `action` in the step of this number."""
-    train = tinyddpm.train
+class TestStopping:
+    @pytest.fixture
+    def in_step(self, monkeypatch):
+        """in_step(number, action) has the training call `action` in the step of this number."""
+        train = tinyddpm.train
 
-    def arrange(number, action):
-        def trained(*args, **settings):
-            for state in train(*args, **settings):
-                if state.step == number:
-                    action()
-                yield state
+        def arrange(number, action):
+            def trained(*args, **settings):
+                for state in train(*args, **settings):
+                    if state.step == number:
+                        action()
+                    yield state
 
-        monkeypatch.setattr(tinyddpm, "train", trained)
+            monkeypatch.setattr(tinyddpm, "train", trained)
 
-    return arrange
+        return arrange
 
+    @on_linux
+    @pytest.mark.parametrize(("number", "code", "steps"), [("SIGINT", 0, 6), ("SIGKILL", -9, 4)])
+    def test_it_goes_on_as_if_it_had_not_been_stopped(self, example, in_step, tmp_path, number, code, steps):
+        """The same model, pictures and log, but for the times in it; and what is complete is not trained again."""
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
 
-@on_linux
-@pytest.mark.parametrize(("number", "code", "steps"), [("SIGINT", 0, 6), ("SIGKILL", -9, 4)])
-def test_it_goes_on_as_if_it_had_not_been_stopped(example, in_step, tmp_path, number, code, steps):
-    """The same model, pictures and log, but for the times in it; and what is complete is not trained again."""
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+        def stopped():
+            in_step(5, lambda: signal.raise_signal(getattr(signal, number)))
+            os._exit(example(EXAMPLE, *RESUMED, f"--out={parts}")[0])
 
-    def stopped():
-        in_step(5, lambda: signal.raise_signal(getattr(signal, number)))
-        os._exit(example(EXAMPLE, *RESUMED, f"--out={parts}")[0])
+        assert in_a_copy(stopped) == code and sum(1 for _ in open(parts / "metrics.csv")) - 1 == steps
+        assert (parts / "samples.png").exists() == (code == 0) == (not (parts / "running.lock").exists())
+        for options in (*RESUMED, f"--out={whole}"), ("--resume", f"--out={parts}"), ("--resume", f"--out={parts}"):
+            assert "trained  9 steps" in example(EXAMPLE, *options)[1]  # and the others are as they were
+        for name, w in load_file(whole / "checkpoint.safetensors").items():
+            np.testing.assert_array_equal(load_file(parts / "checkpoint.safetensors")[name], w, err_msg=name)
+        columns = dict(delimiter=",", skiprows=1, usecols=(0, 1, 2, 3))
+        np.testing.assert_array_equal(*(np.loadtxt(folder / "metrics.csv", **columns) for folder in (whole, parts)))
+        assert (whole / "samples.png").read_bytes() == (parts / "samples.png").read_bytes()
+        assert not (parts / "running.lock").exists()
 
-    assert in_a_copy(stopped) == code and sum(1 for _ in open(parts / "metrics.csv")) - 1 == steps
-    assert (parts / "samples.png").exists() == (code == 0) == (not (parts / "running.lock").exists())
-    for options in (*RESUMED, f"--out={whole}"), ("--resume", f"--out={parts}"), ("--resume", f"--out={parts}"):
-        assert "trained  9 steps" in example(EXAMPLE, *options)[1]  # and the others are as they were
-    for name, w in load_file(whole / "checkpoint.safetensors").items():
-        np.testing.assert_array_equal(load_file(parts / "checkpoint.safetensors")[name], w, err_msg=name)
-    columns = dict(delimiter=",", skiprows=1, usecols=(0, 1, 2, 3))
-    np.testing.assert_array_equal(*(np.loadtxt(folder / "metrics.csv", **columns) for folder in (whole, parts)))
-    assert (whole / "samples.png").read_bytes() == (parts / "samples.png").read_bytes()
-    assert not (parts / "running.lock").exists()
+    @on_linux
+    def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(self, example, in_step, tmp_path):
+        here, codes = os.getpid(), []
 
+        def others():
+            before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+            for more in ([], ["--resume"]):
+                code, _, err = example(EXAMPLE, *FEW, *more, f"--out={tmp_path}")
+                assert code == 1 and f"{tmp_path} is in use by process {here} on " in err
+            assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+            os._exit(0)
 
-@on_linux
-def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(example, in_step, tmp_path):
-    here, codes = os.getpid(), []
+        in_step(2, lambda: codes.append(in_a_copy(others)))
+        assert example(EXAMPLE, *FEW, "--save-every=1", f"--out={tmp_path}")[0] == 0 and codes == [0]
 
-    def others():
-        before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-        for more in ([], ["--resume"]):
-            code, _, err = example(EXAMPLE, *FEW, *more, f"--out={tmp_path}")
-            assert code == 1 and f"{tmp_path} is in use by process {here} on " in err
-        assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
-        os._exit(0)
+    @on_posix
+    def test_ctrl_c_that_ends_who_reads_along_too_loses_nothing(self, tmp_path):
+        """As of `python examples/mnist_ddpm.py 2>&1 | tee log`."""
+        with started(tmp_path, "--steps=1000000", stderr=subprocess.STDOUT) as process:
+            once_it_trains(process, tmp_path)
+            process.stdout.close()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        assert names(tmp_path) >= {"model.safetensors", "samples.png", "denoising.gif"}
 
-    in_step(2, lambda: codes.append(in_a_copy(others)))
-    assert example(EXAMPLE, *FEW, "--save-every=1", f"--out={tmp_path}")[0] == 0 and codes == [0]
-
-
-@on_posix
-def test_ctrl_c_that_ends_who_reads_along_too_loses_nothing(tmp_path):
-    """As of `python examples/mnist_ddpm.py 2>&1 | tee log`."""
-    with started(tmp_path, "--steps=1000000", stderr=subprocess.STDOUT) as process:
-        once_it_trains(process, tmp_path)
-        process.stdout.close()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
-    assert names(tmp_path) >= {"model.safetensors", "samples.png", "denoising.gif"}
-
-
-@on_posix
-def test_ctrl_c_again_ends_at_once(tmp_path):
-    with started(tmp_path, "--steps=1", "--patch=2", "--samples=1000", "--timesteps=100") as process:
-        seen = ""
-        while "sampling:" not in seen and process.poll() is None:
-            seen += process.stderr.read(1)
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "mnist_ddpm.py: interrupted" in err and "Traceback" not in err
-    assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "samples.png").exists()
+    @on_posix
+    def test_ctrl_c_again_ends_at_once(self, tmp_path):
+        with started(tmp_path, "--steps=1", "--patch=2", "--samples=1000", "--timesteps=100") as process:
+            seen = ""
+            while "sampling:" not in seen and process.poll() is None:
+                seen += process.stderr.read(1)
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and "mnist_ddpm.py: interrupted" in err and "Traceback" not in err
+        assert (tmp_path / "model.safetensors").exists() and not (tmp_path / "samples.png").exists()
