@@ -39,28 +39,25 @@ class TestOptions:
         parser.add_usual(out="one.png", seed=3, gives="other flowers")
         return parser
 
-    @pytest.mark.parametrize(
-        ("options", "message"),
-        [
-            ("--sample-steps=7", "--sample-steps must be 8 or greater, got 7"),
-            ("--steps=1000000001", "--steps must be 1000000000 at most, got 1000000001"),
-            (f"--steps=-9{99 * '0'}", f"--steps must be -1000000000 or greater, got -9{99 * '0'}"),
-            ("--counts 3 1000000001", "--counts must be 1000000000 at most, got 1000000001"),
-            ("--rate=0", "--rate must be a number greater than 0, got 0.0"),
-            ("--rate=nan", "--rate must be a number greater than 0, got nan"),
-            *((f"--scales 1 {x}", f"--scales must be a number, got {float(x)}") for x in ("nan", "inf", "1e999")),
-            ("--scales=-inf", "--scales must be a number, got -inf"),
-            ("--seed=-1", "--seed must be 0 or greater, got -1"),
-            ("--workers=0", "--workers must be 1 or greater, got 0"),
-            ("--workers=1025", "--workers must be 1024 at most, got 1025"),
-            # a shortened name may be of two options, or of another one in the next version
-            *((f"{short} 3", f"unrecognized arguments: {short} 3") for short in ("--s", "--step", "--sample")),
-            *((f"--{name}=", f"argument --{name}: expected a path, got none") for name in ("to", "out")),
-            *((f"--out={name}", f"argument --out: expected a picture such as digits.png, got {name}")
-              for name in ("picture", "p.txt", "folder.png", ".")),
-            ("--out=nowhere/p.png", "argument --out: there is no folder nowhere"),
-        ],
-    )  # fmt: skip
+    @pytest.mark.parametrize(("options", "message"), [
+        ("--sample-steps=7", "--sample-steps must be 8 or greater, got 7"),
+        ("--steps=1000000001", "--steps must be 1000000000 at most, got 1000000001"),
+        (f"--steps=-9{99 * '0'}", f"--steps must be -1000000000 or greater, got -9{99 * '0'}"),
+        ("--counts 3 1000000001", "--counts must be 1000000000 at most, got 1000000001"),
+        ("--rate=0", "--rate must be a number greater than 0, got 0.0"),
+        ("--rate=nan", "--rate must be a number greater than 0, got nan"),
+        *((f"--scales 1 {x}", f"--scales must be a number, got {float(x)}") for x in ("nan", "inf", "1e999")),
+        ("--scales=-inf", "--scales must be a number, got -inf"),
+        ("--seed=-1", "--seed must be 0 or greater, got -1"),
+        ("--workers=0", "--workers must be 1 or greater, got 0"),
+        ("--workers=1025", "--workers must be 1024 at most, got 1025"),
+        # a shortened name may be of two options, or of another one in the next version
+        *((f"{short} 3", f"unrecognized arguments: {short} 3") for short in ("--s", "--step", "--sample")),
+        *((f"--{name}=", f"argument --{name}: expected a path, got none") for name in ("to", "out")),
+        *((f"--out={name}", f"argument --out: expected a picture such as digits.png, got {name}")
+          for name in ("picture", "p.txt", "folder.png", ".")),
+        ("--out=nowhere/p.png", "argument --out: there is no folder nowhere"),
+    ])  # fmt: skip
     def test_what_is_wrong_is_refused_by_name(self, said, parser, options, message):
         assert said(parser, *options.split()) == f"program.py: error: {message}"
 
@@ -107,14 +104,11 @@ class TestOptions:
 
 @on_linux
 class TestSignals:
-    @pytest.mark.parametrize(
-        ("signals", "code", "steps"),
-        [
-            ([signal.SIGINT], 0, 3), ([signal.SIGTERM], 0, 3),  # once: the step is finished and nothing more
-            *(([first, second], -second, 2) for first in (signal.SIGINT, signal.SIGTERM)  # twice: it ends at once
-              for second in (signal.SIGINT, signal.SIGTERM)),
-        ],
-    )  # fmt: skip
+    @pytest.mark.parametrize(("signals", "code", "steps"), [
+        ([signal.SIGINT], 0, 3), ([signal.SIGTERM], 0, 3),  # once: the step is finished and nothing more
+        *(([first, second], -second, 2) for first in (signal.SIGINT, signal.SIGTERM)  # twice: it ends at once
+          for second in (signal.SIGINT, signal.SIGTERM)),
+    ])  # fmt: skip
     def test_in_the_third_step_of_a_run(self, tmp_path, capfd, signals, code, steps):
         path = tmp_path / "run"
 
@@ -249,17 +243,14 @@ class TestErrorsInALine:
             raise error
         return ended.value.code
 
-    @pytest.mark.parametrize(
-        ("error", "code"),
-        [
-            *((kind("steps: too many"), "{}: steps: too many") for kind in (ValueError, TypeError, ArithmeticError,
-              FloatingPointError, ZeroDivisionError, RuntimeError, OSError, FileNotFoundError)),
-            *((kind("No module named 'that'"), "{}: No module named 'that'; that needs that, pip install that")
-              for kind in (ImportError, ModuleNotFoundError)),
-            (MemoryError("no 9 TiB"), "{}: out of memory, of which fewer --workers or a smaller --batch need less: no 9 TiB"),
-            (SystemExit(2), 2), (SystemExit("that is all"), "that is all"),  # what ends by itself keeps its code
-        ],
-    )  # fmt: skip
+    @pytest.mark.parametrize(("error", "code"), [
+        *((kind("steps: too many"), "{}: steps: too many") for kind in (ValueError, TypeError, ArithmeticError,
+          FloatingPointError, ZeroDivisionError, RuntimeError, OSError, FileNotFoundError)),
+        *((kind("No module named 'that'"), "{}: No module named 'that'; that needs that, pip install that")
+          for kind in (ImportError, ModuleNotFoundError)),
+        (MemoryError("9 TiB"), "{}: out of memory, of which fewer --workers or a smaller --batch need less: 9 TiB"),
+        (SystemExit(2), 2), (SystemExit("that is all"), "that is all"),  # what ends by itself keeps its code
+    ])  # fmt: skip
     def test_what_was_wrong(self, error, code):
         for name in ("program.py", "python -m that"):
             got = self.left_by(error, *([] if name == "program.py" else [name]), needs="that, pip install that")
@@ -271,20 +262,15 @@ class TestErrorsInALine:
         with pytest.raises(kind), errors_in_a_line():
             raise kind("a")
 
-    def test_a_warning_has_the_same_form_and_only_here(self):
+    @pytest.mark.parametrize(("given", "name"), [([], "program.py"), (["it"], "it")])
+    def test_a_warning_and_ctrl_c_have_the_same_form(self, capsys, given, name):
+        """And a warning only here; 130 is what a shell says of a program that Ctrl-C ended."""
         shown = lambda: warnings.formatwarning("odd", UserWarning, "file.py", 3)
         before = shown()
-        for name, given in (("program.py", []), ("it", ["it"])):
-            with errors_in_a_line(*given):
-                assert shown() == f"\n{name}: odd\n"
-            self.left_by(ValueError("no"), "another")
-            assert shown() == before
-
-    def test_ctrl_c(self, capsys):
-        """130 is what a shell says of a program that Ctrl-C ended."""
-        for name, given in (("program.py", []), ("it", ["it"])):
-            assert self.left_by(KeyboardInterrupt(), *given) == 130
-            assert capsys.readouterr().err == f"\n{name}: interrupted\n"
+        with errors_in_a_line(*given):
+            assert shown() == f"\n{name}: odd\n"
+        assert self.left_by(KeyboardInterrupt(), *given) == 130 and shown() == before
+        assert capsys.readouterr().err == f"\n{name}: interrupted\n"
 
     def test_run(self, ended):
         """It calls the program; and nothing is said where nothing is wrong."""

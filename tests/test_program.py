@@ -25,6 +25,8 @@ from tinyddpm.files.model import configuration
 from tinyddpm.files.replacing import previous
 from tinyddpm.program import TrainingRun, steps_within
 
+pytestmark = pytest.mark.usefixtures("without_matplotlib")
+
 
 class OfRanks(types.SimpleNamespace):
     """One of several processes, as `Ranks` shows them, but made up."""
@@ -132,23 +134,20 @@ class TestArguments:
         for beside in ("mine2", "runs/mine", "."):
             assert arguments("--data=mine", f"--out={beside}", "--size=8").out == pathlib.Path(beside)
 
-    @pytest.mark.parametrize(
-        ("options", "says"),
-        [
-            ("--channels 16 12", "--channels must be multiples of 8, got 12"),
-            ("--channels 8 -8", "--channels must be multiples of 8, got -8"),
-            *((options, f"--size, --patch, --channels: {levels} levels and squares of {patch} x {patch} pixels need a "
-               f"height and a width that are multiples of {factor}, and images have {side}") for options, levels, patch,
-              factor, side in [("--channels 8 8 8 8", 4, 2, 16, 28), ("--patch=3", 2, 3, 6, 28),
-                               ("--data=mine --size=30", 2, 2, 4, 30)]),
-            *((f"--start={model} --out=./runs/a/", "--out: runs/a holds the model that --start names, and keeps it; "
-               "take a new folder") for model in ("runs/a", "runs/b/../a/model.safetensors")),
-            ("--steps=3 --minutes=1", "--steps, --minutes: each says how long to train, so give one of them"),
-            ("--digits=1 --start=runs/a", "--digits, --start: digits are drawn by the model in --out, so leave out one "
-             "of them"),
-            ("--digits=", "--digits must be digits such as 2026, got ''"),
-        ],
-    )  # fmt: skip
+    @pytest.mark.parametrize(("options", "says"), [
+        ("--channels 16 12", "--channels must be multiples of 8, got 12"),
+        ("--channels 8 -8", "--channels must be multiples of 8, got -8"),
+        *((options, f"--size, --patch, --channels: {levels} levels and squares of {patch} x {patch} pixels need a "
+           f"height and a width that are multiples of {factor}, and images have {side}") for options, levels, patch,
+          factor, side in [("--channels 8 8 8 8", 4, 2, 16, 28), ("--patch=3", 2, 3, 6, 28),
+                           ("--data=mine --size=30", 2, 2, 4, 30)]),
+        *((f"--start={model} --out=./runs/a/", "--out: runs/a holds the model that --start names, and keeps it; "
+           "take a new folder") for model in ("runs/a", "runs/b/../a/model.safetensors")),
+        ("--steps=3 --minutes=1", "--steps, --minutes: each says how long to train, so give one of them"),
+        ("--digits=1 --start=runs/a", "--digits, --start: digits are drawn by the model in --out, so leave out one "
+         "of them"),
+        ("--digits=", "--digits must be digits such as 2026, got ''"),
+    ])  # fmt: skip
     def test_what_is_wrong_is_known_before_any_work(self, pictures, refusal, options, says):
         (pictures / "runs" / "a").mkdir(parents=True)
         assert refusal(*options.split()) == says
@@ -193,19 +192,16 @@ class TestGoingOn:
         same = [f"--{name}", *kept[name].split()] if name in kept else []
         assert arguments("--resume", "--out=runs/one", *same).steps == 40
 
-    @pytest.mark.parametrize(
-        ("options", "says"),
-        [
-            ("{", "Expecting property name"),
-            *((value, f"expected an object of options, got {value}") for value in ("[1]", "3")),
-            ('{"steps": "many"}', "argument --steps: invalid int value: 'many'"),
-            ('{"channels": 5.5}', "argument --channels: invalid int value: '5.5'"),
-            ('{"flip": "yes"}', "argument --flip: ignored explicit argument 'yes'"),
-            ('{"lr": true}', "argument --lr: expected one argument"),
-            ('{"objective": 3}', "argument --objective: invalid choice: '3'"),
-            ('{"batch": 0}', "--batch must be 1 or greater, got 0"),
-        ],
-    )
+    @pytest.mark.parametrize(("options", "says"), [
+        ("{", "Expecting property name"),
+        *((value, f"expected an object of options, got {value}") for value in ("[1]", "3")),
+        ('{"steps": "many"}', "argument --steps: invalid int value: 'many'"),
+        ('{"channels": 5.5}', "argument --channels: invalid int value: '5.5'"),
+        ('{"flip": "yes"}', "argument --flip: ignored explicit argument 'yes'"),
+        ('{"lr": true}', "argument --lr: expected one argument"),
+        ('{"objective": 3}', "argument --objective: invalid choice: '3'"),
+        ('{"batch": 0}', "--batch must be 1 or greater, got 0"),
+    ])  # fmt: skip
     def test_damage_is_named(self, begun, refusal, options, says):
         (begun / "options.json").write_text(options)
         assert refusal("--resume", "--out=runs/one").startswith(f"--resume: runs/one/options.json is damaged: {says}")
@@ -282,25 +278,23 @@ class TestStart:
         kept = json.loads((models / "runs/mnist/options.json").read_text())
         assert kept["channels"] == [4, 8] and kept["start"] == str(models / "told.safetensors")
 
-    @pytest.mark.parametrize(
-        ("model", "data", "classes", "says"),
-        [
-            ("plain", "mine", 2, "it has learned of no classes; learning of the 2 here begins anew"),
-            ("told", "mine", 2, "it has learned of 3 classes; learning of the 2 here begins anew"),
-            ("told", "mine/a", None, "it has learned of 3 classes, and is told of none here"),
-            ("ten", "mine/a", None, "it has learned of 10 classes, and is told of none here"),
-            ("ten", "digits", 10, "it has learned of 10 classes, and takes those here for them: 0 for its 0, ..."),
-            ("two", "mine", 2, "it has learned of 2 classes, and takes those here for them"),
-            ("plain", "mine/a", None, None),
-        ],
-    )  # fmt: skip
+    @pytest.mark.parametrize(("model", "data", "classes", "says"), [
+        ("plain", "mine", 2, "it has learned of no classes; learning of the 2 here begins anew"),
+        ("told", "mine", 2, "it has learned of 3 classes; learning of the 2 here begins anew"),
+        ("told", "mine/a", None, "it has learned of 3 classes, and is told of none here"),
+        ("ten", "mine/a", None, "it has learned of 10 classes, and is told of none here"),
+        ("ten", "digits", 10, "it has learned of 10 classes, and takes those here for them: 0 for its 0, ..."),
+        ("two", "mine", 2, "it has learned of 2 classes, and takes those here for them"),
+        ("plain", "mine/a", None, None),
+    ])  # fmt: skip
     def test_what_it_knew_is_kept(self, models, capsys, model, data, classes, says):
         """It predicts what the model did: of as many classes, whatever they are, to the bit; else what it did without
         a label, or with the mean of the vectors of classes."""
         _, (_, unet) = self.started(f"--start={model}.safetensors", f"--data={data}", "--grey")
         known, _ = load_model(models / f"{model}.safetensors")
+        dropout = known.config["label_dropout"] if classes == known.config["classes"] else 0.1 if classes else 0
         printed = capsys.readouterr().out
-        assert unet.config["classes"] == classes
+        assert unet.config["classes"] == classes and unet.config["label_dropout"] == dropout
         assert unet.config["image_size"] == ((28, 28) if data == "digits" else (8, 8))
         assert (says in printed) if says else ("learned" not in printed)
         rng = np.random.default_rng(0)
@@ -317,23 +311,20 @@ class TestStart:
         for labels in (None, np.arange(4) % 2) if classes else (None,):
             np.testing.assert_allclose(unet(x, t, labels=labels).data, expected, rtol=1e-4, atol=1e-5)
 
-    @pytest.mark.parametrize(
-        ("options", "says"),
-        [
-            ("--channels 8 16", "--channels: the model of --start has 4 8, which stays, got 8 16"),
-            ("--objective=x0", "--objective: the model of --start has eps, which stays, got x0"),
-            ("--timesteps=1000", "--timesteps: the model of --start has 20, which stays, got 1000"),
-            ("--patch=1", "--patch: the model of --start has 2, which stays, got 1"),
-            ("--blocks=2", "--blocks: the model of --start has 1, which stays, got 2"),
-            ("--data=mine", "--data: its images have 3 channels, and the model of --start has 1; --grey makes them grey"),
-            ("--start=rgb.safetensors --grey --data=mine", "--data: its images have 1 channel, and the model of --start "
-             "has 3$"),
-            ("--data=mine --size=10", "--size: of the model of --start, 2 levels and squares of 2 x 2 pixels need a height "
-             "and a width that are multiples of 4, and images have 10"),
-            ("--start=nowhere.safetensors", "--start: .*there is no file .*nowhere.safetensors"),
-            ("--start=mine/a/0.png", "--start: .*0.png is not a readable safetensors file"),
-        ],
-    )  # fmt: skip
+    @pytest.mark.parametrize(("options", "says"), [
+        ("--channels 8 16", "--channels: the model of --start has 4 8, which stays, got 8 16"),
+        ("--objective=x0", "--objective: the model of --start has eps, which stays, got x0"),
+        ("--timesteps=1000", "--timesteps: the model of --start has 20, which stays, got 1000"),
+        ("--patch=1", "--patch: the model of --start has 2, which stays, got 1"),
+        ("--blocks=2", "--blocks: the model of --start has 1, which stays, got 2"),
+        ("--data=mine", "--data: its images have 3 channels, and the model of --start has 1; --grey makes"),
+        ("--start=rgb.safetensors --grey --data=mine", "--data: its images have 1 channel, and the model of --start "
+         "has 3$"),
+        ("--data=mine --size=10", "--size: of the model of --start, 2 levels and squares of 2 x 2 pixels need a height "
+         "and a width that are multiples of 4, and images have 10"),
+        ("--start=nowhere.safetensors", "--start: .*there is no file .*nowhere.safetensors"),
+        ("--start=mine/a/0.png", "--start: .*0.png is not a readable safetensors file"),
+    ])  # fmt: skip
     def test_what_does_not_fit_is_refused_by_name(self, models, options, says):
         with pytest.raises(ValueError, match=f"^{says}"):
             self.started("--start=plain.safetensors", *options.split())
@@ -357,17 +348,14 @@ def clock(monkeypatch):
     return now
 
 
-@pytest.mark.parametrize(
-    ("seconds", "minutes", "look", "steps", "taken"),
-    [
-        ([1.0] * 1000, 5, 0, 300 - 7, 7),  # seven steps at least
-        ([0.5] * 1000, 5, 0, (300 - 6.5) / 0.5, 13),  # a fiftieth of the time
-        ([0.5] * 1000, 500, 0, (30000 - 10.5) / 0.5, 21),  # but ten seconds at most
-        ([4.0, 1, 1, 9, 1, 1, 1, 1], 5, 0, 300 - 18, 7),  # neither a slow first step nor one interrupted says the pace
-        ([0.25] * 1000, 5, 0.75, 300 - 7, 7),  # a GPU runs behind: a step takes as long as to look at its loss
-        ([2.0] * 1000, 0.01, 0, 1, 7),  # one at least
-    ],
-)
+@pytest.mark.parametrize(("seconds", "minutes", "look", "steps", "taken"), [
+    ([1.0] * 1000, 5, 0, 300 - 7, 7),  # seven steps at least
+    ([0.5] * 1000, 5, 0, (300 - 6.5) / 0.5, 13),  # a fiftieth of the time
+    ([0.5] * 1000, 500, 0, (30000 - 10.5) / 0.5, 21),  # but ten seconds at most
+    ([4.0, 1, 1, 9, 1, 1, 1, 1], 5, 0, 300 - 18, 7),  # neither a slow first step nor one interrupted says the pace
+    ([0.25] * 1000, 5, 0.75, 300 - 7, 7),  # a GPU runs behind: a step takes as long as to look at its loss
+    ([2.0] * 1000, 0.01, 0, 1, 7),  # one at least
+])  # fmt: skip
 def test_how_many_steps_take_so_many_minutes(clock, seconds, minutes, look, steps, taken):
     """By these times of the steps of a rehearsal, of which so many are taken."""
     seen = []
@@ -416,16 +404,13 @@ class TestTrainingRun:
                 a_run(tmp_path, f"--data={data}").load_data()
         assert len(a_run(folder, "--resume", f"--data={tmp_path / 'in'}").load_data()[0]) == 1
 
-    @pytest.mark.parametrize(
-        ("options", "device", "says"),
-        [
-            ([], "cpu", "device   cpu, 3 workers, BLAS"),  # one per CPU
-            (["--workers=1"], "cpu", "device   cpu, 1 worker, BLAS"),
-            (["--device=cuda"], "cuda", "device   cuda, 3 workers, BLAS"),
-            (["--device=cuda", "--mpi"], "cuda:1", "device   cuda, 2 ranks of 3 workers, BLAS"),  # each has its own
-            (["--device=cuda:7", "--mpi"], "cuda:7", "device   cuda:7, 2 ranks of 3 workers, BLAS"),
-        ],
-    )
+    @pytest.mark.parametrize(("options", "device", "says"), [
+        ([], "cpu", "device   cpu, 3 workers, BLAS"),  # one per CPU
+        (["--workers=1"], "cpu", "device   cpu, 1 worker, BLAS"),
+        (["--device=cuda"], "cuda", "device   cuda, 3 workers, BLAS"),
+        (["--device=cuda", "--mpi"], "cuda:1", "device   cuda, 2 ranks of 3 workers, BLAS"),  # each has its own
+        (["--device=cuda:7", "--mpi"], "cuda:7", "device   cuda:7, 2 ranks of 3 workers, BLAS"),
+    ])  # fmt: skip
     def test_where_it_computes(self, tmp_path, capsys, clock, options, device, says):
         """The clock starts when the network is there."""
         moved = []
@@ -445,16 +430,13 @@ class TestTrainingRun:
             assert words in printed
         assert "classes" not in printed
 
-    @pytest.mark.parametrize(
-        ("ranks", "within", "steps", "says"),
-        [
-            (OfRanks(), 1234, 1234, "{pace}training 1,234 steps, about 2.5 minutes{one}{results}"),
-            (OfRanks(), 200, 200, "{pace}training 200 steps, about 2.5 minutes{one}{results}"),
-            (OfRanks(), 199, 199, "{pace}training 199 steps, about 2.5 minutes{one}{few}{results}"),
-            (OfRanks(), None, 3, "training 3 steps{one}{results}"),  # who asks for so few knows
-            (OfRanks(1, 2, others=800), 700, 800, ""),  # all ranks take the steps of the first
-        ],
-    )
+    @pytest.mark.parametrize(("ranks", "within", "steps", "says"), [
+        (OfRanks(), 1234, 1234, "{pace}training 1,234 steps, about 2.5 minutes{one}{results}"),
+        (OfRanks(), 200, 200, "{pace}training 200 steps, about 2.5 minutes{one}{results}"),
+        (OfRanks(), 199, 199, "{pace}training 199 steps, about 2.5 minutes{one}{few}{results}"),
+        (OfRanks(), None, 3, "training 3 steps{one}{results}"),  # who asks for so few knows
+        (OfRanks(1, 2, others=800), 700, 800, ""),  # all ranks take the steps of the first
+    ])  # fmt: skip
     def test_a_rehearsal_is_for_a_copy(self, tmp_path, monkeypatch, capsys, ranks, within, steps, says):
         """The network that is trained afterwards is as it was."""
         seen, unet = [], {"weights": [1]}
@@ -590,7 +572,7 @@ class TestRunTraining:
         run = lambda *options: program.run_training(fails, None, [*options, f"--out={tmp_path}"], **settings)
         says = f"{name}: step 3: the loss is nan"
         assert ended(run) == (1, "", says) and ranks.failed == [says]
-        assert ended(run, "--digits=1") == (1, "", says) and ranks.failed == [says]  # nobody waits for who draws digits
+        assert ended(run, "--digits=1") == (1, "", says) and ranks.failed == [says]  # for these nobody waits
         assert shown == [f"\n{name}: odd\n"] * 2 and warnings.formatwarning is before
 
         def none(mpi):

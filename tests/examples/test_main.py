@@ -95,14 +95,11 @@ class TestTrain:
         made, only_of_the_example = ({path.name for path in f.iterdir()} for f in (ours, theirs))
         assert only_of_the_example - made == {"noising.png", "denoising.gif"} and made < only_of_the_example
 
-    @pytest.mark.parametrize(
-        ("options", "classes"),
-        [
-            ("", 2),
-            ("--data={photos}/a", None),
-            ("--grey --no-labels --objective=v --blocks=2 --patch=2 --lr=0.01 --save-every=2", None),
-        ],
-    )
+    @pytest.mark.parametrize(("options", "classes"), [
+        ("", 2),
+        ("--data={photos}/a", None),
+        ("--grey --no-labels --objective=v --blocks=2 --patch=2 --lr=0.01 --save-every=2", None),
+    ])  # fmt: skip
     def test_with_other_options_and_images_of_ones_own(self, photos, tmp_path, options, classes):
         """Every option that says something about the network, the process or the samples."""
         few = f"--steps=2 --data={photos} --size=14 --flip --sampling-steps=3 --guidance=3 --seed=5".split()
@@ -191,8 +188,8 @@ class TestTrain:
 
 
 @pytest.fixture(scope="module")
-def kinds(tmp_path_factory):
-    """A model of each kind: where it is, and what is to be found there. Of a checkpoint it is the averaged one."""
+def models(tmp_path_factory):
+    """A folder with a model of each kind, and what is to be found there. Of a checkpoint it is the averaged one."""
 
     def network(**settings):
         """None of its weights is zero, so that the images depend on all of them."""
@@ -224,13 +221,7 @@ def kinds(tmp_path_factory):
         "diffusers": (told, diffusion), "rgb": (rgb, diffusion), "original.safetensors": (original, process),
         "checkpoint.safetensors": (state.ema.model, TRAINED), "run": (state.ema.model, TRAINED),
     }  # fmt: skip
-    return {name: (folder, *it) for name, it in found.items()}
-
-
-@pytest.fixture
-def models(kinds):
-    """The folder that they are in."""
-    return kinds["diffusers"][0]
+    return folder, found
 
 
 @pytest.mark.filterwarnings("ignore:steps")  # in so few, the first may be far from noise
@@ -246,14 +237,11 @@ class TestSample:
 
         return draw
 
-    @pytest.mark.parametrize(
-        ("options", "n", "labels", "expected"),
-        [
-            ("--steps=1", 12, np.arange(12) % 10, {"method": "ddpm", "steps": 1, "guidance": 1.5, "rng": 0}),
-            ("--labels 3 8 --guidance=2.5 --method=dpm++ --steps=1 --seed=7", 3, [3, 8, 3],
-             {"method": "dpm++", "steps": 1, "guidance": 2.5, "rng": 7}),
-        ],
-    )  # fmt: skip
+    @pytest.mark.parametrize(("options", "n", "labels", "expected"), [
+        ("--steps=1", 12, np.arange(12) % 10, {"method": "ddpm", "steps": 1, "guidance": 1.5, "rng": 0}),
+        ("--labels 3 8 --guidance=2.5 --method=dpm++ --steps=1 --seed=7", 3, [3, 8, 3],
+         {"method": "dpm++", "steps": 1, "guidance": 2.5, "rng": 7}),
+    ])  # fmt: skip
     def test_the_digits_that_come_along(self, drawn, recorded, options, n, labels, expected):
         calls = recorded(commands, "sample")
         picture = drawn(f"--samples={n}", *options.split())
@@ -269,24 +257,23 @@ class TestSample:
          ("rgb", None, (8, 12)), ("original.safetensors", 8, (8, 8)), ("checkpoint.safetensors", 4, (4, 4)),
          ("run", 4, (4, 4)), ("plain", 12, (12, 12))],
     )  # fmt: skip
-    def test_a_model_of_any_kind(self, kinds, drawn, name, size, sides):
-        folder, unet, diffusion = kinds[name]
+    def test_a_model_of_any_kind(self, models, drawn, name, size, sides):
+        folder, (unet, diffusion) = models[0], models[1][name]
         picture = drawn(folder / name, "--steps=2", "--samples=5", "--seed=1", *([f"--size={size}"] if size else []))
         labels, shape = np.arange(5) % 3 if unet.config["classes"] else None, (5, *sides, unet.config["in_channels"])
         images = sample(diffusion, unet, shape, "ddpm", 2, rng=1, labels=labels, workers=1)
         np.testing.assert_array_equal(picture, np.asarray(grid(images)))
         assert len(np.unique(picture)) > 20
 
-    @pytest.mark.parametrize(
-        ("options", "shape", "labels", "expected"),
-        [
-            ("diffusers", (16, 8, 8, 1), [0, 1, 2] * 5 + [0], dict(method="ddim", steps=50, rng=0, workers=None)),
-            ("rgb --method=dpm++ --samples=5", (5, 8, 12, 3), None, dict(method="dpm++", steps=50)),
-            ("diffusers --label=2 --method=ddpm --workers=2", (16, 8, 8, 1), [2] * 16, dict(steps=60, workers=2)),
-            ("original.safetensors --steps=2 --size=8 --seed=3", (16, 8, 8, 1), None, dict(steps=2, rng=3)),
-        ],
-    )  # fmt: skip
-    def test_sample_pretrained(self, kinds, example, recorded, monkeypatch, tmp_path, options, shape, labels, expected):
+    @pytest.mark.parametrize(("options", "shape", "labels", "expected"), [
+        ("diffusers", (16, 8, 8, 1), [0, 1, 2] * 5 + [0], dict(method="ddim", steps=50, rng=0, workers=None)),
+        ("rgb --method=dpm++ --samples=5", (5, 8, 12, 3), None, dict(method="dpm++", steps=50)),
+        ("diffusers --label=2 --method=ddpm --workers=2", (16, 8, 8, 1), [2] * 16, dict(steps=60, workers=2)),
+        ("original.safetensors --steps=2 --size=8 --seed=3", (16, 8, 8, 1), None, dict(steps=2, rng=3)),
+    ])  # fmt: skip
+    def test_sample_pretrained(
+        self, models, example, recorded, monkeypatch, tmp_path, options, shape, labels, expected
+    ):
         """It asks for what it should, of which two steps are enough here."""
 
         def in_two(diffusion, model, shape, method, steps, **how):
@@ -294,7 +281,7 @@ class TestSample:
 
         monkeypatch.setattr(tinyddpm, "sample", in_two)
         (name, *options), calls = options.split(), recorded(tinyddpm, "sample")
-        folder, unet, diffusion = kinds[name]
+        folder, (unet, diffusion) = models[0], models[1][name]
         code, out, err = example(PRETRAINED, folder / name, f"--out={tmp_path / 'p.png'}", *options)
         ((how, images),) = calls
         how |= how.pop("how")
@@ -307,21 +294,11 @@ class TestSample:
         assert all(words in out for words in (f"U-Net {channels}, {unet.size:,} parameters", size, f"in {n} steps"))
         np.testing.assert_array_equal(pixels(tmp_path / "p.png"), np.asarray(grid(images)))
 
-    @pytest.mark.parametrize("kind", ["diffusers", "run"])
-    def test_whatever_sample_opens_can_be_begun_with(self, kinds, photos, tmp_path, kind):
-        """On other pictures, larger and of other classes."""
-        folder, unet, _ = kinds[kind]
-        options = "--steps=1 --batch=2 --samples=2 --sampling-steps=2 --workers=1 --size=16 --grey".split()
-        by_command(tmp_path / "out", *options, f"--start={folder / kind}", f"--data={photos}")
-        ours, _ = load_model(tmp_path / "out" / "model.safetensors")
-        changed = {"image_size": (16, 16), "classes": 2, "label_dropout": 0.1}
-        assert ours.config == unet.config | changed and pixels(tmp_path / "out" / "samples.png").shape == (40, 76)
-
     def test_of_few_timesteps_it_takes_no_more_steps_than_there_are(self, models, drawn, monkeypatch):
         asked, nothing = [], np.zeros((1, 4, 4, 1), np.float32)
         monkeypatch.setattr(commands, "sample", lambda *_, steps, **how: asked.append(steps) or nothing)
         for steps in ([], ["--steps=20"], ["--steps=21"], ["--steps=3"]):
-            drawn(models / "checkpoint.safetensors", "--samples=1", "--size=4", *steps)
+            drawn(models[0] / "checkpoint.safetensors", "--samples=1", "--size=4", *steps)
         assert asked == [20, 20, 20, 3]
 
     def test_device_precision_and_variant_arrive(self, models, drawn, monkeypatch):
@@ -329,8 +306,8 @@ class TestSample:
         monkeypatch.setattr(UNet, "to", lambda self, *x, **settings: calls.append((x, settings)) or to(self, "cpu"))
         monkeypatch.setattr(opening, "load_diffusers", lambda *x: calls.append(x) or load(x[0]))
         options = "--variant=fp16 --device=cuda:1 --precision=bf16 --steps=1 --samples=1"
-        drawn(models / "diffusers", *options.split())
-        assert calls == [(models / "diffusers", "fp16"), (("cuda:1",), {"precision": "bf16"})]
+        drawn(models[0] / "diffusers", *options.split())
+        assert calls == [(models[0] / "diffusers", "fp16"), (("cuda:1",), {"precision": "bf16"})]
 
 
 REFUSED = {  # a line that begins with "error: " comes with how the command is called
@@ -409,7 +386,7 @@ class TestAll:
         self, command, example, models, monkeypatch, tmp_path, name, options, message
     ):
         """And leaves no folder."""
-        monkeypatch.chdir(models)
+        monkeypatch.chdir(models[0])
         out = {"train": "new/out", "mnist_ddpm.py": "new/out", "evaluate": None}.get(name, "p.png")
         options = [*([f"--out={tmp_path / out}"] if out else []), *options.split()]
         if name.endswith(".py"):
@@ -451,15 +428,12 @@ class TestAll:
         says = "the classifier is not in the package, but in a checkout of its repository"
         assert command("evaluate", "runs/mnist") == (1, "", f"python -m tinyddpm evaluate: {says}")
 
-    @pytest.mark.parametrize(
-        ("arguments", "said"),
-        [
-            *((none, ["\n    train ", "\n    sample ", "\n    evaluate "]) for none in ("", "--help", "-h")),
-            ("train --help", ["usage: python -m tinyddpm train ", "--data", "--resume", "--digits", "--mpi", "--out"]),
-            ("sample -h", ["usage: python -m tinyddpm sample ", "--labels", "--guidance", "--size", "--variant"]),
-            ("evaluate --help", ["usage: python -m tinyddpm evaluate ", "--samples", "--classifier", "--json"]),
-        ],
-    )
+    @pytest.mark.parametrize(("arguments", "said"), [
+        *((none, ["\n    train ", "\n    sample ", "\n    evaluate "]) for none in ("", "--help", "-h")),
+        ("train --help", ["usage: python -m tinyddpm train ", "--data", "--resume", "--digits", "--mpi", "--out"]),
+        ("sample -h", ["usage: python -m tinyddpm sample ", "--labels", "--guidance", "--size", "--variant"]),
+        ("evaluate --help", ["usage: python -m tinyddpm evaluate ", "--samples", "--classifier", "--json"]),
+    ])  # fmt: skip
     def test_help(self, command, arguments, said):
         code, out, err = command(*arguments.split())
         assert (code, err) == (0, "") and all(words in out for words in said)
