@@ -71,16 +71,9 @@ def pictures(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def refusal(capsys):
+def refusal(ended):
     """refusal(*options) is the line that refuses them."""
-
-    def run(*options):
-        with pytest.raises(SystemExit) as error:
-            arguments(*options)
-        assert error.value.code == 2
-        return capsys.readouterr().err.splitlines()[-1].removeprefix("program.py: error: ")
-
-    return run
+    return lambda *options: ended(arguments, *options)[2].splitlines()[-1].removeprefix("program.py: error: ")
 
 
 class TestArguments:
@@ -383,8 +376,9 @@ class TestTrainingRun:
             Image.new("RGB", (9, 8)).save(tmp_path / "in" / name / "p.png")
         ranks, folder, labels = OfRanks(), f"--data={tmp_path / 'in'} --size=6", load_digits()[1]
         for options, shape, expected in (
-            ("", (10_000, 28, 28, 1), labels), ("--no-labels", (10_000, 28, 28, 1), None), (folder, (2, 6, 6, 3), [0, 1]),
-            (f"{folder} --grey", (2, 6, 6, 1), [0, 1]), (f"{folder} --no-labels", (2, 6, 6, 3), None),
+            ("", (10_000, 28, 28, 1), labels), ("--no-labels", (10_000, 28, 28, 1), None),
+            (folder, (2, 6, 6, 3), [0, 1]), (f"{folder} --grey", (2, 6, 6, 1), [0, 1]),
+            (f"{folder} --no-labels", (2, 6, 6, 3), None),
         ):  # fmt: skip
             images, found = a_run(tmp_path, *options.split(), ranks=ranks).load_data()
             assert images.shape == shape and (found is None) == (expected is None)

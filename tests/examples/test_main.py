@@ -340,8 +340,6 @@ REFUSED = {  # a line that begins with "error: " comes with how the command is c
         ("plain.safetensors --size=7", "--size: 2 levels and squares of 1 x 1 pixels need a height and a width that a"),
         ("plain.safetensors --variant=fp16", "--variant: only a folder of diffusers has variants"),
         ("diffusers --variant=fp16", "diffusion_pytorch_model.fp16.safetensors"),
-        ("--device=gpu", "device: 'gpu' is unknown; use 'cpu', 'cuda' or 'cuda:N'"),
-        ("--precision=int8", "precision: unknown 'int8'"),
         *(
             (f"--{it}=0", f"error: --{it} must be 1 or greater, got 0")
             for it in ("steps", "samples", "size", "workers")
@@ -367,12 +365,8 @@ REFUSED = {  # a line that begins with "error: " comes with how the command is c
         ("rgb --label=1", "--label: this model knows no classes, so leave it out"),
         ("rgb --out=picture", "error: argument --out: expected a picture such as digits.png, got picture"),
         *((f"rgb --{it}=0", f"error: --{it} must be 1 or greater, got 0") for it in ("steps", "samples", "size")),
-        ("rgb --steps=61", "steps: expected an integer from 1 to 60"),
         ("rgb --seed=-1", "error: --seed must be 0 or greater, got -1"),
-        ("rgb --size=7", "x: height and width must be multiples of 2"),
         ("rgb --variant=fp16", "diffusion_pytorch_model.fp16.safetensors"),
-        ("rgb --variant=../fp16", "variant: expected a word such as 'fp16', got '../fp16'"),
-        ("rgb --device=gpu", "device: 'gpu' is unknown"),
     ],
     "evaluate": [("run --samples=5", "error: --samples must be 10 or greater, got 5")],  # it is that script's
 }
@@ -397,10 +391,10 @@ class TestAll:
         (line,) = [line for line in text.splitlines() if line.startswith(f"{name}: ")]
         assert message in line and code == (2 if message.startswith("error: ") else 1) and not list(tmp_path.iterdir())
 
-    @pytest.mark.parametrize("name", ["Train", "--version", "sample.py"])
-    def test_an_unknown_command_is_named(self, command, name):
-        says = f"python -m tinyddpm: unknown command {name!r}; known: train, sample, evaluate"
-        assert command(name) == (1, "", says)
+    def test_an_unknown_command_is_named(self, command):
+        for name in ("Train", "--version", "sample.py"):
+            says = f"python -m tinyddpm: unknown command {name!r}; known: train, sample, evaluate"
+            assert command(name) == (1, "", says)
 
     @pytest.mark.parametrize("data", ["mnist", "fashion"])
     def test_without_a_network_it_says_what_there_is(self, command, monkeypatch, tmp_path, data):
