@@ -145,6 +145,11 @@ class TestArguments:
         (pictures / "runs" / "a").mkdir(parents=True)
         assert refusal(*options.split()) == says
 
+    def test_several_processes_share_the_work_or_are_refused(self, monkeypatch, refusal):
+        monkeypatch.setattr("tinyddpm.options.ranks_started", lambda: 3)
+        says = "--mpi is missing: mpiexec started 3 processes, which would all do the same"
+        assert refusal() == says and arguments("--mpi").mpi
+
 
 class TestGoingOn:
     """The options of a run that goes on."""
@@ -231,7 +236,8 @@ class TestGoingOn:
         args = arguments("--resume", "--out=runs/one")
         assert args.data == str(pictures / "moved") and args.samples == 9 and args.workers is None
 
-    def test_where_the_images_were_and_how_many_steps_it_has(self, begun, pictures, refusal):
+    def test_how_it_began_is_not_asked_again(self, begun, pictures, refusal):
+        assert arguments("--resume", "--out=runs/one", "--start=runs/other").start is None
         says = "--minutes: the run that is to go on has 40 steps, and keeps them"
         assert refusal("--resume", "--out=runs/one", "--minutes=9") == says
         (pictures / "mine").rename(pictures / "moved")
@@ -260,8 +266,7 @@ class TestStart:
 
     def test_the_network_and_the_process_are_those_of_the_model(self, models, capsys):
         same = "--channels 4 8 --blocks=1 --patch=2 --objective=eps --timesteps=20".split()  # that may be said
-        self.started("--start=told.safetensors", *same, "--no-labels"), capsys.readouterr()
-        run, (diffusion, unet) = self.started("--start=told.safetensors", "--data=digits", "--no-labels")
+        run, (diffusion, unet) = self.started("--start=told.safetensors", "--data=mine", "--grey", *same)
         assert configuration(unet, diffusion) == configuration(unet, DIFFUSION)
         np.testing.assert_array_equal(diffusion.schedule.beta, DIFFUSION.schedule.beta)
         assert f"start    from {models / 'told.safetensors'}\n" in capsys.readouterr().out
@@ -326,7 +331,7 @@ class TestStart:
         (models / "runs/mnist").mkdir(parents=True)
         checkpoint, before = (models / "runs/mnist" / f"checkpoint{kind}.safetensors" for kind in ("", ".previous"))
         checkpoint.write_bytes(b"")
-        options = "--resume", "--start=plain.safetensors", "--no-labels"
+        options = "--resume", "--start=plain.safetensors", "--data=mine", "--grey"
         with pytest.raises(ValueError, match="checkpoint.safetensors is not a readable safetensors file: it is empty"):
             self.started(*options)
         (models / "plain.safetensors").rename(before)
@@ -487,7 +492,7 @@ class TestTrainingRun:
         with warnings.catch_warnings():
             run = a_run(tmp_path, "--steps=2", "--resume", "--save-every=1", ranks=OfRanks(1, 2))
             warnings.warn("a warning", UserWarning, stacklevel=1)  # which would be an error in these tests
-        run.prepare(nowhere(), load_digits()[0])
+        run.prepare(nowhere(), np.zeros((9, 28, 28, 1)))
         run.rehearse(None, None)
         run.open_folder()
         run.save(Image.new("L", (1, 1)), "samples.png")
