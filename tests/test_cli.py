@@ -61,11 +61,6 @@ class TestOptions:
     def test_what_is_wrong_is_refused_by_name(self, said, parser, options, message):
         assert said(parser, *options.split()) == f"program.py: error: {message}"
 
-    def test_of_a_default_too(self, said, parser):
-        """Such as one that was in a file."""
-        parser.set_defaults(sample_steps=0)
-        assert said(parser) == "program.py: error: --sample-steps must be 8 or greater, got 0"
-
     @pytest.mark.parametrize(
         "option",
         ["--steps=1000000000", "--steps=-1000000000", "--sample-steps=8", "--seed=0", f"--seed={10**30}", "--workers=1",
@@ -78,12 +73,14 @@ class TestOptions:
         assert str(vars(parser.parse_args([option]))[name.replace("-", "_")]) == text.replace("~/", f"{tmp_path}/")
         assert os.listdir() == ["folder.png"]
 
-    def test_what_is_there_by_default_and_what_is_given(self, parser):
+    def test_what_is_there_by_default_and_what_is_given(self, said, parser):
         usual = {"seed": 3, "workers": None, "out": pathlib.Path("one.png"), "to": None, "flip": False, "rate": None}
         numbers = {"steps": 5, "sample_steps": None, "counts": [1, 2], "scales": None}
         assert vars(parser.parse_args([])) == usual | numbers and parser.given([]) == {}
         assert parser.given(["--steps=5", "--counts", "1", "2"]) == {"steps": 5, "counts": [1, 2]}
         assert parser.given(["--flip"]) == {"flip": True}
+        parser.set_defaults(sample_steps=0)  # such as was in a file
+        assert said(parser) == "program.py: error: --sample-steps must be 8 or greater, got 0"
 
     def test_help(self, parser):
         """The text is shown as it stands."""

@@ -405,13 +405,6 @@ class TestAll:
         words = "no mirror gave it", "https://", "bundled 10,000 digits", "--data FOLDER"
         assert code == 1 and all(word in text for word in words)
 
-    def test_ctrl_c(self, command, monkeypatch):
-        def interrupted(*arguments, **settings):
-            raise KeyboardInterrupt
-
-        monkeypatch.setattr(commands, "sample", interrupted)
-        assert command("sample") == (130, "", "\npython -m tinyddpm sample: interrupted\n")
-
     def test_evaluate_hands_its_arguments_on(self, command, monkeypatch, tmp_path):
         script, ran = str(EXAMPLES / "measure" / "evaluate_digits.py"), []
         main = lambda argv, prog: ran.append((argv, prog))
