@@ -39,6 +39,10 @@ def pytest_configure(config):
         if reason := cuda_on_cpu.reason_why_not():
             pytest.exit(f"--cuda {kind}: {reason}", returncode=4)
         cuda_on_cpu.install(numbers=kind == "emulated")
+        if config.option.markexpr != "gpu":
+            from tinyddpm.speed import cuda
+
+            cuda.THREADS = 64  # of a block: each runs after another here, and for small arrays most have nothing to do
 
 
 def pytest_collection_modifyitems(config, items):

@@ -158,3 +158,9 @@ def unet(f, p, x, t, rng=None, labels=None, *, channels, blocks, attention, grou
 BLOCKS = "down.0.res.0 down.1.res.0 middle1 middle2 up.0.res.0 up.0.res.1 up.1.res.0 up.1.res.1".split()
 ATTENTIONS = "down.1.attention.0 middle_attention up.0.attention.0 up.0.attention.1".split()
 STARTS_AS_ZERO = {f"{b}.conv2.w" for b in BLOCKS} | {f"{a}.attention.out.w" for a in ATTENTIONS} | {"conv_out.w"}
+
+
+def rounded(x, bits):
+    """Numbers with a mantissa of so many bits, to the nearest, halfway to even."""
+    fraction, exponent = np.frexp(x.astype(np.float64))
+    return np.ldexp(np.rint(np.ldexp(fraction, bits + 1)), exponent - bits - 1).astype(x.dtype)

@@ -7,7 +7,7 @@ devices.py), NVRTC (kernels.py) and cuBLAS (libraries.py and cublas.c). There ar
 - The emulator, `install(numbers=True)`, compiles kernels, RawKernels as well, with g++ and runs them: real results.
 - The null device, `install(numbers=False)`, compiles and computes nothing: to see what raises and to count.
 
-`counts` counts launches, copies, synchronisations and memory in both. `sources` collects what would go to NVRTC.
+`counts` counts launches, copies, synchronisations and memory in both.
 
 >>> import cuda_on_cpu
 >>> cupy = cuda_on_cpu.install(numbers=True)
@@ -17,13 +17,13 @@ devices.py), NVRTC (kernels.py) and cuBLAS (libraries.py and cublas.c). There ar
 >>> cuda_on_cpu.counts.synchronisations
 Counter({'streamSynchronize': 1})
 
-Limits. One process is one mode for good. Not imitated, with an error that says so: cuRAND, `cupy.random.Generator`,
-cuFFT, cuSOLVER, cuSPARSE, graph capture, dynamic shared memory, complex matrix products, CUB; `cupy.sort` and what
-uses it works. Not seen: races between threads or streams, since one thing is done after another; alignment; reads
-past the end of an array; the rounding of a GPU's exp and fused multiply-add. Small shapes: a GFLOP of matrix
-product takes a fraction of a second, and each new kernel a fifth of a second of compiling, once, as results stay in
-~/.cache/tinyddpm-cuda-on-cpu. It replaces parts of CuPy that are nobody's business, so it asks for exactly the
-version that it has been tried with.
+Limits. One process is one mode for good. What the package does not use is not imitated, and raises an error that says
+so: streams of one's own, cuRAND, cuFFT, cuSOLVER, cuSPARSE, CUB, templates of kernels,
+dynamic shared memory, complex products. Not seen: races between threads or streams, since one thing is done after
+another; alignment; reads past the end of an array; the rounding of a GPU's exp and fused multiply-add. Small shapes: a
+GFLOP of matrix product takes a fraction of a second, and each new kernel a fifth of a second of compiling, once, as
+results stay in ~/.cache/tinyddpm-cuda-on-cpu. It replaces parts of CuPy that are nobody's business, so it asks for
+exactly the version that it has been tried with.
 """
 
 import functools
@@ -37,9 +37,8 @@ from types import ModuleType
 
 from . import building, capsules, devices, kernels, libraries, sorting
 from .counting import counts
-from .kernels import sources
 
-__all__ = ["CUPY_VERSION", "counts", "install", "reason_why_not", "sources"]
+__all__ = ["CUPY_VERSION", "counts", "install", "reason_why_not"]
 
 CUPY_VERSION = "14.2.0"
 WHEELS = ("cupy-cuda13x", "cupy-cuda12x")
@@ -83,8 +82,7 @@ def install(numbers: bool) -> ModuleType:
 
     from cupy_backends.cuda.api import driver, runtime
 
-    imitation = devices.Devices(counts, runtime, driver, numbers)
-    capsules.replace([runtime, driver], imitation._handlers())
+    capsules.replace([runtime, driver], devices.Devices(counts, runtime, driver, numbers).handlers())
     loaded = libraries.install(numbers)
     counts.calls_of_libraries = lambda: sum((library.launching_calls() for library in loaded), Counter())
 
@@ -92,7 +90,16 @@ def install(numbers: bool) -> ModuleType:
 
     replace_compiler(numbers)
     sorting.replace(numbers)
-    watch_pool(cupy, imitation)
+    pool = cupy.get_default_memory_pool()
+
+    @functools.wraps(pool.malloc)
+    def malloc(size):
+        memory = pool.malloc(size)
+        counts.handed_out()
+        return memory
+
+    counts.pool_in_use = pool.used_bytes
+    cupy.cuda.set_allocator(malloc)
     counts.reset()
     return cupy
 
@@ -101,37 +108,12 @@ def replace_compiler(numbers: bool) -> None:
     """Put `kernels` in NVRTC's place."""
     from cupy.cuda import compiler
 
-    def compile_using_nvrtc(source, options=(), arch=None, filename="", name_expressions=None, *_, **__):
-        expressions = tuple(name_expressions or ())
+    def compile_using_nvrtc(source, options=(), arch=None, filename="", *_, **__):
         try:
-            image = kernels.compile_source(source, options, expressions, numbers)
+            return kernels.compile_source(source, options, numbers), {}
         except RuntimeError as error:
             raise compiler.CompileException(str(error), source, filename, options, "g++") from None
-        return image, {expression: kernels.lowered_name(index) for index, expression in enumerate(expressions)}
 
     compiler._compile_using_nvrtc_no_warning = compile_using_nvrtc
     compiler._get_nvrtc_version = lambda: (compiler._cuda_hip_version // 1000, 0)
     compiler._preprocess = lambda *_: ""
-
-
-def watch_pool(cupy: ModuleType, imitation: devices.Devices) -> None:
-    """Note the most that CuPy's pool hands out, over both devices."""
-    pool = cupy.get_default_memory_pool()
-
-    def in_use() -> int:
-        current = imitation.getDevice()
-        total = 0
-        for device in range(devices.DEVICES):
-            imitation.setDevice(device)
-            total += pool.used_bytes()
-        imitation.setDevice(current)
-        return total
-
-    @functools.wraps(pool.malloc)
-    def malloc(size):
-        memory = pool.malloc(size)
-        counts.handed_out()
-        return memory
-
-    counts.pool_in_use = in_use
-    cupy.cuda.set_allocator(malloc)

@@ -18,14 +18,9 @@ from . import building
 # How an argument of each C type becomes a Python object (see PyObject_CallFunction). Others, which are options that
 # CuPy itself leaves at their defaults (structs), and the flag of Cython's own, are not handed on.
 FORMATS = {
-    "int": "i",
-    "cudaMemcpyKind": "i",
-    "CUdevice": "i",
-    "unsigned int": "I",
-    "intptr_t": "n",
-    "size_t": "k",
-    "uintmax_t": "k",
-    "PyObject *": "O",
+    **dict.fromkeys(("int", "cudaMemcpyKind", "CUdevice"), "i"),
+    **dict.fromkeys(("size_t", "uintmax_t"), "k"),
+    **{"unsigned int": "I", "intptr_t": "n", "PyObject *": "O"},
 }
 # How a Python object becomes a result of each C type, and what to return with an exception: CuPy's declarations say
 # which value (`except? -1`) makes it look for one.
@@ -67,16 +62,13 @@ _kept_alive: list[Any] = []  # C holds these without counting references
 
 def replace(modules: list[ModuleType], functions: dict[str, Callable]) -> None:
     """Replace what `modules` offer to C and to Python by `functions`, the rest by what raises NotImplementedError."""
-    source = [PRELUDE]
-    replacements = []
+    source, replacements = [PRELUDE], []
     for module in modules:
         for name, capsule in module.__pyx_capi__.items():
             signature = _python.PyCapsule_GetName(capsule).decode()
-            code = trampoline(name, signature)
-            if code is None or name in KEPT:
-                continue
-            source.append(code)
-            replacements.append((module, name, signature.encode(), functions.get(name) or unsupported(name)))
+            if (code := trampoline(name, signature)) and name not in KEPT:
+                source.append(code)
+                replacements.append((module, name, signature.encode(), functions.get(name) or unsupported(name)))
     library = ctypes.PyDLL(str(building.shared_library("gcc", "".join(source), ".c", ("-O1", "-w"))))
     ctypes.c_void_p.in_dll(library, "none").value = id(None)
     for module, name, signature, function in replacements:
@@ -90,8 +82,6 @@ def replace(modules: list[ModuleType], functions: dict[str, Callable]) -> None:
 
 
 def unsupported(name: str) -> Callable:
-    """Return a function that raises NotImplementedError and names `name`."""
-
     def function(*arguments: object) -> None:
         raise NotImplementedError(f"cuda_on_cpu does not imitate {name}")
 
@@ -117,21 +107,16 @@ def trampoline(name: str, signature: str) -> str | None:
             formats += FORMATS[c_type]
         declared.append(f"{c_type if c_type in FORMATS else 'void *'} a{index}")
     convert, error = ("", "NULL") if returns_object else RESULTS[result_type]
-    error = ERROR_VALUES.get(name, error)
-    c_result = "PyObject *" if returns_object else result_type
-    call = f'PyObject_CallFunction(handler_{name}, "({formats})"{"".join(passed)})'
     if returns_object:
-        at_exit = "{ Py_IncRef(none); return none; }"
-        finish = "return result;"
+        at_exit, finish = "{ Py_IncRef(none); return none; }", "return result;"
     else:
-        at_exit = "return 0;"
-        finish = f"{result_type} value = {convert}; Py_DecRef(result); return value;"
-    return (
-        f"PyObject *handler_{name};\n"
-        f"{c_result} call_{name}({', '.join(declared) or 'void'}) {{\n"
-        f"    if (finished) {at_exit}\n"
-        f"    PyObject *result = {call};\n"
-        f"    if (!result) return {error};\n"
-        f"    {finish}\n"
-        "}\n"
-    )
+        at_exit, finish = "return 0;", f"{result_type} value = {convert}; Py_DecRef(result); return value;"
+    return f"""
+PyObject *handler_{name};
+{"PyObject *" if returns_object else result_type} call_{name}({", ".join(declared) or "void"}) {{
+    if (finished) {at_exit}
+    PyObject *result = PyObject_CallFunction(handler_{name}, "({formats})"{"".join(passed)});
+    if (!result) return {ERROR_VALUES.get(name, error)};
+    {finish}
+}}
+"""

@@ -7,35 +7,31 @@ from collections.abc import Callable
 class Counts:
     """Counters since the start or the last `reset`, of both devices together and of all threads.
 
-    `copies` and `copied_bytes` have keys such as "host to device"; "between devices" is the one from one device to
-    the other. `memset` counts memsets.
+    `copies` and `copied_bytes` have keys such as "host to device"; "between devices" is the one from one device to the
+    other. `memset` counts memsets.
 
     `synchronisations` counts calls that make the host wait for the device: deviceSynchronize, streamSynchronize,
-    eventSynchronize, memcpy (not memcpyAsync, nor memcpy within a device, which returns at once), free and
-    freeHost. A memcpyAsync into memory that is not pinned waits too, but CuPy follows it by a streamSynchronize:
-    counted once. Asking (eventQuery, streamQuery), malloc and hostAlloc are not counted, nor is memset, which the
+    eventSynchronize and free. A memcpyAsync into memory that is not pinned waits too, but CuPy follows it by a
+    streamSynchronize: counted once. Asking (eventQuery), malloc and hostAlloc are not counted, nor is memset, which the
     host doesn't wait for.
 
-    `memory` is how many bytes are allocated on the devices and `peak_memory` the most that were: what CuPy's pool
-    took, which it gives back only when told to. `in_use` and `peak_in_use` are the bytes that the pool has handed
-    out (to arrays, rounded up to 512 each), the more telling number.
+    `in_use` and `peak_in_use` are the bytes that CuPy's pool of the current device has handed out (to arrays, rounded
+    up to 512 each), and the most that it had.
     """
 
     def __init__(self) -> None:
-        self.memory = 0
         self.pool_in_use: Callable[[], int] = lambda: 0  # set once CuPy is there
         self.calls_of_libraries: Callable[[], Counter[str]] = Counter  # since the process began; set with the libraries
         self.reset()
 
     def reset(self) -> None:
-        """Set the counters to zero and the peaks to what is allocated now."""
+        """Set the counters to zero and the peak to what is handed out now."""
         self.kernel_launches: Counter[str] = Counter()
         self.calls_of_libraries_before = self.calls_of_libraries()
         self.copies: Counter[str] = Counter()
         self.copied_bytes: Counter[str] = Counter()
         self.synchronisations: Counter[str] = Counter()
         self.memset = 0
-        self.peak_memory = self.memory
         self.peak_in_use = self.in_use
 
     @property
@@ -45,18 +41,7 @@ class Counts:
 
     @property
     def in_use(self) -> int:
-        """Bytes that CuPy's pool has handed out."""
         return self.pool_in_use()
-
-    def copied(self, kind: str, size: int) -> None:
-        """Count a copy."""
-        self.copies[kind] += 1
-        self.copied_bytes[kind] += size
-
-    def allocated(self, size: int) -> None:
-        """Count an allocation, or a release where `size` is negative."""
-        self.memory += size
-        self.peak_memory = max(self.peak_memory, self.memory)
 
     def handed_out(self) -> None:
         """Note a new peak after the pool has handed out memory."""

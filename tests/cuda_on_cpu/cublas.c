@@ -4,7 +4,6 @@
  * What is here checks its arguments as cuBLAS does and, with NUMBERS, computes. Functions that CuPy links and that are
  * not here are written by libraries.py: they only count, and with NUMBERS they fail and say so.
  * Matrices are stored by columns, as everywhere in cuBLAS; `lda` is the distance from one column to the next. */
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include "small_floats.h"
@@ -32,25 +31,20 @@ int cublasDestroy_v2(Handle *handle) {
     free(handle);
     return SUCCESS;
 }
-int cublasGetVersion_v2(Handle *handle, int *version) {
-    COUNT(cublasGetVersion_v2);
-    *version = 130000;
-    return SUCCESS;
-}
-#define PROPERTY(NAME, TYPE, FIELD) \
-    int cublasSet##NAME(Handle *handle, TYPE value) { \
-        COUNT(cublasSet##NAME); \
+#define PROPERTY(GET, SET, TYPE, FIELD) \
+    int SET(Handle *handle, TYPE value) { \
+        COUNT(SET); \
         handle->FIELD = value; \
         return SUCCESS; \
     } \
-    int cublasGet##NAME(Handle *handle, TYPE *value) { \
-        COUNT(cublasGet##NAME); \
+    int GET(Handle *handle, TYPE *value) { \
+        COUNT(GET); \
         *value = handle->FIELD; \
         return SUCCESS; \
     }
-PROPERTY(Stream_v2, void *, stream)
-PROPERTY(PointerMode_v2, int, pointer_mode)
-PROPERTY(MathMode, int, math_mode)
+PROPERTY(cublasGetStream_v2, cublasSetStream_v2, void *, stream)
+PROPERTY(cublasGetPointerMode_v2, cublasSetPointerMode_v2, int, pointer_mode)
+PROPERTY(cublasGetMathMode, cublasSetMathMode, int, math_mode)
 
 /* ---- matrix products ---- */
 
@@ -187,89 +181,26 @@ int cublasGemmStridedBatchedEx(Handle *handle, int ta, int tb, int m, int n, int
                         b_type, ldb, b_stride, beta, C, c_type, ldc, c_stride, batch, compute);
 }
 
-#define OF_ONE_TYPE(LETTER, T, TYPE, COMPUTE) \
-    int cublas##LETTER##gemm_v2(Handle *handle, int ta, int tb, int m, int n, int k, const T *alpha, const T *A, \
-                                int lda, const T *B, int ldb, const T *beta, T *C, int ldc) { \
-        COUNT(cublas##LETTER##gemm_v2); \
-        return gemm("cublas" #LETTER "gemm_v2", handle, ta, tb, m, n, k, alpha, A, TYPE, lda, B, TYPE, ldb, beta, C, \
-                    TYPE, ldc, COMPUTE); \
-    } \
-    int cublas##LETTER##gemmStridedBatched(Handle *handle, int ta, int tb, int m, int n, int k, const T *alpha, \
-                                           const T *A, int lda, long long a_stride, const T *B, int ldb, \
-                                           long long b_stride, const T *beta, T *C, int ldc, long long c_stride, \
-                                           int batch) { \
-        COUNT(cublas##LETTER##gemmStridedBatched); \
-        return gemm_strided("cublas" #LETTER "gemmStridedBatched", handle, ta, tb, m, n, k, alpha, A, TYPE, lda, \
-                            a_stride, B, TYPE, ldb, b_stride, beta, C, TYPE, ldc, c_stride, batch, COMPUTE); \
-    } \
-    int cublas##LETTER##gemmBatched(Handle *handle, int ta, int tb, int m, int n, int k, const T *alpha, const T **A, \
-                                    int lda, const T **B, int ldb, const T *beta, T **C, int ldc, int batch) { \
-        COUNT(cublas##LETTER##gemmBatched); \
+#define OF_ONE_TYPE(BATCHED, DOT, T, TYPE, COMPUTE) \
+    int BATCHED(Handle *handle, int ta, int tb, int m, int n, int k, const T *alpha, const T **A, int lda, \
+                const T **B, int ldb, const T *beta, T **C, int ldc, int batch) { \
+        COUNT(BATCHED); \
         if (batch < 0 || bad_shapes(ta, tb, m, n, k, lda, ldb, ldc)) return INVALID_VALUE; \
         int status = SUCCESS; \
         for (int i = 0; NUMBERS && i < batch && status == SUCCESS; i++) \
-            status = gemm("cublas" #LETTER "gemmBatched", handle, ta, tb, m, n, k, alpha, A[i], TYPE, lda, B[i], TYPE, \
-                          ldb, beta, C[i], TYPE, ldc, COMPUTE); \
+            status = gemm(#BATCHED, handle, ta, tb, m, n, k, alpha, A[i], TYPE, lda, B[i], TYPE, ldb, beta, C[i], TYPE, \
+                          ldc, COMPUTE); \
         return status; \
     } \
-    /* ---- vectors: a negative step walks from the other end ---- */ \
-    int cublas##LETTER##gemv_v2(Handle *handle, int trans, int m, int n, const T *alpha, const T *A, int lda, \
-                                const T *x, int x_step, const T *beta, T *y, int y_step) { \
-        COUNT(cublas##LETTER##gemv_v2); \
-        if (trans < 0 || trans > 2 || m < 0 || n < 0 || lda < (m > 1 ? m : 1) || !x_step || !y_step) \
-            return INVALID_VALUE; \
-        long results = trans ? n : m, terms = trans ? m : n; \
-        for (long i = 0; NUMBERS && i < results; i++) { \
-            double sum = 0; \
-            for (long p = 0; p < terms; p++) \
-                sum += (double)(trans ? A[p + i * lda] : A[i + p * lda]) * x[FROM_END(p, terms, x_step)]; \
-            T *to = y + FROM_END(i, results, y_step); \
-            *to = *alpha * sum + (*beta != 0 ? *beta * *to : 0); \
-        } \
-        return SUCCESS; \
-    } \
-    int cublas##LETTER##ger_v2(Handle *handle, int m, int n, const T *alpha, const T *x, int x_step, const T *y, \
-                               int y_step, T *A, int lda) { \
-        COUNT(cublas##LETTER##ger_v2); \
-        if (m < 0 || n < 0 || lda < (m > 1 ? m : 1) || !x_step || !y_step) return INVALID_VALUE; \
-        for (long j = 0; NUMBERS && j < n; j++) \
-            for (long i = 0; i < m; i++) \
-                A[i + j * lda] += *alpha * x[FROM_END(i, m, x_step)] * y[FROM_END(j, n, y_step)]; \
-        return SUCCESS; \
-    } \
-    int cublas##LETTER##dot_v2(Handle *handle, int n, const T *x, int x_step, const T *y, int y_step, T *result) { \
-        COUNT(cublas##LETTER##dot_v2); \
+    int DOT(Handle *handle, int n, const T *x, int x_step, const T *y, int y_step, T *result) { \
+        COUNT(DOT); \
         double sum = 0; \
         for (long i = 0; NUMBERS && i < n; i++) \
             sum += (double)x[FROM_END(i, n, x_step)] * y[FROM_END(i, n, y_step)]; \
         if (NUMBERS) *result = sum; \
         return SUCCESS; \
-    } \
-    int cublas##LETTER##nrm2_v2(Handle *handle, int n, const T *x, int x_step, T *result) { \
-        COUNT(cublas##LETTER##nrm2_v2); \
-        double sum = 0; \
-        for (long i = 0; NUMBERS && x_step > 0 && i < n; i++) sum += (double)x[i * x_step] * x[i * x_step]; \
-        if (NUMBERS) *result = sqrt(sum); \
-        return SUCCESS; \
-    } \
-    int cublas##LETTER##asum_v2(Handle *handle, int n, const T *x, int x_step, T *result) { \
-        COUNT(cublas##LETTER##asum_v2); \
-        double sum = 0; \
-        for (long i = 0; NUMBERS && x_step > 0 && i < n; i++) sum += fabs(x[i * x_step]); \
-        if (NUMBERS) *result = sum; \
-        return SUCCESS; \
-    } \
-    int cublas##LETTER##axpy_v2(Handle *handle, int n, const T *alpha, const T *x, int x_step, T *y, int y_step) { \
-        COUNT(cublas##LETTER##axpy_v2); \
-        for (long i = 0; NUMBERS && i < n; i++) \
-            y[FROM_END(i, n, y_step)] += *alpha * x[FROM_END(i, n, x_step)]; \
-        return SUCCESS; \
-    } \
-    int cublas##LETTER##scal_v2(Handle *handle, int n, const T *alpha, T *x, int x_step) { \
-        COUNT(cublas##LETTER##scal_v2); \
-        for (long i = 0; NUMBERS && x_step > 0 && i < n; i++) x[i * x_step] *= *alpha; \
-        return SUCCESS; \
     }
+/* a negative step walks from the other end */
 #define FROM_END(index, length, step) (((step) > 0 ? (index) : (index) - (length) + 1) * (long)(step))
-OF_ONE_TYPE(S, float, R_32F, COMPUTE_32F)
-OF_ONE_TYPE(D, double, R_64F, COMPUTE_64F)
+OF_ONE_TYPE(cublasSgemmBatched, cublasSdot_v2, float, R_32F, COMPUTE_32F)
+OF_ONE_TYPE(cublasDgemmBatched, cublasDdot_v2, double, R_64F, COMPUTE_64F)

@@ -6,7 +6,7 @@
 // __syncwarp and the shuffles for the warp.
 //
 // Offered: threadIdx and the like, static __shared__ memory (filled with 0xff before each block: it is not zero on
-// a GPU), barriers, shuffles and votes (their masks are ignored), atomics, __ldg, the usual mathematics. Not
+// a GPU), barriers, two shuffles (their masks are ignored), atomics, __ldg, the usual mathematics. Not
 // offered, and then a compile error: dynamic shared memory (extern __shared__), textures, wmma, cooperative groups,
 // inline PTX. Not seen: races, since threads never run at once, and the rounding of a GPU's own exp, division and
 // fused multiply-add.
@@ -27,7 +27,6 @@
 #include <utility>
 #include <vector>
 
-#include <csetjmp>
 #include <ucontext.h>
 
 namespace cuda {
@@ -64,19 +63,22 @@ static const int warpSize = 32;
 // ---- fibers ----
 
 enum emu_state : char { emu_ready, emu_at_block_barrier, emu_at_warp_barrier, emu_done };
-static const size_t emu_stack_size = 65536;
+// Stacks do not begin at multiples of a power of two from each other: the tops of all would share few lines of the cache
+static const size_t emu_stack_size = 65536 + 5 * 64;
 static const unsigned emu_most_threads = 1024;
-static jmp_buf emu_scheduler, emu_fibers[emu_most_threads];
+static void *emu_scheduler[5], *emu_fibers[emu_most_threads][5];
 static unsigned emu_started;  // so many fibers have been made; they serve block after block
 static std::vector<emu_state> emu_states;
 static unsigned emu_thread;  // which thread of the block runs
 static void **emu_arguments;
 static void (*emu_run_thread)();
 
-// _setjmp and _longjmp from stack to stack: swapcontext would ask the kernel for the signal mask each time
-__attribute__((noinline)) static void emu_wait(emu_state why) {
+// From stack to stack by the compiler's own setjmp: swapcontext would ask the kernel for the signal mask each time.
+// `noipa`, since whoever calls these must not be compiled as if it knew which registers they leave as they are.
+__attribute__((noipa)) static void emu_go(void **to) { __builtin_longjmp(to, 1); }
+__attribute__((noipa)) static void emu_wait(emu_state why) {
     emu_states[emu_thread] = why;
-    if (!_setjmp(emu_fibers[emu_thread])) _longjmp(emu_scheduler, 1);
+    if (!__builtin_setjmp(emu_fibers[emu_thread])) emu_go(emu_scheduler);
 }
 static void emu_fiber() {
     for (;;) {
@@ -84,10 +86,10 @@ static void emu_fiber() {
         emu_wait(emu_done);  // until the next block
     }
 }
-__attribute__((noinline)) static void emu_resume() {
+__attribute__((noipa)) static void emu_resume() {
     static char *stacks = (char *)malloc(emu_most_threads * emu_stack_size);
-    if (_setjmp(emu_scheduler)) return;
-    if (emu_thread < emu_started) _longjmp(emu_fibers[emu_thread], 1);
+    if (__builtin_setjmp(emu_scheduler)) return;
+    if (emu_thread < emu_started) emu_go(emu_fibers[emu_thread]);
     emu_started = emu_thread + 1;
     static ucontext_t start;
     getcontext(&start);
@@ -118,29 +120,10 @@ template <class T> static inline T emu_shuffle(T value, unsigned source_lane) {
 template <class T> static inline T __shfl_sync(unsigned, T value, int lane, int width = 32) {
     return emu_shuffle(value, (emu_thread & 31 & ~(width - 1)) | (lane & (width - 1)));
 }
-template <class T> static inline T __shfl_down_sync(unsigned, T value, unsigned delta, int width = 32) {
-    unsigned lane = emu_thread & 31;
-    return emu_shuffle(value, (lane & (width - 1)) + delta < (unsigned)width ? lane + delta : lane);
-}
-template <class T> static inline T __shfl_up_sync(unsigned, T value, unsigned delta, int width = 32) {
-    unsigned lane = emu_thread & 31;
-    return emu_shuffle(value, (lane & (width - 1)) >= delta ? lane - delta : lane);
-}
 template <class T> static inline T __shfl_xor_sync(unsigned, T value, unsigned mask, int width = 32) {
     unsigned lane = emu_thread & 31, other = lane ^ mask;
     return emu_shuffle(value, (other & ~(width - 1)) <= (lane & ~(width - 1)) ? other : lane);
 }
-static inline unsigned __ballot_sync(unsigned, int predicate) {
-    emu_slots[emu_thread] = predicate != 0;
-    emu_wait(emu_at_warp_barrier);
-    unsigned first = emu_thread & ~31u, votes = 0;
-    for (unsigned lane = 0; lane < 32 && first + lane < emu_states.size(); lane++)
-        if (emu_states[first + lane] != emu_done && emu_slots[first + lane]) votes |= 1u << lane;
-    emu_wait(emu_at_warp_barrier);
-    return votes;
-}
-static inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
-static inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 
 // ---- functions that CUDA has in the global namespace ----
 
@@ -215,7 +198,9 @@ template <class... A> struct emu_launch {
 
     static void choose(unsigned thread) {
         emu_thread = thread;
-        threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y)};
+        threadIdx = {thread, 0, 0};
+        if (thread >= blockDim.x)
+            threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / (blockDim.x * blockDim.y)};
     }
 
     // 0, or 1 if the threads wait for each other at different barriers
@@ -281,5 +266,3 @@ static int emu_run(void (*kernel)(A...), const unsigned *sizes, void **arguments
             }
     return 0;
 }
-
-extern "C" size_t emu_shared_bytes() { return __stop_shared_memory - __start_shared_memory; }
