@@ -18,12 +18,12 @@ devices.py), NVRTC (kernels.py) and cuBLAS (libraries.py and cublas.c). There ar
 Counter({'streamSynchronize': 1})
 
 Limits. One process is one mode for good. What the package does not use is not imitated, and raises an error that says
-so: streams of one's own, cuRAND, cuFFT, cuSOLVER, cuSPARSE, CUB, templates of kernels,
-dynamic shared memory, complex products. Not seen: races between threads or streams, since one thing is done after
-another; alignment; reads past the end of an array; the rounding of a GPU's exp and fused multiply-add. Small shapes: a
-GFLOP of matrix product takes a fraction of a second, and each new kernel a fifth of a second of compiling, once, as
-results stay in ~/.cache/tinyddpm-cuda-on-cpu. It replaces parts of CuPy that are nobody's business, so it asks for
-exactly the version that it has been tried with.
+so: streams of one's own, cuRAND, cuFFT, cuSOLVER, cuSPARSE, CUB, templates of kernels, dynamic shared memory, complex
+products. Not seen: races between threads or streams, since one thing is done after another; alignment; reads past the
+end of an array; the rounding of a GPU's exp and fused multiply-add. Small shapes: a GFLOP of matrix product takes a
+fraction of a second, and each new kernel a third of a second of compiling, once, as results stay in
+~/.cache/tinyddpm-cuda-on-cpu. It replaces parts of CuPy that are nobody's business, so it asks for exactly the version
+that it has been tried with.
 """
 
 import functools
@@ -98,7 +98,7 @@ def install(numbers: bool) -> ModuleType:
         counts.handed_out()
         return memory
 
-    counts.pool_in_use = pool.used_bytes
+    counts.pool_in_use, counts.of_the_emulator = pool.used_bytes, numbers
     cupy.cuda.set_allocator(malloc)
     counts.reset()
     return cupy

@@ -19,6 +19,8 @@ class Counts:
     up to 512 each), and the most that it had.
     """
 
+    of_the_emulator = False  # that computes; set when it is installed
+
     def __init__(self) -> None:
         self.pool_in_use: Callable[[], int] = lambda: 0  # set once CuPy is there
         self.calls_of_libraries: Callable[[], Counter[str]] = Counter  # since the process began; set with the libraries

@@ -12,7 +12,7 @@ import pytest
 
 from tinyddpm import Diffusion, UNet, make_schedule, sample, train
 from tinyddpm.autograd.tensor import Node
-from tinyddpm.backend import to_device, to_numpy
+from tinyddpm.backend import to_device
 
 pytestmark = pytest.mark.gpu
 
@@ -119,9 +119,23 @@ def test_a_sampler_s_step(counts, method, settings):
 
 def test_counts_can_fail(counts):
     """They see what they are there for."""
+    import cupy
+
+    def some_of_everything():
+        x = to_device(np.ones((4, 256), np.float32), "cuda")
+        y = x @ x.T
+        z = cupy.zeros_like(y)
+        z[:] = y
+        float((y * 2).sum())
+
+    some_of_everything()  # for the first time, when all is compiled
     counts.reset()
-    x = to_device(np.ones(5, np.float32), "cuda")
-    assert counts.copies == {"host to device": 1} and not counts.launches and not counts.synchronisations
-    to_numpy(x + 1)
-    assert counts.launches.total() == 1 and counts.synchronisations.total() == 1
-    assert counts.copies == {"host to device": 1, "device to host": 1}
+    before = counts.in_use
+    some_of_everything()
+    assert counts.launches == {"cublasGemmEx": 1, "cupy_multiply__float32_float_float32": 1, "cupy_sum": 1}
+    assert counts.copies == {"host to device": 1, "device to host": 1, "device to device": 1}
+    assert counts.copied_bytes == {"host to device": 4096, "device to host": 4, "device to device": 64}
+    assert counts.synchronisations == {"streamSynchronize": 1} and counts.memset == 1
+    assert counts.peak_in_use - before == 4096 + 3 * 512 + 512 and counts.in_use == before
+    cupy.get_default_memory_pool().free_all_blocks()
+    assert counts.synchronisations["free"] > 0
