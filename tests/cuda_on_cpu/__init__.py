@@ -82,12 +82,16 @@ def install(numbers: bool) -> ModuleType:
 
     from cupy_backends.cuda.api import driver, runtime
 
-    capsules.replace([runtime, driver], devices.Devices(counts, runtime, driver, numbers).handlers())
+    imitation = devices.Devices(counts, runtime, driver, numbers)
+    capsules.replace([runtime, driver], imitation.handlers())
     loaded = libraries.install(numbers)
     counts.calls_of_libraries = lambda: sum((library.launching_calls() for library in loaded), Counter())
 
     import cupy
+    from cupy_backends.cuda.libs import cublas
 
+    for name in ("gemmEx", "gemmStridedBatchedEx"):  # as the package calls them
+        setattr(cublas, name, imitation.checked(getattr(cublas, name)))
     replace_compiler(numbers)
     sorting.replace(numbers)
     pool = cupy.get_default_memory_pool()

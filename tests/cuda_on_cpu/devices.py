@@ -158,23 +158,31 @@ class Devices:
             raise self._driver_error(1)
         if extra:
             raise NotImplementedError("cuda_on_cpu takes a kernel's arguments one by one, not in a buffer")
-        self._check_devices(kernel, arguments)
+        if kernel.device != self.getDevice():
+            raise RuntimeError(f"{kernel.name} was loaded on device {kernel.device}, which is not the current one")
+        slots = {i: ctypes.c_void_p.from_address(arguments + 8 * i).value for i in kernel.pointers}
+        addresses = {i: ctypes.c_void_p.from_address(slot).value for i, slot in slots.items()}
+        self._check_devices(kernel.name, {i: address for i, address in addresses.items() if address})
         self._counts.kernel_launches[kernel.name] += 1
         if kernel.call is not None and kernel.call((ctypes.c_uint * 6)(*sizes), arguments):
             raise RuntimeError(f"{kernel.name}: the threads of a block wait for each other at different barriers")
 
-    def _check_devices(self, kernel, arguments):
-        """Raise RuntimeError where a kernel, or an array given by its address, is another device's."""
+    def _check_devices(self, name, addresses):
+        """Raise RuntimeError where an array given by its address is another device's than the current one's."""
         device = self.getDevice()
-        if kernel.device != device:
-            raise RuntimeError(f"{kernel.name} was loaded on device {kernel.device}, but device {device} is current")
-        for index in kernel.pointers:
-            slot = ctypes.c_void_p.from_address(arguments + 8 * index).value
-            address = ctypes.c_void_p.from_address(slot).value
-            owner = self._device_of(address) if address else None
+        for index, address in addresses.items():
+            owner = self._device_of(address)
             if owner not in (None, device):
-                where = f"argument {index} is on device {owner}, but device {device} is current"
-                raise RuntimeError(f"{kernel.name}: {where}")
+                raise RuntimeError(f"{name}: argument {index} is on device {owner}, but device {device} is current")
+
+    def checked(self, function):
+        """A function of cuBLAS that is given addresses among other numbers, none of which is as large."""
+
+        def call(*arguments):
+            self._check_devices(function.__name__, dict(enumerate(arguments)))
+            return function(*arguments)
+
+        return call
 
     # ---- all of them ----
 
@@ -187,7 +195,7 @@ class Devices:
 
     def handlers(self):
         """Return the functions by their names."""
-        public = [name for name in vars(Devices) if not name.startswith("_") and name != "handlers"]
+        public = [name for name in vars(Devices) if not name.startswith("_") and name not in ("checked", "handlers")]
         waits = {name: functools.partial(self._wait, name) for name in WAITS}
         answers = {name: functools.partial(self._answer, result) for name, result in ANSWERS.items()}
         return {name: getattr(self, name) for name in public} | waits | answers

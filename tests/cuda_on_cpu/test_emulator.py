@@ -204,6 +204,8 @@ def test_two_devices():
         x + 1
     with pytest.raises(RuntimeError, match="argument 0 is on device 1, but device 0 is current"):
         kernel((1,), (1,), (x,))
+    with pytest.raises(RuntimeError, match="gemmEx: argument 7 is on device 1, but device 0 is current"):
+        cublas.gemmEx(*[0] * 7, x.data.ptr)
     with pytest.raises(cupy.cuda.runtime.CUDARuntimeError, match="InvalidDevice"):
         cupy.cuda.Device(2).use()
     counts.reset()

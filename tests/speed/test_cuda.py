@@ -589,6 +589,9 @@ def test_all_of_it_on_the_second_gpu(tmp_path):
     if cupy.cuda.runtime.getDeviceCount() < 2:
         pytest.skip("needs a second GPU")
     device, (unet, twin) = "cuda:1", pair()
+    for where in ("cuda:0", device):  # each has its own of what is kept for the next time
+        with on_device(where):
+            assert device_of(column_sums(to_device(np.ones((3, 2)), where))) == where
     twin.to(device)
     uses = [(lambda u, x: sample(SIMPLE, u, (2, 8, 8, 1), steps=2), 1e-4), *((use, 1e-3) for use in EDITING)]
     for use, tolerance in uses:
