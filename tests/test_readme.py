@@ -315,7 +315,7 @@ ELSEWHERE = {
     "pytest": ".ci/run runs the tests",
     "hf download": "it needs the network",
     "mpiexec": "tests/speed/test_mpi.py runs the example on several ranks",
-    "python examples/mnist_ddpm.py --device cuda": "tests/speed/test_cuda.py runs the example on a GPU",
+    "python examples/mnist_ddpm.py --device cuda": "it needs a GPU; tests/speed/test_cuda.py trains on one",
     "python examples/measure/benchmark.py": "tests/examples/test_benchmark.py runs it",
     "python examples/measure/pytorch_digits.py": "tests/examples/test_pytorch_digits.py runs it",
     "python examples/lesson.py": "tests/examples/test_lesson.py runs it",

@@ -1,15 +1,15 @@
 """The tests of the examples run them in this process, since a new one takes a second."""
 
+import collections
 import pathlib
 import runpy
-import signal
 import sys
 import types
-import warnings
 
 import pytest
 
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
+Said = collections.namedtuple("Said", "out err")
 
 
 def path_of(name):
@@ -18,7 +18,7 @@ def path_of(name):
 
 @pytest.fixture(scope="session")
 def script():
-    """script(name) is the path of an example, script.loaded(name) has its functions as attributes, without main."""
+    """script(name) is the path of an example; script.loaded(name) is a module that has what the example defines."""
 
     def loaded(name):
         module = types.ModuleType(name)
@@ -30,19 +30,13 @@ def script():
 
 
 @pytest.fixture
-def ran(monkeypatch, capsys):
+def ran(ended, monkeypatch):
     """ran(name, *arguments) runs an example as a user does and returns what it prints and what it says on stderr."""
 
     def run(name, *arguments):
-        handler, before = signal.getsignal(signal.SIGINT), warnings.formatwarning
         monkeypatch.setattr(sys, "argv", [str(path_of(name)), *map(str, arguments)])
-        try:
-            runpy.run_path(str(path_of(name)), run_name="__main__")
-        except SystemExit as end:
-            assert not end.code, end.code
-        finally:
-            signal.signal(signal.SIGINT, handler)
-            warnings.formatwarning = before
-        return capsys.readouterr()
+        code, *said = ended(runpy.run_path, str(path_of(name)), None, "__main__")
+        assert code == 0, said
+        return Said(*said)
 
     return run
