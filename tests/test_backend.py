@@ -149,9 +149,10 @@ def test_a_twin_is_chosen_by_the_first_argument_an_array_or_a_model(double, x, k
 
 def test_twins_are_imported_when_they_are_needed_and_not_before():
     """Those for a CPU are not needed to import the package, those for a GPU not without one."""
-    code = "import sys, numpy; from tinyddpm.autograd.functional import column_sums; seen = lambda: print([name for name in "
-    code += (
-        "('cpu', 'cuda') if f'tinyddpm.speed.{name}' in sys.modules]); seen(); column_sums(numpy.ones((3, 1))); seen()"
+    code = (
+        "import sys, numpy; from tinyddpm.autograd.functional import column_sums\n"
+        "seen = lambda: print([name for name in ('cpu', 'cuda') if f'tinyddpm.speed.{name}' in sys.modules])\n"
+        "seen(); column_sums(numpy.ones((3, 1))); seen()"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout == "[]\n['cpu']\n"

@@ -224,9 +224,10 @@ class TestBadInput:
             (load_model, "theirs/unet/diffusion_pytorch_model.safetensors",
              f"not written by save_model; it has the names of diffusers: load_diffusers reads the folder {folder},"),
             (load_original, "alone.safetensors", f"load_diffusers reads the folder {tmp_path}, with its config.json"),
-            (load_model, "original", "was not written by save_model; it has the names of Ho et al.'s code: load_original reads it$"),
+            (load_model, "original",
+             "was not written by save_model; it has the names of Ho et al.'s code: load_original reads it$"),
             (load_original, "run/model.safetensors", "does not have the names .*, but load_model reads it"),
-            (load_original, "lora", ", but it is a LoRA, which only changes another network, and nothing here reads it"),
+            (load_original, "lora", "but it is a LoRA, which only changes another network, and nothing here reads it"),
             (load_model, "lora", "it is a LoRA"),
             (load_model, "other", "was not written by save_model; it has b, w$"),
         ]:  # fmt: skip
