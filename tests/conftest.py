@@ -9,6 +9,7 @@ gpu --cuda emulated` on any. With `--cuda null` the imitated GPU computes nothin
 
 import contextlib
 import functools
+import gc
 import inspect
 import os
 import runpy
@@ -43,6 +44,12 @@ def pytest_configure(config):
             from tinyddpm.speed import cuda
 
             cuda.THREADS = 64  # of a block: each runs after another here, and for small arrays most have nothing to do
+
+
+def pytest_collection_finish():
+    """Thousands of tests and their tables stay: the collector of garbage need not go through them again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):

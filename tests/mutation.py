@@ -48,7 +48,7 @@ Mutant = collections.namedtuple("Mutant", "file line change source")
 
 
 def mutants(file):
-    """All of a file. `change`: the lines that are changed, as `diff` shows them: the name in lists and reports."""
+    """All of a file. `change`, the function and the lines changed in it, as `diff` has them, is the name in lists."""
     from mutmut import Context, list_mutations, mutate, mutations_by_type
 
     kinds = set(mutations_by_type) - {"fstring"}  # how the text of an f-string begins and ends
@@ -61,7 +61,7 @@ def mutants(file):
         for which in list_mutations(Context(part, filename=file, config=settings)):
             mutated, _ = mutate(Context(part, which, filename=file, config=settings))
             changed = [x for x in difflib.ndiff(part.splitlines(), mutated.splitlines()) if x[0] in "+-"]
-            change = f"{file}: " + "  ".join(f"{x[0]} {x[2:].strip()}" for x in changed)
+            change = f"{file} {getattr(node, 'name', '')}: " + "  ".join(f"{x[0]} {x[2:].strip()}" for x in changed)
             source = "".join([*lines[:first], mutated, *lines[last:]])
             yield Mutant(file, first + which.line_number + 1, change, source)
 

@@ -265,7 +265,7 @@ OUTCOMES = {
 # which snippet another one goes on from
 BEFORE = {"def test_cubic(": "def cubic("}
 FEWER = {
-    "steps=10_000": "steps=2", "steps=2_000": "steps=2", "steps=50": "steps=2", "steps=20": "steps=5",
+    "steps=10_000": "steps=2, batch=8", "steps=2_000": "steps=2, batch=8", "steps=50": "steps=2", "steps=20": "steps=5",
     "channels=(16, 32, 64)": "channels=(8, 16, 8)", "UNet()": "UNet(channels=(8, 16, 8))",
 }  # fmt: skip
 
