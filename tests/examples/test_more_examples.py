@@ -9,7 +9,7 @@ from tinyddpm.files.model import DIGITS_MODEL
 from tinyddpm.files.pictures import grid
 
 TINY = {
-    "sample_digits": "--digits=2026 --rows=2 --steps=3",
+    "sample_digits": "--digits=26 --rows=2 --steps=3",
     "samplers": "--steps 2 3 --most=4",
     "denoise": "--sigma 0.5 --steps=3 --samples=2",
     "inpaint": "--known left dots --steps=3 --tries=2 --resamplings=2 --told",
@@ -56,9 +56,9 @@ def test_the_model_is_small_and_knows_digits():
 
 def test_sample_digits(drawn):
     page, _ = drawn("sample_digits", "--seed=3", "--guidance=1.5")
-    labels = np.array([2, 0, 2, 6] * 2)
-    expected = sample(DIFFUSION, UNET, (8, 28, 28, 1), "ddpm", 3, 3, labels=labels, guidance=1.5, workers=1)
-    np.testing.assert_allclose(page.astype(int), np.asarray(grid(expected, columns=4, scale=4)).astype(int), atol=1)
+    labels = np.array([2, 6] * 2)
+    expected = sample(DIFFUSION, UNET, (4, 28, 28, 1), "ddpm", 3, 3, labels=labels, guidance=1.5, workers=1)
+    np.testing.assert_allclose(page.astype(int), np.asarray(grid(expected, columns=2, scale=4)).astype(int), atol=1)
     assert (page != drawn("sample_digits", "--seed=3", "--guidance=0")[0]).any()
 
 
