@@ -21,7 +21,7 @@ TINY = {"channels": (8, 16), "blocks": 1, "attention": (False, True)}
 
 
 @pytest.fixture(scope="module")
-def benchmark():
+def bench():
     spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -29,11 +29,11 @@ def benchmark():
 
 
 @pytest.fixture
-def peers(benchmark):
+def peers(bench):
     for name in ("torch", "diffusers"):
         pytest.importorskip(name)
-    benchmark.import_peers(1)
-    return benchmark
+    bench.import_peers(1)
+    return bench
 
 
 def run(*arguments, code=None, **environment):
@@ -61,17 +61,17 @@ def test_a_changed_blas_is_warned_about():
         assert f"WARNING: {name}={value}" in result.stdout and f"unset {name}" in result.stdout
 
 
-def test_flops_of_a_network_small_enough_to_count_by_hand(benchmark):
+def test_flops_of_a_network_small_enough_to_count_by_hand(bench):
     net, pixels = {"channels": (8,), "blocks": 1, "attention": (False,)}, 4 * 4
     convolutions = 9 * (1 * 8 + 2 * 3 * 64 + 2 * (128 + 64) + 8 * 1) + 2 * 128  # down, middle twice; up twice
     time_embedding = 8 * 32 + 32 * 32 + 5 * 32 * 8
     attention = pixels * 4 * 64 + 2 * pixels * pixels * 8
-    work = benchmark.Work("", net, 4, 1)
-    assert benchmark.flops(work) == 2 * (pixels * convolutions + time_embedding + attention)
-    assert benchmark.flops(work._replace(batch=3, training=True)) == 9 * benchmark.flops(work)
+    work = bench.Work("", net, 4, 1)
+    assert bench.flops(work) == 2 * (pixels * convolutions + time_embedding + attention)
+    assert bench.flops(work._replace(batch=3, training=True)) == 9 * bench.flops(work)
 
 
-def test_every_op_is_as_before_afterwards(benchmark):
+def test_every_op_is_as_before_afterwards(bench):
     modules = tensor, functional, nn, unet
     before, seen = [dict(vars(module)) for module in modules], set()
 
@@ -79,40 +79,40 @@ def test_every_op_is_as_before_afterwards(benchmark):
         seen.add(op.__name__)
         return op(*xs, **settings)
 
-    with pytest.raises(ZeroDivisionError), benchmark.every_op(around):
-        benchmark.our_run(benchmark.Work("", TINY, 8, 1), 1, None)()
+    with pytest.raises(ZeroDivisionError), bench.every_op(around):
+        bench.our_run(bench.Work("", TINY, 8, 1), 1, None)()
         _ = 1 / 0
     assert {"conv2d", "linear", "group_norm", "attention", "silu", "concat", "upsample", "add", "reshape"} <= seen
     assert [dict(vars(module)) for module in modules] == before
 
 
-def test_the_networks_are_the_example_s_and_google_s(benchmark):
-    assert {benchmark.network(work.net).size for work in benchmark.WORKS[-1:] if "cifar" in work.name} == {35_746_307}
+def test_the_networks_are_the_example_s_and_google_s(bench):
+    assert {bench.network(work.net).size for work in bench.WORKS[-1:] if "cifar" in work.name} == {35_746_307}
     default = training_options(None).parse_args([])
-    assert default.channels == list(benchmark.EXAMPLE["channels"]) and default.patch == 2
-    assert benchmark.EXAMPLE["in_channels"] == benchmark.EXAMPLE["out_channels"] == 2 * 2
-    assert all(p.data.all() and p.dtype == np.float32 for p in benchmark.network(TINY).parameters())  # none is 0
+    assert default.channels == list(bench.EXAMPLE["channels"]) and default.patch == 2
+    assert bench.EXAMPLE["in_channels"] == bench.EXAMPLE["out_channels"] == 2 * 2
+    assert all(p.data.all() and p.dtype == np.float32 for p in bench.network(TINY).parameters())  # none is 0
 
 
-def test_memory_counts_what_a_child_uses(benchmark):
+def test_memory_counts_what_a_child_uses(bench):
     if not os.path.exists("/proc/self/smaps_rollup") or not os.path.exists("/proc/thread-self/children"):
         pytest.skip("needs Linux's /proc")
     hold = "import sys; b = bytearray(b'x' * 2**26); print(flush=True); sys.stdin.read()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {hold!r}])"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        assert 2**26 < benchmark.memory_in_use(process.pid) < 2**27
+        assert 2**26 < bench.memory_in_use(process.pid) < 2**27
         process.stdin.close()
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("variant", ["eager", "channels-last"])
 @pytest.mark.filterwarnings("ignore")
-def test_pytorch_computes_the_same(benchmark, peers, variant, training):
-    work = benchmark.Work("", TINY, 8, 3, training)
-    run, output = benchmark.their_run(work, variant)
+def test_pytorch_computes_the_same(bench, peers, variant, training):
+    work = bench.Work("", TINY, 8, 3, training)
+    run, output = bench.their_run(work, variant)
     with contextlib.ExitStack() as stack:
-        expected = benchmark.our_run(work._replace(training=False), 1, stack)()
+        expected = bench.our_run(work._replace(training=False), 1, stack)()
     np.testing.assert_allclose(output, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert np.isfinite(np.asarray(run())).all()
 
