@@ -152,6 +152,7 @@ class Forked:
     def pytest_runtestloop(self, session):
         items = {item.nodeid: item for item in session.items}
         functions = collections.defaultdict(list)  # of the package, by what is theirs before and after the mutation
+        gc.unfreeze()  # what conftest.py has frozen would not be found
         for x in gc.get_objects():
             if isinstance(x, types.FunctionType) and "tinyddpm/" in x.__code__.co_filename:
                 functions[name_of(x.__code__)].append(x)
