@@ -8,6 +8,7 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 import traceback
 import types
 import warnings
@@ -18,7 +19,7 @@ import tiny_training
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tiny_training import DIFFUSION, IMAGES, SMALL, in_a_copy, on_linux
 
 from tinyddpm import Diffusion, ImageFolder, Schedule, UNet, load_model, make_schedule, save_model
@@ -28,6 +29,9 @@ from tinyddpm.files.replacing import previous
 from tinyddpm.files.run_folder import MetricsLog
 from tinyddpm.files.tensors import Stored
 from tinyddpm.network.nn import Linear, Module
+from tinyddpm.speed.workers import shared_array
+
+KILLS = int(os.environ.get("KILLS", 50))  # KILLS=200 pytest -m slow -k any_moment
 
 
 class Scale(Module):
@@ -360,6 +364,47 @@ def test_killed_anywhere_in_writing_it_goes_on_from_this_checkpoint_or_the_one_b
     assert_same(unet.state_dict(), whole.state_dict())
     assert [column.tolist() for column in log.losses()] == [losses, [*range(1, before + 3)]]
     assert {p.name for p in path.parent.iterdir()} == {path.name, previous(path).name, "metrics.csv"}
+
+
+@pytest.mark.slow
+@on_linux
+def test_killed_at_any_moment_again_and_again_it_goes_on_and_loses_nothing(path, tmp_path):
+    """kill -9 of a run that saves and logs every step: in the end all is to the bit as if nothing had been."""
+    net, csv, moments, in_writing, on_disk = (32, 32), tmp_path / "metrics.csv", np.random.default_rng(0), 0, 0
+    began, saved = shared_array((1,), "int64"), shared_array((1,), "int64")
+
+    def life(path, csv, workers, steps=10**6):
+        unet = UNet(channels=net, blocks=1, attention=(False, True))  # so large that much of the time is writing
+        log = MetricsLog(csv)
+        for state in tiny_training.training(path, steps, unet=unet, workers=workers, decay_steps=0, lr=1e-3)[1]:
+            began[0] = began[0] or state.step
+            log.write(state)
+            state.save(path)
+            saved[0] = state.step
+        return unet.state_dict()
+
+    for n in range(KILLS):
+        began[0] = 0
+        process = multiprocessing.get_context("fork").Process(target=life, args=(path, csv, 1 + n % 2))
+        process.start()
+        while not began[0] and process.is_alive() and n < KILLS - 10:  # the last ten may not get to their first step
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.15))
+        assert process.is_alive(), f"life {n} ended by itself"
+        process.kill()
+        process.join()
+        in_writing += any(path.parent.glob(f".{path.name}.*.part"))  # the next one removes it
+        assert began[0] in (0, on_disk + 1)
+        on_disk = max([tiny_training.step_in(p) for p in (path, previous(path)) if p.exists()], default=0)
+        assert on_disk >= saved[0]
+    assert 0 < in_writing < KILLS
+    weights, whole = life(path, csv, 2, on_disk + 5), life(tmp_path / "whole", tmp_path / "whole.csv", 2, on_disk + 5)
+    for name, x in whole.items():
+        np.testing.assert_array_equal(weights[name], x, err_msg=name)
+    for name, x in load_file(tmp_path / "whole").items():
+        np.testing.assert_array_equal(load_file(path)[name], x, err_msg=name)
+    columns = dict(delimiter=",", skiprows=1, usecols=(0, 1, 2, 3))  # not the times
+    np.testing.assert_array_equal(np.loadtxt(csv, **columns), np.loadtxt(tmp_path / "whole.csv", **columns))
 
 
 class Waves:
