@@ -9,7 +9,7 @@ import socket
 import time
 
 import pytest
-from tiny_training import in_a_copy, on_linux
+from tiny_training import files_of_at_most, in_a_copy, on_linux
 
 from tinyddpm.files import lock
 from tinyddpm.files.lock import LOCK, alone_in
@@ -104,4 +104,11 @@ def test_a_file_that_its_owner_has_just_removed_is_not_the_lock(tmp_path, monkey
 def test_an_error_within_goes_on_to_the_caller(tmp_path):
     with pytest.raises(ZeroDivisionError), alone_in(tmp_path):
         raise ZeroDivisionError
+    assert not list(tmp_path.iterdir())
+
+
+@on_linux
+def test_on_a_full_disk_it_is_held_though_it_cannot_say_by_whom(tmp_path):
+    with files_of_at_most(0), alone_in(tmp_path):
+        assert "is in use by another process" in refused(tmp_path)
     assert not list(tmp_path.iterdir())

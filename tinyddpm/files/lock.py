@@ -60,7 +60,7 @@ def _locked(path: pathlib.Path) -> BinaryIO | None:
     """The file, which holds the lock as long as it is open, and says whose it is; None if that cannot be had."""
     for _ in range(9):
         try:
-            file = path.open("ab+")
+            file = path.open("ab+", buffering=0)  # or what a full disk does not take would be tried again at its end
         except OSError:
             return None
         try:
@@ -81,7 +81,6 @@ def _locked(path: pathlib.Path) -> BinaryIO | None:
         path.chmod(0o666)  # so that other users, too, can ask for it
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %X')}\n".encode())
-        file.flush()
     return file
 
 
