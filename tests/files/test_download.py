@@ -321,7 +321,7 @@ class TestTheCache:
     def test_a_full_disk_is_no_fault_of_the_mirrors(self, code, mirror, tmp_path, monkeypatch):
         server, own, full = mirror(good), pathlib.Path.open, unittest.mock.MagicMock()
         full.__enter__.return_value.write.side_effect = OSError(code, os.strerror(code))
-        opened = lambda path, mode="r": full if path.suffix == ".part" else own(path, mode)
+        opened = lambda path, *how, **more: full if path.suffix == ".part" else own(path, *how, **more)
         monkeypatch.setattr(pathlib.Path, "open", opened)
         with pytest.raises(OSError, match=f"cache: cannot write to the folder {tmp_path}: {os.strerror(code)}") as said:
             get(tmp_path, server)
