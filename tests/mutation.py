@@ -115,8 +115,9 @@ class Selection:
         passing = next(filter(None, (x - self.failed for x in (self.passing(mutant), whole_file, {*self.seconds}))))
         room = mutant.file.replace("tinyddpm", "tests").rpartition("/")[0]
         order = lambda t: (not t.startswith(room), self.seconds[t] > 0.1, t.partition("::")[0], self.seconds[t])
-        spent = itertools.accumulate(self.seconds[test] for test in sorted(passing, key=order))
-        return [test for test, seconds in zip(sorted(passing, key=order), spent) if seconds < ENOUGH]
+        tests = sorted(passing, key=order)
+        spent = itertools.accumulate(self.seconds[test] for test in tests)
+        return [test for test, seconds in zip(tests, spent) if seconds < ENOUGH]
 
 
 def in_fork(work, *arguments):

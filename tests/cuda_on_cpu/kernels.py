@@ -21,7 +21,7 @@ _images: list["Image"] = []
 class Image(NamedTuple):
     """One compiled source."""
 
-    library: ctypes.PyDLL | None  # None for the null device
+    compiled: ctypes.PyDLL | None  # None for the null device
     pointers: dict[str, tuple[int, ...]]  # of each kernel: which of its parameters are pointers
 
 
@@ -69,7 +69,7 @@ def load(image: bytes) -> Image:
 def get_function(image: Image, name: str, device: int) -> Function:
     """Return a kernel by its name. Raises KeyError where there is none, as for one that is not extern "C"."""
     pointers, call = image.pointers[name], None
-    if image.library is not None:
-        call = getattr(image.library, f"launch_{name}")
+    if image.compiled is not None:
+        call = getattr(image.compiled, f"launch_{name}")
         call.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
     return Function(name, device, pointers, call)
