@@ -14,7 +14,7 @@ from tinyddpm import Diffusion, Schedule, Tensor, UNet, make_schedule, sample
 from tinyddpm.diffusion.bound import vlb_terms
 from tinyddpm.diffusion.checks import LOSSES, OBJECTIVES
 from tinyddpm.diffusion.clipping import limit
-from tinyddpm.diffusion.editing import denoise, inpaint, interpolate, invert, sdedit
+from tinyddpm.diffusion.editing import denoise, inpaint, interpolate
 from tinyddpm.diffusion.sample import respace, timesteps
 from tinyddpm.diffusion.schedule import BETA, GAMMA, SCHEDULES, linear
 
@@ -64,14 +64,10 @@ REFUSED = [  # a function of the wrong value, wrong values, what is said, the er
      r"^beta: expected a vector of one or more numbers in \(0, 1\), of which the last may be 1, got "),
     (Schedule, ([1e-17, 0.5], [0.5, 1e-17], [0.999] * 200),
      "^beta: alpha_bar must fall at every step, but .* is 0 before the last; got"),
-    *[(asks(make, "input_scale", of=of), (0, -1, inf, "x"), "^input_scale: expected a number > 0, got (0|-1|inf|'x')$")
-      for make, of in ((Schedule, ([0.5],)), (make_schedule, ("cosine", 10)))],
-    *[(asks(make_schedule, key, of=(name, 10)), (nan, inf, "0.02", None),
-       f"^{key}: expected a finite number, got (nan|inf|'0.02'|None)$")
-      for name, key in (("linear", "beta_end"), ("cosine", "tau"), ("sigmoid", "end"), ("cosine_logsnr", "shift"))],
+    (asks(make_schedule, "shift", of=("cosine_logsnr", 10)), (nan, inf, "0.02", None),
+     "^shift: expected a finite number, got (nan|inf|'0.02'|None)$"),
     (make_schedule, ("liner",), f"name: unknown schedule 'liner'; known: {', '.join(SCHEDULES)}"),
     (make_schedule, (np.array([0.1, 0.2]),), r"name: unknown schedule array.*\(of your own: Schedule\(beta\)\)"),
-    (asks(make_schedule, "T"), (0, -1, 10.0, None), "T: expected an integer >= 1, got (0|-1|10.0|None)"),
     *[(asks(make_schedule, "beta_start", "beta_end", of=(name, 10)), ((0, 0.1), (0.2, 0.1), (0.1, 1.0), (-0.1, 0.1)),
        "beta_start, beta_end: expected 0 < beta_start <= beta_end < 1, got") for name in BETA],
     *[row for name in ("cosine", "sigmoid") for row in (
@@ -80,7 +76,6 @@ REFUSED = [  # a function of the wrong value, wrong values, what is said, the er
        (asks(make_schedule, "tau", of=(name, 10)), (0, -1), "tau: expected a number > 0, got"))],
     (asks(make_schedule, "start", "end", of=("cosine", 10)), ((-0.1, 1), (0, 1.1)),
      "start, end: expected 0 <= start < end <= 1"),
-    (asks(make_schedule, "s", of=("cosine", 10)), (-0.1,), "s: expected a number >= 0, got -0.1"),
     *[(asks(make_schedule, "logsnr_max", "logsnr_min", of=(name, 10)), ((1, 1), (-1, 1), (101, 0), (0, -101)),
        r"logsnr_max, logsnr_min: expected -100 <= logsnr_min < logsnr_max <= 100, got (1|-1|101|0).0, (1|0|-101).0$")
       for name in ("cosine_logsnr", "sigmoid_logsnr")],
@@ -91,12 +86,9 @@ REFUSED = [  # a function of the wrong value, wrong values, what is said, the er
     (asks(make_schedule, "T", zero_terminal_snr=True), (1,), "zero_terminal_snr: takes 2 steps or more, got T = 1"),
 
     (Diffusion, ("linear",), "schedule: expected a Schedule from make_schedule, got str", TypeError),
-    *[(asks(Diffusion, key, of=(S,)), (name,), f"{key}: unknown '{name}'; known: {known}$") for key, name, known in (
-       ("objective", "noise", "eps, x0, v"), ("variance", "tiny", "small, large, learned_range"),
-       ("loss_type", "l2", "simple, weighted_eps, weighted_mu, min_snr, vlb, hybrid"))],
-    *[(asks(use, "spacing", of=of), ("karras",), "spacing: unknown 'karras'; known: trailing, leading, linspace")
-      for use, of in ((Diffusion, (S,)), (timesteps, (10, 4)), (timesteps, (10, [1, 2])))],
-    (asks(Diffusion, "min_snr_gamma", of=(S,)), (0, -1, nan), "min_snr_gamma: expected a number > 0, got"),
+    (asks(Diffusion, "objective", of=(S,)), ("noise",), "objective: unknown 'noise'; known: eps, x0, v$"),
+    (asks(timesteps, "spacing", of=(10, [1, 2])), ("karras",),
+     "spacing: unknown 'karras'; known: trailing, leading, linspace"),
     (asks(Diffusion, "loss_type", of=(S,), variance="learned_range"), LOSSES[:-2],
      "loss_type: '(simple|weighted_eps|weighted_mu|min_snr)' cannot train variance 'learned_range'"),
     (asks(Diffusion, "variance", of=(S,), loss_type="hybrid"), ("small", "large"),
@@ -107,10 +99,9 @@ REFUSED = [  # a function of the wrong value, wrong values, what is said, the er
        (("eps", "simple"), "objective", "noise does not tell the image; take 'v' or 'x0', not 'eps'"),
        (("v", "weighted_eps"), "loss_type", "weight is infinite; take another than 'weighted_eps'"),
        (("x0", "min_snr"), "loss_type", "weight is 0, .* take another than 'min_snr'"))],
-    *[(asks(use, "clip", of=of), ("static", None, 0, -1, inf, nan, ("dynamic", 0.5), ("dynamic", 0.5, 0.9),
-       ("dynamic", 1.1, 2), ("dynamic", -0.1, 2), ("dynamic", "a", 2), ("static", 0.5, 2)),
-       "clip: expected True, False, a number > 0, 'dynamic' or .* with 0 <= quantile <= 1 <= most, got ")
-      for use, of in ((limit, (X,)), (Diffusion, (S,)))],
+    (asks(limit, "clip", of=(X,)), ("static", None, 0, -1, inf, nan, ("dynamic", 0.5), ("dynamic", 0.5, 0.9),
+      ("dynamic", 1.1, 2), ("dynamic", -0.1, 2), ("dynamic", "a", 2), ("static", 0.5, 2)),
+     "clip: expected True, False, a number > 0, 'dynamic' or .* with 0 <= quantile <= 1 <= most, got "),
 
     (at_timesteps("q_sample", "eps"), (at(0, 30), at(-1, 0)), "t: timesteps run from 0 to 29, got (0 ... 30|-1 ... 0)"),
     *[row for objective in OBJECTIVES
@@ -155,38 +146,28 @@ REFUSED = [  # a function of the wrong value, wrong values, what is said, the er
     (asks(draw, "start"), (X * nan,), "not finite; are its weights, and the start?", FloatingPointError),
 
     (asks(draw, "method"), ("dpm",), r"method: unknown sampler 'dpm'; known: ddpm, ddim, dpm\+\+"),
-    (asks(draw, "method"), (["ddim"],), r"method: unknown sampler \['ddim'\]; known"),
-    *[(asks(draw, "method", seed=0), (method,), rf"settings: '{named}' takes {takes}, got seed", TypeError)
-      for method, named, takes in (("ddpm", "ddpm", "none"), ("ddim", "ddim", "eta"), ("dpm++", r"dpm\+\+", "none"))],
     (asks(draw, "eta", seed=1), (0.5,), "settings: 'ddpm' takes none, got (eta, seed|seed, eta)$", TypeError),
-    (asks(draw, "eta", method="ddim"), (-0.1, 1.1, nan), r"eta: expected a number in \[0, 1\], got (-0.1|1.1|nan)"),
     (asks(draw, "shape"), ((2, 2, 1), (0, 2, 2, 1), 16), r"shape: expected \(N, H, W, C\), each at least 1"),
-    (asks(draw, "workers"), (0, 1.5), "workers: expected an integer >= 1, got (0|1.5)"),
-    (lambda d: sample(d, D, X.shape), (UNTOLD,), "diffusion: expected a Diffusion, got UNet", TypeError),
     *[(asks(use, "steps", of=of), (0, 31, 2.0, "3"),
-       "steps: expected an integer from 1 to 30, the steps of the schedule, got") for use, of in (
-       (draw, ()), (timesteps, (30,)), (invert, (D, zeros, X)), (denoise, (D, zeros, X, 0.5)))],
-    *[(asks(use, "steps", of=of), ([], [3, 3], [5, 2, 9], [-1, 4], [0, 30], [30], [1.0, 2.0], [[1]], [5, 5, 3], ["a"]),
-       "steps: expected timesteps within 0 ... 29 in order, each once, got")
-      for use, of in ((draw, ()), (timesteps, (30,)))],
+       "steps: expected an integer from 1 to 30, the steps of the schedule, got")
+      for use, of in ((draw, ()), (denoise, (D, zeros, X, 0.5)))],
+    (asks(draw, "steps"), ([], [3, 3], [5, 2, 9], [-1, 4], [0, 30], [30], [1.0, 2.0], [[1]], [5, 5, 3], ["a"]),
+     "steps: expected timesteps within 0 ... 29 in order, each once, got"),
     (lambda ts: respace(D, np.array(ts, int)), ([], [3, 3], [5, 2], [-1, 4], [0, 30]),
      "ts: expected ascending timesteps within 0 ... 29, got"),
     (asks(draw, "start"), (X[:1], X > 0, X * 1j, X.tolist(), 1.0),
      r"start: expected .* of the images, \(2, 4, 4, 1\), got (float64 \(1, 4, 4, 1\)|bool|complex|list|float)"),
     (asks(draw, "labels"), ([1], [[1, 2]], 3), "labels: expected 2, one for each image, got shape"),
-    (asks(bits, "labels"), ([1],), "labels: expected 2, one for each image, got shape"),
     (asks(draw, "labels", model=UNTOLD), ([0, 1],), "labels: this network knows no classes"),
     (asks(draw, "labels", model=TOLD), ([0, 5],), "labels: expected 2 integers in 0 ... 4, one for each image, got"),
     (asks(draw, "guidance", model=TOLD), (2.0,), "guidance: 2.0 towards which labels[?] Give labels too"),
     (asks(draw, "guidance", model=TOLD, labels=[0, 1]), (2.0,),
      "labels: expected .*; a network made with label_dropout can do without", TypeError),
-    (asks(draw, "guidance", model=TOLD, labels=T2), ("2", nan, inf, [2]), "guidance: expected a finite number, got"),
 
     *[row for name, (use, fixed) in USES.items() for row in (
        (lambda d, use=use: use(zeros, d, X), (D,), "diffusion: expected a Diffusion, got function", TypeError),
        (asks(use, "colour", of=(D, zeros, X)), ("red",), r"settings: '[a-z_+]+' takes .*, got colour$", TypeError),
        *[(asks(use, key, of=(D, zeros, X)), (1,), f"settings: {name} sets {key} itself", TypeError) for key in fixed])],
-    (asks(denoise, "sigma", of=(D, zeros, X)), (0, -1.0, nan, inf, "0.5", None), "sigma: expected a number > 0, got"),
     (asks(denoise, "sigma", of=(D, zeros, X)), (105,), "sigma: 105.0 is more noise than this schedule knows, 101.9"),
     (lambda d: denoise(d, zeros, X, 0.5), (Diffusion(Schedule([0.1])),), "sigma: 0.5 is more noise .*, 0.3333$"),
     (asks(denoise, "sigma", of=(Diffusion(ENDS, "v"), zeros, X)), (1e5,), "sigma: 100000.0 is more noise .*, [0-9]+"),
@@ -194,9 +175,6 @@ REFUSED = [  # a function of the wrong value, wrong values, what is said, the er
      r"noisy: expected values within \[-6, 6\], got -?[0-9.]+ to 255; of 8-bit"),
     (asks(denoise, "steps", of=(D, zeros, X, 0.5)), ([3, 4],),
      "steps: expected how many, since which they are depends on where to begin"),
-    (asks(sdedit, "strength", of=(D, zeros, X)), (0, 1.01, -0.5, "1", nan),
-     r"strength: expected a number in \(0, 1\], got"),
-    (asks(invert, "iterations", of=(D, zeros, X)), (0, 1.5, "2"), "iterations: expected an integer >= 1, got"),
     (asks(interpolate, "count", of=(D, zeros, X, X)), (1, 2.0, "3"), "count: expected an integer >= 2, got"),
     (asks(interpolate, "last", of=(D, zeros, X)), (X[:1],),
      r"first, last: expected two arrays of one shape, got \(2, .* and \(1, 4, 4, 1"),
@@ -206,8 +184,6 @@ REFUSED = [  # a function of the wrong value, wrong values, what is said, the er
      r"mask: expected shape \(4, 4\) or \(2, 4, 4\), as the images have, got"),
     (asks(inpaint, "mask", of=(D, zeros, X)), (HALF.astype(int), HALF.astype(float), None),
      "mask: expected booleans, True where pixels are known, got", TypeError),
-    *[(asks(inpaint, name, of=(D, zeros, X, HALF)), (0, 1.5), f"{name}: expected an integer >= 1, got (0|1.5)")
-      for name in ("jump", "resamplings")],
     *[row for use, name in zip(OF_PICTURES, ("noisy", "images", "images", "first", "images")) for row in (
        (asks(USES[use][0], "x", of=(D, zeros)), (X.astype(np.uint8),),
         f"^{name}: expected an array of floats, images in .-1, 1., got uint8", TypeError),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ideal import at, column, ideal_denoiser, image, in_float64, moved, zeros
 from strategies import SEEDS, schedules
 
-from tinyddpm import Diffusion, Schedule, UNet, make_schedule, sample
+from tinyddpm import Diffusion, Schedule, UNet, sample
 from tinyddpm.autograd.tensor import Parameter, Tensor
 from tinyddpm.backend import plain
 from tinyddpm.diffusion.checks import OBJECTIVES, SPACINGS
@@ -21,7 +21,6 @@ from tinyddpm.diffusion.schedule import linear
 
 D = Diffusion(Schedule(linear(30, 1e-4, 0.5)))
 ONE = (1, 2, 2, 1)
-LEARNED = dict(variance="learned_range", loss_type="hybrid")
 EACH = pytest.mark.parametrize("method", sorted(SAMPLERS))
 
 
@@ -33,11 +32,13 @@ def normals(seed, shape=(3, 2, 2, 1)):
 
 @given(s=schedules(), seed=SEEDS, clip=st.booleans())
 def test_ddim_with_eta_1_is_ddpm_with_the_small_variance(s, seed, clip):
-    d, x = Diffusion(Schedule(s.beta[-25:], s.input_scale), "v"), normals(seed)()
-    run = lambda sampler, **settings: sampler(
-        d, lambda x, t: np.sin(2 * x + t[0]), x, normals(seed + 1), clip, **settings
+    d, model, x = (
+        Diffusion(Schedule(s.beta[-25:], s.input_scale), "v"),
+        lambda x, t: np.sin(2 * x + t[0]),
+        normals(seed)(),
     )
-    for (_, a, a0), (_, b, b0) in zip(run(ddim, eta=1.0), run(ddpm), strict=True):
+    by_ddim, by_ddpm = ddim(d, model, x, normals(seed + 1), clip, 1.0), ddpm(d, model, x, normals(seed + 1), clip)
+    for (_, a, a0), (_, b, b0) in zip(by_ddim, by_ddpm, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * (1 + np.abs(a).max()))
         np.testing.assert_allclose(a0, b0, rtol=0, atol=1e-10 * (1 + np.abs(a).max()))
 
@@ -142,8 +143,9 @@ def test_guidance_of_networks_with_a_learned_variance():
     a, b, got = u(x, t).data, c(x, t).data, both(x, t)
     np.testing.assert_allclose(got[..., :1], a[..., :1] + 5 * (b[..., :1] - a[..., :1]), rtol=1e-12)
     np.testing.assert_array_equal(got[..., 1:], b[..., 1:])
-    assert sample(Diffusion(make_schedule("cosine", 4), **LEARNED), both, ONE).dtype == np.float64
-    assert both.device == "cpu"
+    assert both.dtype == np.float64 and both.device == "cpu"
+    narrow = guided(u.to(dtype="float32"), c.to(dtype="float32"), np.float64(5))
+    assert narrow(x.astype(np.float32), t).dtype == np.float32
 
 
 @pytest.mark.parametrize("way", [contextlib.nullcontext, plain])
