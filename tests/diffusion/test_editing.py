@@ -268,13 +268,11 @@ def test_resampling_lets_what_is_made_up_fit_what_is_known():
         return math.sqrt(bar) * C @ np.linalg.inv(bar * C + (1 - bar) * np.eye(2)) @ x
 
     def made_up(resamplings):
-        n = 3 + 2 * 49 * (3 * resamplings - 1)  # noise of a step, of the known pixel, and of a step undone
+        n = 4 + 2 * 49 * (3 * resamplings - 1)  # noise of a step, of the known pixel, and of a step undone
         one = iter(np.eye(n).reshape(n, n, 1, 1, 1))
         pixels = lambda: np.concatenate([next(one), next(one)], axis=2)
-        settings = dict(
-            images=next(one).repeat(2, axis=2), mask=np.array([[True], [False]]), jump=5, resamplings=resamplings
-        )
-        *_, (_, x, _) = repaint(d, model, pixels(), pixels, False, **settings)
+        settings = dict(images=pixels(), mask=np.array([[True], [False]]), jump=5, resamplings=resamplings)
+        *_, (_, x, _) = repaint(d, model, pixels(), pixels, False, **settings)  # of the images the left pixel counts
         right = x[:, 0, 1, 0]
         return right[0], (right[1:] ** 2).sum()
 

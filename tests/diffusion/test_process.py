@@ -87,10 +87,9 @@ def test_the_bound_in_the_losses(p, seed):
     """`vlb` is T times the mean of the terms, `hybrid` the simple loss and 0.001 of that."""
     s, objective, x0 = p[0].schedule, p[0].objective, p[1]
     model, both = lambda x, t: 0.1 * np.sin(x), lambda x, t: np.concatenate([0.1 * np.sin(x), np.cos(x)], axis=-1)
-    loss = lambda model, *settings: (
-        Diffusion(s, objective, *settings).loss(model, x0, np.random.default_rng(seed)).item()
-    )
-    d, rng = Diffusion(s, objective), np.random.default_rng(seed)
+    of = lambda *settings: Diffusion(s, objective, *settings)
+    loss = lambda model, *settings: of(*settings).loss(model, x0, np.random.default_rng(seed)).item()
+    d, rng = of(), np.random.default_rng(seed)
     t, eps = rng.integers(0, d.T, size=len(x0)), rng.standard_normal(x0.shape)
     x_t = d.q_sample(x0, t, eps)
     terms = vlb_terms(d, x0, x_t, t, d.predict(model, x_t, t)[0]).data

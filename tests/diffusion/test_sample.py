@@ -32,11 +32,8 @@ def normals(seed, shape=(3, 2, 2, 1)):
 
 @given(s=schedules(), seed=SEEDS, clip=st.booleans())
 def test_ddim_with_eta_1_is_ddpm_with_the_small_variance(s, seed, clip):
-    d, model, x = (
-        Diffusion(Schedule(s.beta[-25:], s.input_scale), "v"),
-        lambda x, t: np.sin(2 * x + t[0]),
-        normals(seed)(),
-    )
+    d, x = Diffusion(Schedule(s.beta[-25:], s.input_scale), "v"), normals(seed)()
+    model = lambda x, t: np.sin(2 * x + t[0])
     by_ddim, by_ddpm = ddim(d, model, x, normals(seed + 1), clip, 1.0), ddpm(d, model, x, normals(seed + 1), clip)
     for (_, a, a0), (_, b, b0) in zip(by_ddim, by_ddpm, strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * (1 + np.abs(a).max()))
@@ -45,9 +42,8 @@ def test_ddim_with_eta_1_is_ddpm_with_the_small_variance(s, seed, clip):
 
 def test_all_steps_are_no_respacing():
     d, model = Diffusion(D.schedule, variance="large"), lambda x, t: 0.1 * x
-    a, b = (sample(d, model, ONE, steps=steps) for steps in (None, 30))
-    np.testing.assert_array_equal(a, b)
-    assert np.abs(a - sample(D, model, ONE)).max() > 1e-3
+    a, b, small = (sample(x, model, ONE, steps=steps) for x, steps in ((d, None), (d, 30), (D, None)))
+    assert (a == b).all() and np.abs(a - small).max() > 1e-3
 
 
 @given(T=st.integers(1, 300), data=st.data())
@@ -169,11 +165,10 @@ def test_it_is_computed_where_the_model_is_and_there_in_one_batch(on_second_gpu,
 
 
 def test_sampling_starts_from_standard_normal_noise_of_each_image_and_the_seed_which_is_0_unless_given():
-    start = lambda **settings: sample(D, zeros, (100, 10, 10, 1), steps=1, trajectory=True, **settings)[0]
-    noise = start()
-    assert abs(noise.mean()) < 0.05 and abs(noise.var() - 1) < 0.05
-    assert len({image.tobytes() for image in noise}) == 100 and np.abs(start(rng=6) - noise).max() > 0.1
-    np.testing.assert_array_equal(noise, start(rng=0))
+    start = lambda **settings: sample(D, zeros, (9, 10, 10, 1), steps=1, trajectory=True, **settings)[0]
+    for noise, seed in ((start(), 0), (start(rng=6), 6)):
+        streams = np.random.default_rng(seed).spawn(9)
+        np.testing.assert_array_equal(noise, [rng.standard_normal((10, 10, 1), np.float32) for rng in streams])
 
 
 def test_every_shard_gets_its_own_timesteps(monkeypatch):
