@@ -22,26 +22,17 @@ def numbers(model):
     return np.concatenate([p.data.ravel() for p in model.parameters()])
 
 
-def moved(average_or_optimizer, model):
-    """How an average moves or an optimizer steps, and its model with it."""
-    if isinstance(average_or_optimizer, EMA):
-        model, vector = average_or_optimizer.model, average_or_optimizer.average
-        average_or_optimizer.update(np.ones_like(vector))
-    else:
-        vector = average_or_optimizer.theta
-        average_or_optimizer.step(np.ones_like(vector), 0.1)
-    np.testing.assert_array_equal(numbers(model), vector)
-    return vector.copy()
+def moved(model, optimizer, ema):
+    """How an optimizer steps and its model with it, and an average moves and its own."""
+    optimizer.step(np.ones_like(optimizer.theta), 0.1)
+    ema.update(optimizer.theta)
+    np.testing.assert_array_equal([numbers(model), numbers(ema.model)], [optimizer.theta, ema.average])
+    return np.array([optimizer.theta, ema.average])
 
 
-def optimizer(model):
-    return Adam(flatten(model.parameters()))
-
-
-@pytest.mark.parametrize("make", [lambda m: EMA(m, 0.5), optimizer, lambda m: (EMA(m), optimizer(m))[1]])
-def test_views_of_one_vector_are_views_of_its_copy(copied, make):
+def test_views_of_one_vector_are_views_of_its_copy(copied):
     model = UNet(**SMALL)
-    original = make(model), model
+    original = model, Adam(flatten(model.parameters())), EMA(model, 0.5)
     moved(*original)
     second = copied(original)
     for _ in range(2):
@@ -58,18 +49,15 @@ class Named(Parameter):
 
 
 MEMORY = np.arange(24, dtype=np.float32)
-LIES = {
-    "alone": MEMORY[:6].reshape(2, 3).copy(),
-    "in a vector": MEMORY[5:11].reshape(2, 3),
-    "across its memory": MEMORY[::4].reshape(2, 3),
-    "in another type's memory": np.arange(24, dtype=np.uint32)[3:9].view(np.float32).reshape(2, 3),
-    "in rows": np.arange(24.0).reshape(4, 6)[1:3, 2:5],
-}
+LIES = [  # alone, in a vector, across its memory, in that of another type, in rows
+    MEMORY[:6].reshape(2, 3).copy(), MEMORY[5:11].reshape(2, 3), MEMORY[::4].reshape(2, 3),
+    np.arange(24, dtype=np.uint32)[3:9].view(np.float32).reshape(2, 3), np.arange(24.0).reshape(4, 6)[1:3, 2:5],
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("lies", LIES)
-def test_a_parameter_is_copied_from_wherever_it_lies_with_what_it_has(copied, lies):
-    for p in (Parameter(LIES[lies]), Named(LIES[lies], "a")):
+@pytest.mark.parametrize("data", LIES)
+def test_a_parameter_is_copied_from_wherever_it_lies_with_what_it_has(copied, data):
+    for p in (Parameter(data), Named(data, "a")):
         first, second = copied([p, p])
         assert first is second and first is not p and type(first) is type(p) and first.dtype == p.dtype
         assert getattr(first, "name", None) == getattr(p, "name", None)

@@ -3,7 +3,6 @@
 import dataclasses
 import itertools
 import multiprocessing
-import re
 import sys
 import threading
 import time
@@ -126,8 +125,7 @@ class TestWorkers:
             return [(s.loss, s.grad_norm) for s in states], flatten(unet.parameters()), states[-1].ema.average
 
         first = outcome(1)
-        others = [(2,), (3,), (2, "win32"), (2, "linux", Lazy(images))]
-        for other in itertools.starmap(outcome, others):
+        for other in itertools.starmap(outcome, [(2,), (3,), (2, "win32"), (2, "linux", Lazy(images))]):
             assert first[0] == other[0]
             np.testing.assert_array_equal(first[1:], other[1:])
 
@@ -214,19 +212,11 @@ class TestWhatGoesWrong:
         assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
-# the least that is allowed, and what is not
-INTEGERS = dict(steps=(1, 0), batch=(1, 0), micro_batch=(1, 1.5), workers=(1, -2), seed=(0, -1), warmup_steps=(0, -1))
-INTEGERS |= dict(decay_steps=(0, 0.5))
-NUMBERS = dict(lr=("> 0", "0.1", -1), max_norm=("> 0", None, 0), ema_decay=(r"in \[0, 1\)", [0.1], 1))
 WITH_CLASSES, ZEROS, WITHOUT_NUMBERS = UNet(**SMALL, classes=5), np.zeros(len(IMAGES), int), UNet(**SMALL)
 WITHOUT_NUMBERS.time1.w.data[:] = np.nan
 OUT_OF_RANGE = np.where(np.arange(len(IMAGES)) == batch_indices(len(IMAGES), 1, 11, 0)[0], [[-1], [5]], 0)  # in step 2
 BAD = [
-    *[({name: bad}, f"^{name}: expected an integer >= {least}, got {bad}") for name, (least, bad) in INTEGERS.items()],
-    *[({name: bad}, f"^{name}: expected a number {range_}, got {re.escape(repr(bad))}$")
-      for name, (range_, *both) in NUMBERS.items() for bad in both],
-    ({"seed": None}, "seed: expected an integer >= 0, got None"),
-    ({"batch": 4.0}, "batch: expected an integer >= 1, got 4.0"),
+    ({"seed": None}, "^seed: expected an integer >= 0, got None$"),
     ({"images": IMAGES[:0]}, r"images: expected float32 \(M, H, W, C\) with M >= 1, got float32 \(0, 4, 4, 1\)"),
     ({"images": IMAGES[0]}, r"images: expected float32 \(M, H, W, C\)"),
     ({"images": IMAGES.astype(np.float64)}, r"images: expected float32 .* got float64 \(23, 4, 4, 1\)$"),
@@ -251,14 +241,11 @@ def test_bad_input(change, message, error):
 
 def test_numbers_of_numpy_are_numbers_too(tmp_path):
     """And do not lend their precision to what they meet."""
-    settings, outcomes = dict(steps=2, batch=11, micro_batch=4, lr=0.01, max_norm=0.5, ema_decay=0.9, seed=3), []
-    for number in (lambda x: x, lambda x: np.float64(x) if isinstance(x, float) else np.int64(x)):
-        unet, numbers = UNet(**SMALL), {name: number(value) for name, value in settings.items()}
-        *_, state = train(unet, DIFFUSION, IMAGES, warmup_steps=number(1), **numbers)
-        assert unet.dtype == state.ema.average.dtype == np.float32
-        state.save(tmp_path / "run")
-        outcomes.append((state.ema.average.tobytes(), state.loss))
-    assert outcomes[0] == outcomes[1]
+    settings = dict(steps=2, batch=11, micro_batch=4, lr=0.01, max_norm=0.5, ema_decay=0.9, seed=3, warmup_steps=1)
+    *_, last = train(UNet(**SMALL), DIFFUSION, IMAGES, **settings)
+    *_, state = train(UNet(**SMALL), DIFFUSION, IMAGES, **{name: np.array(n)[()] for name, n in settings.items()})
+    state.save(tmp_path / "run")
+    assert (state.ema.average.tobytes(), state.loss) == (last.ema.average.tobytes(), last.loss)
 
 
 class TestLearning:
