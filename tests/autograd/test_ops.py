@@ -1,7 +1,5 @@
 """Every op, by the table of ops.py: its value, its gradients in float64, the same in float32; edges, and bad input."""
 
-import contextlib
-
 import numpy as np
 import pytest
 import reference
@@ -34,11 +32,9 @@ def test_value_gradients_dtypes_and_manners(row, data, layout):
     check_op(row.op, *inputs, layout=layout, **settings)
 
 
-@pytest.mark.parametrize(
-    ("kernel", "padding"), [((2, 3), ((2, 0), (0, 1))), ((3, 2), ((1, 0), (0, 2))), ((1, 1), ((1, 1), (1, 1)))]
-)
-def test_gradients_of_convolutions_padded_as_widely_as_the_filter(kernel, padding):
-    check_op(conv2d, normal((2, 4, 5, 3)), normal((*kernel, 3, 2)), None, padding=padding)
+def test_gradients_of_convolutions_padded_as_widely_as_the_filter():
+    for kernel, padding in (((2, 3), ((2, 0), (0, 1))), ((3, 2), ((1, 0), (0, 2))), ((1, 1), ((1, 1), (1, 1)))):
+        check_op(conv2d, normal((2, 4, 5, 3)), normal((*kernel, 3, 2)), None, padding=padding)
 
 
 X, W, ONE_OFF = *normal((2, 10, 10)), np.where(np.arange(100) == 7, 1.5, 1).reshape(10, 10)
@@ -55,9 +51,7 @@ def halves_what_it_saved(x, w):
 
 
 WRONG = {
-    "nothing": (lambda x, w: (x * w, lambda g: (g * w, g * x)), None, None),
     "a gradient a thousandth too large": (lambda x, w: (x * w, lambda g: (1.001 * g * w, g * x)), AssertionError, "0:"),
-    "a gradient a thousandth too small": (lambda x, w: (x * w, lambda g: (0.999 * g * w, g * x)), AssertionError, "0:"),
     "no gradient": (lambda x, w: (x * w, lambda g: (g * w, 0 * x)), AssertionError, "input 1:"),
     "one element of many": (lambda x, w: (x * w, lambda g: (g * w * ONE_OFF, g * x)), AssertionError, "input 0:"),
     "float64": (lambda x, w: (x * w, lambda g: (g * w * np.float64(1), g * x)), AssertionError, None),
@@ -71,7 +65,7 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_the_checker_notices_what_is_wrong(what):
     function, error, message = WRONG[what]
-    with pytest.raises(error, match=message) if error else contextlib.nullcontext():
+    with pytest.raises(error, match=message):
         check_op(op(function), X, W)
 
 
@@ -80,17 +74,17 @@ def test_a_power_of_zero_has_a_gradient_at_zero():
     assert backward((x**0 + x).sum())[x].tolist() == [1, 1, 1]
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_the_logistic_function_neither_overflows_nor_warns(dtype):
-    x = np.array([-1e4, -200, -50, 0, 50, 200, 1e4], dtype)
-    np.testing.assert_allclose(logistic(x), [0, 0, np.exp(-50), 0.5, 1, 1, 1], rtol=1e-6, atol=1e-40)
-    y, pull = silu.raw(x)
-    assert not np.isnan(y).any() and not np.isnan(pull(np.ones_like(x))).any()
+def test_the_logistic_function_neither_overflows_nor_warns():
+    for dtype in (np.float32, np.float64):
+        x = np.array([-1e4, -200, -50, 0, 50, 200, 1e4], dtype)
+        np.testing.assert_allclose(logistic(x), [0, 0, np.exp(-50), 0.5, 1, 1, 1], rtol=1e-6, atol=1e-40)
+        y, pull = silu.raw(x)
+        assert not np.isnan(y).any() and not np.isnan(pull(np.ones_like(x))).any()
 
 
-@pytest.mark.parametrize("shift", [1e4, -1e4])
-def test_softmax_ignores_shifts(shift):
-    np.testing.assert_allclose(softmax(Tensor(X + shift)).data, reference.softmax(X), rtol=1e-9)
+def test_softmax_ignores_shifts():
+    for shift in (1e4, -1e4):
+        np.testing.assert_allclose(softmax(Tensor(X + shift)).data, reference.softmax(X), rtol=1e-9)
 
 
 def test_the_normal_distribution():
@@ -135,14 +129,9 @@ def test_attention_to_one_position_is_its_value_and_large_scores_do_not_overflow
     np.testing.assert_allclose(attention(Tensor(q), q, q * np.array([[[1], [2]]], np.float32)).data, 150)
 
 
-class Fixed(np.random.Generator):
-    def random(self, shape, dtype):
-        return np.arange(4, dtype=dtype) / 4
-
-
 def test_dropout_keeps_the_mean_and_drops_the_share_asked_for_of_value_and_gradient():
     x, generator = Parameter(np.full((200, 200), 2.0, np.float32)), np.random.default_rng
-    assert dropout(x, 0.5) is x and dropout(x, 0.0, generator(0)) is x
+    assert dropout(x, 0.5) is x and dropout(x, 0.0, generator(0)) is x and isinstance(dropout(x.data, 0.5), Tensor)
     y, again, other = (dropout(x, 0.25, generator(seed)) for seed in (0, 0, 1))
     values = y.data.copy()
     assert (values == again.data).all() and (values != other.data).any()
@@ -150,7 +139,8 @@ def test_dropout_keeps_the_mean_and_drops_the_share_asked_for_of_value_and_gradi
     assert abs((values == 0).mean() - 0.25) < 0.01
     np.testing.assert_allclose(backward(y.sum())[x], values / 2)
     # random numbers are from 0 up to but not including 1: those below p are dropped
-    assert dropout(np.ones(4), 0.5, Fixed(np.random.PCG64())).data.tolist() == [0, 0, 2, 2]
+    quarters = type("", (np.random.Generator,), {"random": lambda self, shape, dtype: np.arange(4, dtype=dtype) / 4})
+    assert dropout(np.ones(4), 0.5, quarters(np.random.PCG64())).data.tolist() == [0, 0, 2, 2]
 
 
 def conv2d_of(**change):

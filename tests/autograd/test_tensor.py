@@ -149,17 +149,14 @@ def test_threads_differentiate_through_shared_parameters():
         np.testing.assert_array_equal(list(threads.map(gradient, [*xs] * 20)), list(map(gradient, xs)) * 20)
 
 
-def test_gradients_are_asked_for_only_where_they_go():
-    asked = []
+def test_gradients_are_asked_for_only_where_they_go_and_none_is_zero():
+    asked, a, b = [], leaf(1.0), leaf(2.0)
     pair = op(lambda a, b: (a + b, lambda g: (lambda: asked.append("a") or g, lambda: asked.append("b") or g)))
-    backward(pair(leaf(1.0), np.array([2.0])).sum())
+    backward(pair(a, np.array([2.0])).sum())
     assert asked == ["a"]
-
-
-def test_none_means_a_gradient_of_zero():
-    a, b, stop = leaf(1.0), leaf(2.0), op(lambda x: (x + 0, lambda g: None))
-    assert set(backward((stop(a * 2) + b).sum())) == {b}
-    assert set(backward((b + stop(a * 2)).sum())) == {b}  # whichever is walked first
+    stop = op(lambda x: (x + 0, lambda g: None))
+    for loss in (stop(a * 2) + b, b + stop(a * 2)):  # whichever is walked first
+        assert set(backward(loss.sum())) == {b}
 
 
 def test_inputs_may_be_given_by_name_and_optional_ones_left_out():
@@ -170,11 +167,10 @@ def test_inputs_may_be_given_by_name_and_optional_ones_left_out():
     assert set(backward(linear(x, w).sum())) == {w}
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_numbers_keep_the_dtype(dtype):
-    a = leaf(1.0, 2.0, dtype=dtype)
+def test_numbers_keep_the_dtype():
+    a = leaf(1.0, 2.0, dtype=np.float32)
     for y in (a * 2, a + 0.5, 1 / a, a**2, a ** np.float64(2), a.sum() * 3, a.mean() / 2, (a.sum() * a.sum()).sqrt()):
-        assert y.dtype == dtype and isinstance(y.data, np.ndarray)
+        assert y.dtype == np.float32 and isinstance(y.data, np.ndarray)
 
 
 METHODS = [
@@ -198,14 +194,10 @@ def test_methods_and_operators_are_those_of_arrays(f):
         np.testing.assert_allclose(y.data, f(a, b), rtol=1e-14, strict=True)
 
 
-@pytest.mark.parametrize("name", ["exp", "log", "sqrt", "tanh"])
-def test_methods_that_arrays_do_not_have(name):
-    x = np.array([0.5, 1.5])
-    np.testing.assert_allclose(getattr(Parameter(x), name)().data, getattr(np, name)(x), rtol=1e-14, strict=True)
-
-
-def test_repr_ndim_and_item():
+def test_methods_that_arrays_do_not_have_repr_ndim_and_item():
     a = leaf(1.0, 2.0)
+    for name in ("exp", "log", "sqrt", "tanh"):
+        np.testing.assert_allclose(getattr(a, name)().data, getattr(np, name)(a.data), rtol=1e-14, strict=True)
     assert repr(a) == "Parameter(shape=(2,), dtype=float64)"
     assert [x.ndim for x in (a, a.sum(), a.reshape(1, 2))] == [1, 0, 2]
     assert a.sum().item() == 3.0 and isinstance(a.sum().item(), float)

@@ -43,7 +43,8 @@ Values given to several digits were computed independently of this package, from
     test_sample.test_guidance_of_networks_with_a_learned_variance
 22  dynamic threshold: s below 1, which stretches; clipped without dividing; one quantile for the batch.
     test_formulas.test_22_dynamic_threshold
-23  position encodings: i for 2i, half for half - 1. See 24. t / T, or the index in the batch, for t. See 1.
+23  position encodings: i for 2i, half for half - 1; t / T, or the index in the batch, for t.
+    test_unet.test_every_encoding_of_the_timesteps, test_process.test_timesteps_are_drawn_for_each_image_and_evenly
 24  the network: padding on both sides; eps 1e-5; attention scaled by 1/C or not at all; nothing that starts at zero.
     test_unet.test_it_is_the_network_of_the_paper_with_its_options_and_every_gradient_is_right,
     test_unet.test_it_starts_as_zero_since_the_layers_that_do_are_those_of_ho_et_al

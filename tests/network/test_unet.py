@@ -1,7 +1,6 @@
 """The U-Net: what it computes, how it starts, what is random, and what it refuses."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from ops import NUMPY, a_unet
 
 from tinyddpm import UNet, backward, no_grad
 from tinyddpm.autograd.tensor import Parameter
+from tinyddpm.network.checks import ENCODINGS
 from tinyddpm.network.unet import timestep_encoding
 
 TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
@@ -52,6 +52,12 @@ def test_it_is_the_network_of_the_paper_with_its_options_and_every_gradient_is_r
     assert {y32.dtype, *(g.dtype for g in gradients.values())} == {np.dtype("float32")}
 
 
+@pytest.mark.parametrize("form", ENCODINGS)
+def test_every_encoding_of_the_timesteps(form):
+    t = np.array([0, 1, 7, 999])
+    np.testing.assert_allclose(timestep_encoding(t, 8, form), reference.encoded(t, 8, form), atol=1e-12)
+
+
 def test_it_starts_as_zero_since_the_layers_that_do_are_those_of_ho_et_al():
     unet = UNet(**TINY)
     zero = [name for name, p in unet.named_parameters().items() if name.endswith(".w") and not p.data.any()]
@@ -60,13 +66,10 @@ def test_it_starts_as_zero_since_the_layers_that_do_are_those_of_ho_et_al():
     assert UNet().size == 3_939_393
 
 
-def test_a_class_begins_as_a_vector_of_variance_1():
+def test_a_class_begins_as_a_vector_of_variance_1_and_the_seed_decides_about_all_weights():
     w = UNet(**(TINY | {"channels": (32, 32), "classes": 64})).class_embedding.w.data
     assert w.shape == (64, 128) and abs(w.std() - 1) < 0.02 and abs(w.mean()) < 0.05
     assert UNet(**TINY, classes=3, label_dropout=0.1).class_embedding.w.shape == (4, 16)  # one for "no label"
-
-
-def test_the_same_seed_gives_the_same_weights():
     first, again, other = (UNet(**TINY, rng=seed).state_dict() for seed in (1, np.random.default_rng(1), 2))
     assert all((first[name] == again[name]).all() for name in first)
     assert any((first[name] != other[name]).any() for name in first)
@@ -112,28 +115,19 @@ def test_its_configuration_is_json_whatever_numbers_it_is_given():
     assert UNet(**TINY, image_size=np.array([28, 30])).config["image_size"] == (28, 30)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"channels": (4, 1), "groups": 1},  # a level as narrow as one channel
-        {"channels": (4, 6), "heads": 3},  # which need not divide what has no attention
-        {"channels": (4, 8, 6), "heads": 3, "attention": (False, False, False)},
-        {"channels": (4, 6), "heads": 4, "attention": (True, False), "middle_attention": False},
-        {"image_size": 28},  # and it takes other sizes
-    ],
-)
+@pytest.mark.parametrize("settings", [
+    {"channels": (4, 1), "groups": 1},  # a level as narrow as one channel
+    {"channels": (4, 6), "heads": 3},  # which need not divide what has no attention
+    {"channels": (4, 8, 6), "heads": 3, "attention": (False, False, False)},
+    {"channels": (4, 6), "heads": 4, "attention": (True, False), "middle_attention": False},
+    {"image_size": 28},  # and it takes other sizes
+])  # fmt: skip
 def test_a_network_that_may_be(settings):
     assert UNet(**(TINY | settings))(*batch()).shape == (2, 8, 8, 1)
 
 
-def no_integers(**bad):
-    return [({name: value}, f"{name}: expected an integer >= 1, got {value}") for name, value in bad.items()]
-
-
 SEQUENCE = "expected a sequence with an entry for each level, got"
 REFUSED_SETTINGS = [
-    *no_integers(in_channels=0, out_channels=1.0, blocks=0, heads=-1, groups=0, classes=0, head_channels=0, patch=0),
-    *no_integers(blocks=True, patch=2.0),
     ({"groups": 3}, r"channels: expected multiples of groups = 3, got \(4, 8\)"),
     ({"channels": ()}, rf"channels: {SEQUENCE} \(\)"),
     ({"channels": 8}, f"channels: {SEQUENCE} 8"),
@@ -147,15 +141,9 @@ REFUSED_SETTINGS = [
     ({"channels": (4, 6), "heads": 4, "attention": (True, False)}, "heads: 4 does not divide the 6 channels"),
     ({"head_channels": 3}, "head_channels: 3 does not divide the 8 channels of a level with attention"),
     ({"head_channels": 2, "heads": 2}, "heads, head_channels: expected one of them, got 2 and 2"),
-    *(({"dropout": p}, rf"dropout: expected a number in \[0, 1\), got '?{p}") for p in (1.0, "a")),
-    *(({"classes": 3, "label_dropout": p}, r"label_dropout: expected a number in \[0, 1\), got")
-      for p in (1.0, -0.1, "a")),
     ({"label_dropout": 0.1}, "label_dropout: 0.1 of what labels[?] Give classes too"),
-    *(({"norm_eps": eps}, f"norm_eps: expected a number > 0, got {eps}") for eps in (0, math.inf)),
     ({"downsample_padding": 2}, "downsample_padding: expected an integer from 0 to 1, got 2"),
-    ({"middle_attention": "yes"}, "middle_attention: expected True or False, got 'yes'"),
     ({"center_input": 1}, "center_input: expected True or False, got 1"),
-    ({"encoding": "sine"}, "encoding: unknown 'sine'; known: ddpm, ddpm_flipped, improved, .*interleaved"),
     ({"image_size": 7}, r"image_size: expected a height and a width that are multiples of 2, .* got \(7, 7\)"),
     *(({"image_size": n}, f"image_size: .* got {got}")
       for n, got in ((0, r"\(0, 0\)"), ((8, 8, 1), r"\(8, 8, 1\)"), ("large", "'large'"))),
@@ -178,19 +166,18 @@ def call(shape=(2, 8, 8, 1), t=np.array([1, 2]), labels=None, to=lambda x: x, **
 X_SHAPE = r"x: expected one or more images \(N, H, W, 1\), got shape"
 HALVED = "x: height and width must be multiples of 2, .* halves them 1 times; got"
 ONE_EACH = "labels: expected 2 integers in {} ... 2, one for each image, got"
-INTEGERS = "a NumPy array of integers"
+INTEGERS, ONES = "a NumPy array of integers", np.ones(2)
 REFUSED_CALLS = [
     *((call((2, h, w, 1)), f"{HALVED} {h} x {w}") for h, w in ((7, 8), (8, 9), (0, 8))),
     (call((2, 8, 10, 1), patch=2), "x: .* multiples of 4, .* after cutting them into squares of 2 x 2; got 8"),
     *((call(shape), X_SHAPE) for shape in ((8, 8, 1), (1, 8, 8, 2), (0, 8, 8, 1))),
     (call(to=np.float64), "x: expected float32, the dtype of the parameters, got float64", TypeError),
     (call(to=list), "x: expected an array or a Tensor, got list", TypeError),
-    *((call(t=t), f"t: expected {INTEGERS}, got {got}$", TypeError)
-      for t, got in ((np.array([1.0, 2.0]), "float64"), (3, "int"), ([1, 2], "list"))),
+    *((call(t=t), f"t: expected {INTEGERS}, got {got}$", TypeError) for t, got in (([1.0], "list"), (ONES, "float64"))),
     *((call(t=np.array(t)), "t: expected 2 timesteps >= 0") for t in ([1], [[1, 2]], [0, -1])),
     (call(labels=np.array([0, 1])), r"labels: this network knows no classes; make one with UNet\(classes="),
     *((call(classes=3, labels=bad), f"labels: expected {INTEGERS}, .* got {got}", TypeError)
-      for bad, got in ((None, "NoneType"), ([0, 1], "list"), (np.array([0.0, 1.0]), "float64"))),
+      for bad, got in ((None, "NoneType"), ([0, 1], "list"), (ONES, "float64"))),
     *((call(classes=3, labels=np.array(bad)), ONE_EACH.format(0)) for bad in ([0, 3], [-1, 0], [0], [[0, 1]])),
     *((call(classes=3, label_dropout=0.1, labels=np.array(bad)), ONE_EACH.format(-1)) for bad in ([0, 3], [-2, 0])),
     *((lambda c=c, form=form: timestep_encoding(np.array([7]), c, form),
