@@ -24,6 +24,12 @@ def column(table, t):
     return table[t].reshape(-1, 1, 1, 1)
 
 
+def behind(schedule, x, t):
+    """The x_t of which a network sees x, and alpha_bar_t."""
+    bar = column(schedule.alpha_bar, t)
+    return x * np.sqrt((schedule.input_scale**2 - 1) * bar + 1), bar
+
+
 def zeros(x, t):
     return np.zeros_like(x)
 
@@ -56,8 +62,7 @@ def ideal_denoiser(data, diffusion):
     s = diffusion.schedule
 
     def model(x, t):
-        bar = column(s.alpha_bar, t)
-        x_t = x * np.sqrt((s.input_scale**2 - 1) * bar + 1)  # what a network sees is divided by this
+        x_t, bar = behind(s, x, t)
         x0 = expected_x0(data, s, x_t, t)
         if diffusion.objective == "x0":
             return x0.astype(x.dtype)

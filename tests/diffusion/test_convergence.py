@@ -9,6 +9,7 @@ the Runge-Kutta method: z = x_t / sqrt(alpha_bar_t) obeys, along l = ln sqrt(alp
 
 import numpy as np
 import pytest
+from ideal import behind
 
 from tinyddpm import Diffusion, make_schedule, sample
 
@@ -31,8 +32,7 @@ class Ideal:
         return (p * (M + np.sqrt(bar) * self.b * S**2 / v * away)).sum(-1) / p.sum(-1)
 
     def __call__(self, x, t):
-        bar = self.schedule.alpha_bar[t].reshape(-1, 1, 1, 1)
-        x_t = x * np.sqrt((self.b**2 - 1) * bar + 1)  # what a network sees is divided by this
+        x_t, bar = behind(self.schedule, x, t)
         return self.x0(x_t, bar[..., None])
 
     def end_of_path(self, n=500):

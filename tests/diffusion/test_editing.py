@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ideal import column, ideal_denoiser, in_float64, zeros
+from ideal import behind, ideal_denoiser, in_float64, zeros
 from strategies import SEEDS, make
 
 from tinyddpm import Diffusion, Schedule, make_schedule, sample
@@ -42,28 +42,20 @@ def gaussian(diffusion, s=0.5):
     """The ideal denoiser of data N(0, s^2): linear, and nothing like any picture."""
 
     def model(x, t):
-        bar, b = column(diffusion.schedule.alpha_bar, t), diffusion.schedule.input_scale
-        x_t = x * np.sqrt((b * b - 1) * bar + 1)  # what a network sees is divided by this
+        (x_t, bar), b = behind(diffusion.schedule, x, t), diffusion.schedule.input_scale
         x0 = s * s * b * np.sqrt(bar) / (bar * b * b * s * s + 1 - bar) * x_t
-        return (x_t - np.sqrt(bar) * b * x0) / np.sqrt(1 - bar)
+        return diffusion.target(x0, t, diffusion.eps_from_x0(x_t, t, x0))
 
     return in_float64(model)
 
 
-def rms(a, b):
-    return float(np.sqrt(np.mean((a - b) ** 2)))
-
-
 @given(sigma=st.floats(0.02, 0.8), seed=SEEDS, method=st.sampled_from(sorted(SAMPLERS)), b=st.sampled_from([1, 0.6]))
 def test_denoise_finds_the_picture_behind_the_noise(sigma, seed, method, b):
-    d, noisy = Diffusion(Schedule(LINEAR.beta, b)), DATA + sigma * normal(*DATA.shape, seed=seed)
-    clean = denoise(d, in_float64(ideal_denoiser(DATA, d)), noisy, sigma, method, steps=20, workers=1)
-    np.testing.assert_allclose(clean, DATA, atol=0.02)
-
-
-def test_denoise_of_a_process_that_ends_in_nothing_but_noise():
-    clean = denoise(NONE_LEFT, in_float64(ideal_denoiser(DATA, NONE_LEFT)), DATA + 0.3 * normal(*DATA.shape), 0.3)
-    np.testing.assert_allclose(clean, DATA, atol=0.02)
+    """Also where the process ends in nothing but noise."""
+    noisy = DATA + sigma * normal(*DATA.shape, seed=seed)
+    for d, steps in ((Diffusion(Schedule(LINEAR.beta, b)), 20), (NONE_LEFT, None)):
+        clean = denoise(d, in_float64(ideal_denoiser(DATA, d)), noisy, sigma, method, steps=steps, workers=1)
+        np.testing.assert_allclose(clean, DATA, atol=0.02)
 
 
 @pytest.mark.parametrize("b", [0.5, 1.0])
@@ -79,7 +71,8 @@ def test_denoise_in_one_step_is_the_mean_which_nothing_beats(b, sigma):
     assert {at for at, _ in seen} == {t}
     if sigma > 0.1:  # or there are too few steps to draw from the posterior
         drawn = denoise(d, model, noisy, exact, "ddpm", clip=False, workers=1)
-        assert rms(mean, x0) < 0.82 * rms(drawn, x0)  # in many steps, a sample is off by sqrt(2) as much
+        rms = lambda difference: np.sqrt(np.mean(difference**2))
+        assert rms(mean - x0) < 0.82 * rms(drawn - x0)  # in many steps, a sample is off by sqrt(2) as much
         assert abs(drawn.std() - 0.2) < 0.05 and mean.std() < 0.06  # but as lively as the data
 
 
@@ -121,16 +114,10 @@ def test_the_seed_decides_about_the_noise_of_sdedit_of_each_image_by_itself():
 @pytest.mark.parametrize("objective", ["eps", "v", "x0"])
 def test_with_iterations_invert_is_the_exact_inverse_of_ddim(b, objective):
     d = Diffusion(Schedule(LINEAR.beta, b), objective)
-    linear, of_eps = gaussian(d), Diffusion(d.schedule)
-
-    def model(x, t):
-        x_t = x * np.sqrt((b * b - 1) * column(d.schedule.alpha_bar, t) + 1)
-        x0 = of_eps.predict_x0(x_t, t, linear(x, t))
-        return d.target(x0, t, d.eps_from_x0(x_t, t, x0))
 
     def error(iterations):
-        z = invert(d, in_float64(model), IMAGES, steps=10, iterations=iterations)
-        return np.abs(sample(d, model, z.shape, "ddim", 10, start=z, clip=False) - IMAGES).max()
+        z = invert(d, gaussian(d), IMAGES, steps=10, iterations=iterations)
+        return np.abs(sample(d, gaussian(d), z.shape, "ddim", 10, start=z, clip=False) - IMAGES).max()
 
     assert error(1) > 2 * error(3) and error(30) < 1e-6
 
@@ -140,10 +127,9 @@ def test_invert_to_where_no_signal_is_left_and_in_all_steps():
     d = Diffusion(make_schedule("linear", 50, input_scale=0.7, zero_terminal_snr=True), "v")
 
     def model(x, t):  # of Gaussian data, bent
-        bar = column(d.schedule.alpha_bar, t)
-        x_t = x * np.sqrt((0.7**2 - 1) * bar + 1)
+        x_t, bar = behind(d.schedule, x, t)
         x0 = 0.1 + 0.25 * np.sqrt(bar) / (0.25 * bar + 1 - bar) * x_t + 0.05 * np.sin(3 * np.sqrt(bar) * x_t)
-        return (np.sqrt(bar) * x_t - 0.7 * x0) / np.sqrt(1 - bar)
+        return d.target(x0, t, d.eps_from_x0(x_t, t, x0))
 
     z = invert(d, in_float64(model), IMAGES, steps=10, iterations=40)
     again = sample(d, in_float64(model), z.shape, "ddim", 10, start=z, clip=False)

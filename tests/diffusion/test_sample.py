@@ -13,7 +13,6 @@ from ideal import at, column, ideal_denoiser, image, in_float64, moved, zeros
 from strategies import SEEDS, schedules
 
 from tinyddpm import Diffusion, Schedule, UNet, sample
-from tinyddpm.autograd.tensor import Parameter, Tensor
 from tinyddpm.backend import plain
 from tinyddpm.diffusion.checks import OBJECTIVES, SPACINGS
 from tinyddpm.diffusion.sample import SAMPLERS, ddim, ddpm, guided, timesteps
@@ -171,22 +170,6 @@ def test_sampling_starts_from_standard_normal_noise_of_each_image_and_the_seed_w
         np.testing.assert_array_equal(noise, [rng.standard_normal((10, 10, 1), np.float32) for rng in streams])
 
 
-def test_every_shard_gets_its_own_timesteps(monkeypatch):
-    def odd(diffusion, model, x, noise, clip):
-        yield 0, model(x, np.arange(len(x))), x
-
-    monkeypatch.setitem(SAMPLERS, "odd", odd)
-    ts = sample(D, lambda x, t: 0 * x + column(t, slice(None)).astype(x.dtype), (20, 1, 1, 1), method="odd")
-    assert ts.ravel().tolist() == list(range(20))
-
-
-def test_no_graph_is_kept_in_the_workers():
-    w, nodes = Parameter(np.ones(1, np.float32)), []
-    tensor = lambda x, t: (y := Tensor(x) * w, nodes.append(y.node))[0]
-    sample(D, tensor, ONE, steps=2)
-    assert nodes == [None, None]
-
-
 @pytest.mark.parametrize("b", [1.0, 0.5])
 def test_start_and_trajectory(b):
     d, x, seen = Diffusion(Schedule(D.schedule.beta, b)), normals(3, (5, 2, 2, 1))(), []
@@ -203,9 +186,17 @@ def test_start_and_trajectory(b):
 
 
 def test_a_sampler_of_one_s_own():
+    """May give each image a timestep of its own, and work on its x in place."""
+
+    def odd(diffusion, model, x, noise, clip):
+        yield 0, model(x, np.arange(len(x))), x
+
+    ts = sample(D, lambda x, t: 0 * x + column(t, slice(None)).astype(x.dtype), (20, 1, 1, 1), odd)
+    assert ts.ravel().tolist() == list(range(20))  # whichever shard they are in
+
     def halved(diffusion, model, x, noise, clip=None, times=1):
         for t in reversed(range(diffusion.T)):
-            x /= 2**times  # in place: it is its own
+            x /= 2**times
             yield t, x, model(x, np.full(len(x), t))
 
     start = np.ones((2, 2, 2, 1), np.float32)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tiny_training import DIFFUSION, IMAGES, SMALL, TINY, Lazy, on_linux, training
 
-from tinyddpm import Adam, Diffusion, ImageFolder, Schedule, UNet, backward, load_model, sample, save_model, train
+from tinyddpm import Adam, Diffusion, ImageFolder, UNet, backward, load_model, save_model, train
 from tinyddpm.autograd.tensor import Parameter, op
 from tinyddpm.files.pictures import grid
 from tinyddpm.network.nn import Module
@@ -260,19 +260,6 @@ class TestLearning:
         np.testing.assert_allclose(state.ema.average, last.ema.average, atol=1e-7)
         next(train(unet, diffusion, -IMAGES[:9].repeat(2, axis=1), 1, **settings))  # other images, of another size
 
-    @pytest.mark.parametrize("objective, loss_type", [("eps", "hybrid"), ("v", "hybrid"), ("x0", "vlb")])
-    def test_a_variance_is_learned(self, objective, loss_type):
-        """The bound gets tighter, and the model's second half of channels says something about the variance."""
-        schedule, levels = Schedule(np.linspace(0.02, 0.5, 10), input_scale=0.8), np.round(IMAGES * 127.5 + 127.5)
-        diffusion = Diffusion(schedule, objective, "learned_range", loss_type)
-        unet, levels = UNet(**SMALL, out_channels=2), levels / np.float32(127.5) - 1
-        before = diffusion.bits_per_dim(unet, levels, progress=False).total
-        list(train(unet, diffusion, levels, 20, 16, micro_batch=16, lr=0.01, warmup_steps=5, workers=1))
-        assert diffusion.bits_per_dim(unet, levels, progress=False).total < before - 0.2
-        x = np.random.default_rng(0).standard_normal((4, *IMAGES.shape[1:])).astype(np.float32)
-        assert np.abs(unet(x, np.array([1, 4, 7, 9])).data[..., 1:]).max() > 0.01
-        assert np.isfinite(sample(diffusion, unet, (2, *IMAGES.shape[1:]))).all()
-
 
 @dataclasses.dataclass(frozen=True)
 class Weighted(Diffusion):
@@ -281,20 +268,11 @@ class Weighted(Diffusion):
     weights: np.ndarray = None
 
 
-LIGHT = np.repeat(IMAGES, 4, axis=0) / 2 + 0.5
-SCALES = {
-    "0.* to 0.99.*; if black is 0 and white is 1": LIGHT,
-    "0.* to 254; if": 255 * LIGHT,
-    "9 to 9; if": 0 * LIGHT + 9,
-}
-
-
 class TestScale:
     @pytest.mark.parametrize("source", [np.asarray, Lazy])
     @pytest.mark.parametrize("diffusion", [DIFFUSION, Weighted(DIFFUSION.schedule, weights=np.ones(20))])
-    @pytest.mark.parametrize("said", SCALES)
-    def test_images_on_another_are_warned_about(self, source, diffusion, said):
-        images = source(SCALES[said])
+    def test_images_on_another_are_warned_about(self, source, diffusion):
+        images, said = source(IMAGES.repeat(4, axis=0) / 2 + 0.5), "0.* to 0.99.*; if black is 0 and white is 1"
         with pytest.warns(UserWarning, match=rf"images: expected images in \[-1, 1\], got values from {said}") as seen:
             for _ in range(2):
                 next(train(UNet(**SMALL), diffusion, images, 3, 23, micro_batch=12, workers=1))
