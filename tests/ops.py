@@ -27,18 +27,13 @@ NO_SCALAR = array_shapes(max_dims=4, max_side=4)
 PAIRS = mutually_broadcastable_shapes(num_shapes=2, max_dims=4, max_side=4).map(lambda pair: pair.input_shapes)
 PADDINGS = st.tuples(*[st.tuples(*[st.integers(0, 3)] * 2)] * 2)
 
+sides = lambda count: st.tuples(*[SIDES] * count)
+normal = lambda rng, *shapes: [np.asarray(rng.standard_normal(shape)) for shape in shapes]
+
 
 def drawn(arrange):
     """A strategy of what arrange(draw, rng) returns; of an op, its inputs and its settings."""
     return st.composite(lambda draw: arrange(draw, np.random.default_rng(draw(SEEDS))))()
-
-
-def sides(count):
-    return st.tuples(*[SIDES] * count)
-
-
-def normal(rng, *shapes):
-    return [np.asarray(rng.standard_normal(shape)) for shape in shapes]
 
 
 def positive(rng, *shapes, low=0.5, high=2.0):

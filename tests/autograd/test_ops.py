@@ -143,18 +143,12 @@ def test_dropout_keeps_the_mean_and_drops_the_share_asked_for_of_value_and_gradi
     assert dropout(np.ones(4), 0.5, quarters(np.random.PCG64())).data.tolist() == [0, 0, 2, 2]
 
 
-def conv2d_of(**change):
-    return lambda: conv2d(**{"x": ones(2, 5, 5, 3), "w": ones(3, 3, 3, 4), "b": ones(4)} | change)
-
-
-def group_norm_of(**change):
-    return lambda: group_norm(**{"x": ones(2, 3, 6), "gamma": ones(6), "beta": ones(6), "groups": 2} | change)
-
-
-def attention_of(heads=1, **change):
-    return lambda: attention(**{name: ones(*change.get(name, (2, 3, 6))) for name in "qkv"}, heads=heads)
-
-
+OF_CONV2D = dict(x=ones(2, 5, 5, 3), w=ones(3, 3, 3, 4), b=ones(4))
+OF_GROUP_NORM = dict(x=ones(2, 3, 6), gamma=ones(6), beta=ones(6), groups=2)
+OF_ATTENTION = dict.fromkeys("qkv", ones(2, 3, 6))
+conv2d_of = lambda **change: lambda: conv2d(**OF_CONV2D | change)
+group_norm_of = lambda **change: lambda: group_norm(**OF_GROUP_NORM | change)
+attention_of = lambda **change: lambda: attention(**OF_ATTENTION | change)
 Q, TWICE, RNG = ones(2), "mse: expected the same shape twice, and not an empty one, got", np.random.default_rng(0)
 REFUSED = [
     (lambda: linear(ones(3, 5), ones(4, 2)),
@@ -190,9 +184,9 @@ REFUSED = [
     (group_norm_of(beta=ones(5)), r"gamma, beta: expected shape \(6,\).*got \(6,\), \(5,\)"),
     (group_norm_of(x=ones(0, 3, 6)), r"x: expected \(N, ..., C\), no axis of them empty"),
     *((attention_of(heads=h), f"heads: {h} does not divide the 6 channels of q") for h in (0, 4, 2.0)),
-    *((attention_of(**{name: (2, 4, 6)}), "q, k, v: expected") for name in "kv"),
-    *((attention_of(k=other, v=other), "q, k, v: expected") for other in ((2, 3, 4), (1, 3, 6))),
-    (attention_of(q=(2, 0, 6)), "q, k, v: expected none of them empty"),
+    *((attention_of(**{name: ones(2, 4, 6)}), "q, k, v: expected") for name in "kv"),
+    *((attention_of(k=other, v=other), "q, k, v: expected") for other in (ones(2, 3, 4), ones(1, 3, 6))),
+    (attention_of(q=ones(2, 0, 6)), "q, k, v: expected none of them empty"),
 ]  # fmt: skip
 
 

@@ -12,9 +12,7 @@ from tinyddpm.autograd.backward import backward
 from tinyddpm.autograd.functional import linear, silu
 from tinyddpm.autograd.tensor import Parameter, Tensor, no_grad, op
 
-
-def leaf(*values, dtype=np.float64):
-    return Parameter(np.array(values, dtype))
+leaf = lambda *values, dtype=np.float64: Parameter(np.array(values, dtype))
 
 
 class Watched(np.ndarray):

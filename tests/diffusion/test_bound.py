@@ -19,10 +19,7 @@ LEVELS = np.arange(256) / 127.5 - 1
 TWO = LEVELS[[60, 190]]
 TEN = Schedule(linear(10, 1e-2, 0.3))
 moderate = st.floats(-3, 3)
-
-
-def normal_cdf(x):
-    return 0.5 * (1 + math.erf(x / math.sqrt(2)))
+normal_cdf = lambda x: 0.5 * (1 + math.erf(x / math.sqrt(2)))
 
 
 @given(m1=moderate, v1=moderate, m2=moderate, v2=moderate)

@@ -27,10 +27,7 @@ NONE_LEFT = Diffusion(make_schedule("linear", 50, zero_terminal_snr=True), "v")
 LEFT = np.arange(4) < np.full((4, 1), 2)  # the left half is known
 IMAGES = np.random.default_rng(0).uniform(-1, 1, (3, 2, 2, 1))
 normal = lambda *shape, seed=0: np.random.default_rng(seed).standard_normal(shape)
-
-
-def sigmas(schedule):
-    return np.sqrt((1 - schedule.alpha_bar) / schedule.alpha_bar) / schedule.input_scale
+sigmas = lambda schedule: np.sqrt((1 - schedule.alpha_bar) / schedule.alpha_bar) / schedule.input_scale
 
 
 def seeing(seen, model=zeros):

@@ -16,10 +16,7 @@ from tinyddpm.diffusion.checks import LOSSES, OBJECTIVES
 from tinyddpm.diffusion.clipping import dynamic_threshold, limit
 from tinyddpm.diffusion.schedule import linear as linear_beta
 
-
-def linear(T, beta_start=1e-4, beta_end=0.02, b=1.0):
-    """A linear schedule that need not end at pure noise."""
-    return Schedule(linear_beta(T, beta_start, beta_end), b)
+linear = lambda T, beta_start=1e-4, beta_end=0.02, b=1.0: Schedule(linear_beta(T, beta_start, beta_end), b)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

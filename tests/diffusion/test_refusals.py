@@ -29,13 +29,8 @@ OFF = [LEVELS / 2 + 0.5, 0.999 * LEVELS, LEVELS + 2 / 255, LEVELS - 2 / 255, 255
 twice = lambda x, t: np.concatenate([x, x], -1)
 wide = lambda x, t: np.sin(3 * x.astype(np.float64))
 
-
-def draw(model=zeros, shape=X.shape, **settings):
-    return sample(D, model, shape, **settings)
-
-
-def bits(x0=X + 1, model=zeros, **settings):
-    return D.bits_per_dim(model, x0, progress=False, **settings)
+draw = lambda model=zeros, shape=X.shape, **settings: sample(D, model, shape, **settings)
+bits = lambda x0=X + 1, model=zeros, **settings: D.bits_per_dim(model, x0, progress=False, **settings)
 
 
 def asks(function, *names, of=(), **settings):

@@ -17,9 +17,7 @@ def copied(request):
     return request.param
 
 
-def numbers(model):
-    """The model's parameters in one vector."""
-    return np.concatenate([p.data.ravel() for p in model.parameters()])
+numbers = lambda model: np.concatenate([p.data.ravel() for p in model.parameters()])
 
 
 def moved(model, optimizer, ema):
