@@ -59,15 +59,21 @@ def expected_x0(data, schedule, x_t, t):
 
 def ideal_denoiser(data, diffusion):
     """A model (x, t) -> prediction that makes the best of what it sees, for the diffusion's objective."""
-    s = diffusion.schedule
 
     def model(x, t):
-        x_t, bar = behind(s, x, t)
-        x0 = expected_x0(data, s, x_t, t)
-        if diffusion.objective == "x0":
-            return x0.astype(x.dtype)
-        eps = (x_t - np.sqrt(bar) * s.input_scale * x0) / np.sqrt(1 - bar)
-        v = np.sqrt(bar) * eps - np.sqrt(1 - bar) * s.input_scale * x0
-        return (eps if diffusion.objective == "eps" else v).astype(x.dtype)
+        x_t, _ = behind(diffusion.schedule, x, t)
+        x0 = expected_x0(data, diffusion.schedule, x_t, t)
+        return diffusion.target(x0, t, diffusion.eps_from_x0(x_t, t, x0)).astype(x.dtype)
 
     return model
+
+
+def gaussian(diffusion, s=0.5):
+    """The ideal denoiser of data N(0, s^2): linear, and nothing like any picture."""
+
+    def model(x, t):
+        (x_t, bar), b = behind(diffusion.schedule, x, t), diffusion.schedule.input_scale
+        x0 = s * s * b * np.sqrt(bar) / (bar * b * b * s * s + 1 - bar) * x_t
+        return diffusion.target(x0, t, diffusion.eps_from_x0(x_t, t, x0))
+
+    return in_float64(model)

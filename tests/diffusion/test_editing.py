@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from ideal import behind, ideal_denoiser, in_float64, zeros
+from ideal import behind, gaussian, ideal_denoiser, in_float64, zeros
 from strategies import SEEDS, make
 
 from tinyddpm import Diffusion, Schedule, make_schedule, sample
@@ -33,17 +33,6 @@ sigmas = lambda schedule: np.sqrt((1 - schedule.alpha_bar) / schedule.alpha_bar)
 def seeing(seen, model=zeros):
     """A model in float64 that notes the timestep and the labels of each call."""
     return in_float64(lambda x, t, **labels: seen.append((t[0], labels)) or model(x, t))
-
-
-def gaussian(diffusion, s=0.5):
-    """The ideal denoiser of data N(0, s^2): linear, and nothing like any picture."""
-
-    def model(x, t):
-        (x_t, bar), b = behind(diffusion.schedule, x, t), diffusion.schedule.input_scale
-        x0 = s * s * b * np.sqrt(bar) / (bar * b * b * s * s + 1 - bar) * x_t
-        return diffusion.target(x0, t, diffusion.eps_from_x0(x_t, t, x0))
-
-    return in_float64(model)
 
 
 @given(sigma=st.floats(0.02, 0.8), seed=SEEDS, method=st.sampled_from(sorted(SAMPLERS)), b=st.sampled_from([1, 0.6]))

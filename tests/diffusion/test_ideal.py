@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ideal import ideal_denoiser, zeros
+from ideal import gaussian, ideal_denoiser, image, zeros
 from strategies import SEEDS, schedules
 
 from tinyddpm import Diffusion, make_schedule, sample
@@ -30,6 +30,23 @@ def test_every_sampler_draws_the_data_whatever_the_objective_and_the_scale(metho
     assert np.quantile(away, 0.95) < 0.02  # a few end between two images, more of them with few steps
     counts = np.bincount(which, minlength=5)
     assert counts.min() > 35 and counts.max() < 90  # 60 each, 4 standard deviations are 28
+
+
+@pytest.mark.parametrize("b", [1.0, 0.5])
+@pytest.mark.parametrize(("method", "order"), [("ddim", 1), ("dpm++", 2)])
+def test_the_error_falls_with_this_power_of_the_number_of_steps(method, order, b):
+    """Of N(0, s^2), all that happens to an x_t in ever smaller steps (Song et al. 2021, Score-based generative modeling
+    through SDEs, equation 13) is that it is scaled as the standard deviation. In steps of equal length in ln SNR, to
+    the lowest timestep: the last jump, to x_0, is of its own length."""
+    fine, s, errors = 40 * 128, 0.2, []
+    d = Diffusion(make_schedule("sigmoid_logsnr", fine + 1, b, logsnr_min=-5, logsnr_max=3), "x0", clip=False)
+    std = np.sqrt((b * s) ** 2 * d.schedule.alpha_bar + d.schedule.one_minus_alpha_bar)
+    for n in (8, 16, 32, 64, 128):
+        settings = dict(start=image(1), trajectory=True, workers=1)
+        path = sample(d, gaussian(d, s), (1, 1, 1, 1), method, np.arange(n + 1) * (fine // n), **settings)
+        errors.append(abs(b * path[-2].item() - std[0] / std[-1]))
+    orders = np.log2(np.array(errors[:-1]) / errors[1:])  # from 8 steps to 16, from 16 to 32 ...
+    assert np.all(np.abs(orders / order - 1) < 0.1) and abs(orders[-1] / order - 1) < 0.03
 
 
 LEARNED = dict(objective="v", variance="learned_range", loss_type="hybrid")
