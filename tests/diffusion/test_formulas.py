@@ -1,62 +1,37 @@
-"""The checklist: 26 formulas, each with the mistakes that implementations make of it, and the tests that notice them.
+"""The checklist: 26 formulas, each with the mistakes that implementations make of it, and where they would be noticed:
+in the test of this number in test_article.py (A) or here (*), or in another file.
+
+ 1  one step iterated is one jump: variances added where they must shrink first (A 04); one t for the batch (process)
+ 2  "linear": T lowered and beta left as it is, so that half of the image survives (*; the warning: schedule)
+ 3  "cosine": alpha_bar read off the cosine, 0 at the end, instead of computed from the clipped beta; s forgotten (*)
+ 4  gamma of Chen: no normalisation to 1 ... 0; tau in the wrong place; in quadratic, the square forgotten (*)
+ 5  log-SNR forms: a and b, or the limits, exchanged; the logarithm of amplitudes instead of powers (*)
+ 6  "sigmoid_beta": two schedules of one name taken for the same (*)
+ 7  zero terminal SNR: alpha_bar shifted instead of its root (schedule); eps predicted without signal (refusals)
+ 8  input scaling: the sampler's x_t normalised, too; x0hat clipped to 1 and not b (*); no division by b (sample)
+ 9  mu_tilde: alpha_bar for alpha, t for t-1 (A 07, A 10); the step at t = 0 not ending in x_0 (schedule)
+10  beta_tilde: the logarithm of beta_tilde_0 = 0, or of a tiny number in its place; large at t = 0 (*, A 06, schedule)
+11  "ddpm": noise after the last step, or none at t = 1; the mean clipped instead of x_0 (*)
+12  respacing: alpha_bar_prev of the next timestep, not the next one visited (*); the network given 0, 1, 2 ... (sample)
+13  parametrisations: a sign in v (*)
+14  min-SNR: the weight for eps used for v and x_0, too (*)
+15  two forms of the loss: sigma for sigma^2, a 2 lost, alpha_bar for alpha (A 09, A 11, *)
+16  KL and the prior: nats for bits, a sum over pixels for a mean, the two Gaussians exchanged (bound)
+17  grey levels: bins of 1/255 instead of 2/255; closed ends, so that the 256 do not add up to 1 (bound)
+18  learned variance: variances interpolated, not logarithms (*); the bound of a step, not their sum (process)
+19  "ddim": epshat left as it was when x0hat is clipped; sigma not taken off the direction (*)
+20  "dpm++": r upside down; the sign of e^-h - 1; a division by sigma = 0 at the end (*)
+21  guidance: (1 + s) for s, so that 0 is conditional already (sample)
+22  dynamic threshold: s below 1, which stretches; clipped without dividing; one quantile for the batch (*)
+23  encodings: i for 2i, half for half - 1 (unet); t / T, or the index in the batch, for t (process)
+24  the network: padding on both sides, eps 1e-5, attention scaled by 1/C, nothing that starts at zero (unet)
+25  the moving average: one that starts at zero, or shares its arrays with the model (optim)
+26  all of it, without training: what the others have missed (ideal)
 
 Values given to several digits were computed independently of this package, from the papers.
-
- 1  q(x_t | x_0): variances added where they must shrink first; one t for the whole batch.
-    test_article.test_04_all_steps_in_one, test_process.test_timesteps_are_drawn_for_each_image_and_evenly
- 2  "linear": T lowered and beta left as it is, so that half of the image survives and sampling starts elsewhere.
-    test_schedule.test_an_end_where_much_is_left_is_warned_about_and_no_other
- 3  "cosine": alpha_bar read off the cosine, 0 at the end, instead of computed from the clipped beta; s forgotten.
- 4  gamma functions of Chen: no normalisation to 1 ... 0; tau in the wrong place; in quadratic, the square forgotten.
- 5  log-SNR forms: a and b, or the limits, exchanged; the logarithm of the amplitudes instead of the powers.
- 6  "sigmoid_beta": two schedules of one name taken for the same.
-    of all these, test_formulas.test_02_to_06_and_10_known_values_of_schedules
- 7  zero terminal SNR: alpha_bar shifted instead of its root; eps predicted where there is no signal to divide by.
-    test_schedule.test_with_zero_terminal_snr_the_end_is_noise_and_the_beginning_stays,
-    test_refusals.test_what_is_wrong_is_refused_in_these_words, test_ideal.test_in_all_steps_no_sample_ends_elsewhere
- 8  input scaling: the sampler's x_t normalised as well; x0hat clipped to 1 instead of b; no division by b at the end.
-    test_formulas.test_11_19_20_every_step_of_the_samplers, test_sample.test_start_and_trajectory
- 9  posterior mean: alpha_bar for alpha, t for t-1; the step at t = 0 not ending in x_0.
-    test_article.test_07_the_step_back_if_the_image_were_known, test_article.test_10_mu_tilde_in_terms_of_the_noise,
-    test_schedule.test_the_tables_follow_from_beta_step_by_step_and_b_shifts_the_log_snr_alone
-10  posterior variance: the logarithm of beta_tilde_0 = 0, or of a tiny number in its place; large at t = 0.
-    test_article.test_06_the_reverse_step_is_a_gaussian_whose_mean_is_learned,
-    test_schedule.test_what_stands_in_for_the_logarithm_of_0
-11  "ddpm": noise after the last step, or none at t = 1; the mean clipped instead of x_0. See 19.
-12  respacing: alpha_bar_prev of the next timestep down, not of the next one visited; the network given 0, 1, 2 ...
-    test_formulas.test_12_respaced_steps,
-    test_sample.test_model_and_callback_see_the_timesteps_visited_whether_told_how_many_or_which
-13  parametrisations: a sign in v. test_formulas.test_13_parametrisations
-14  min-SNR: the weight for eps used for v and x_0, too. test_formulas.test_14_min_snr_weights
-15  two forms of the loss: sigma for sigma^2, a 2 lost, alpha_bar for alpha. test_article.test_09_the_loss_of_the_means,
-    test_article.test_11_the_loss_of_the_noise, test_formulas.test_15_the_first_form_of_the_loss_is_the_second_exactly
-16  KL and the prior term: nats for bits, a sum over pixels for a mean, the two Gaussians exchanged.
-    test_bound.test_kl_is_the_integral_of_p_ln_p_over_q, test_bound.test_the_prior_is_a_mean_over_all_numbers
-17  grey levels: bins of 1/255 instead of 2/255; closed ends, so that the 256 do not add up to 1.
-    test_bound.test_the_probability_of_a_grey_level_is_an_integral_of_the_density
-18  learned variance: variances interpolated instead of logarithms; the bound of a step, not their sum.
-    test_formulas.test_11_19_20_every_step_of_the_samplers, test_process.test_the_bound_in_the_losses
-19  "ddim": epshat left as it was when x0hat is clipped; sigma not taken off the direction.
-20  "dpm++": r upside down; the sign of e^-h - 1; a division by sigma = 0 at the end.
-    of these and 11, test_formulas.test_11_19_20_every_step_of_the_samplers
-21  guidance: (1 + s) for s, so that 0 is conditional already.
-    test_sample.test_guidance_of_networks_with_a_learned_variance
-22  dynamic threshold: s below 1, which stretches; clipped without dividing; one quantile for the batch.
-    test_formulas.test_22_dynamic_threshold
-23  position encodings: i for 2i, half for half - 1; t / T, or the index in the batch, for t.
-    test_unet.test_every_encoding_of_the_timesteps, test_process.test_timesteps_are_drawn_for_each_image_and_evenly
-24  the network: padding on both sides; eps 1e-5; attention scaled by 1/C or not at all; nothing that starts at zero.
-    test_unet.test_it_is_the_network_of_the_paper_with_its_options_and_every_gradient_is_right,
-    test_unet.test_it_starts_as_zero_since_the_layers_that_do_are_those_of_ho_et_al
-25  the moving average: one that starts at zero, or shares its arrays with the model.
-    test_optim.test_it_starts_from_a_copy_and_follows_with_the_decay_of_its_age
-26  all together, without training: whatever the others have missed.
-    test_ideal.test_every_sampler_draws_the_data_whatever_the_objective_and_the_scale
 """
 
 import math
-import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,14 +50,6 @@ ALL, BUT_LAST = slice(None), slice(-1)
 U = np.arange(1, 1001) / 1000
 of_cosine = lambda u: np.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
 sigma = lambda w: 1 / (1 + np.exp(-w))
-
-
-def test_every_test_of_the_checklist_is_there():
-    points = re.split(r"^(?: \d|\d\d)  ", __doc__, flags=re.MULTILINE)[1:]
-    assert len(points) == 26
-    for file, name in re.findall(r"(test_[a-z]+)\.(test_\w+)", __doc__):
-        (path,) = Path(__file__).parents[1].glob(f"*/{file}.py")
-        assert f"def {name}(" in path.read_text(encoding="utf-8"), name
 
 
 def log_snr_of_cosine(u, high=15, low=-15):
