@@ -15,10 +15,6 @@ from tinyddpm.autograd.tensor import Parameter, Tensor, no_grad, op
 leaf = lambda *values, dtype=np.float64: Parameter(np.array(values, dtype))
 
 
-class Watched(np.ndarray):
-    """An array that can be referred to weakly."""
-
-
 def test_backward_returns_a_mapping_from_parameters_to_gradients():
     a, b, c, d = leaf(1, 2), leaf(3, 4), Tensor(np.array([5.0, 6.0])), Parameter(np.array(2.0))
     gradients = backward((a * b * c).sum())
@@ -76,9 +72,9 @@ def test_saved_arrays_are_freed_as_backward_consumes_them(lazy):
 
     @op
     def saving(x):
-        saved = x.copy().view(Watched)
+        saved = x.copy()
         alive.append(weakref.ref(saved))
-        gradient = lambda g: g * (np.asarray(saved) * 0 + 1)
+        gradient = lambda g: g * (saved * 0 + 1)
         return x + 0.0, lambda g: counts.append(left()) or ((lambda: gradient(g)) if lazy else gradient(g))
 
     for _ in range(5):
@@ -88,21 +84,12 @@ def test_saved_arrays_are_freed_as_backward_consumes_them(lazy):
 
 
 def test_values_that_no_pull_needs_are_freed_at_once():
-    alive, x = [], leaf(1.0)
-
-    @op
-    def plus_one(x):
-        y = (np.asarray(x) + 1).view(Watched)
-        alive.append(weakref.ref(y))
-        return y, lambda g: g
-
+    alive, plus_one = [], op(lambda x: (x + 1, lambda g: g))
+    x = a = leaf(1.0)
     for _ in range(5):
         x = plus_one(x)
+        alive.append(weakref.ref(x.data))
     assert [ref() is not None for ref in alive] == [False] * 4 + [True]
-
-
-def test_shape_ops_and_reductions_do_not_keep_their_input():
-    a = Parameter(np.ones((100, 100)))
     for f in (lambda x: x.sum(), lambda x: x.mean(0), lambda x: x.reshape(-1), lambda x: x.transpose(), lambda x: x[0]):
         cells = [cell.cell_contents for cell in f(a).node.pull.__closure__ or ()]
         assert not any(isinstance(content, np.ndarray) for content in cells)

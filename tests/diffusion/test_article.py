@@ -51,10 +51,7 @@ def sigma2(t, variance):
 
 def test_01_a_step_of_noise_is_a_gaussian_with_this_mean_and_variance():
     """q(x_t | x_{t-1}) = N(sqrt(1 - beta_t) x_{t-1}, beta_t I) (equation 2)."""
-    draws = np.random.default_rng(0).standard_normal((1, 400, 400, 1))
-    for t in (0, 5, T - 1):
-        x_t = D.q_step(np.full_like(draws, 0.7), at(t), draws)
-        assert abs(x_t.mean() - math.sqrt(1 - BETA[t]) * 0.7) < 0.005 and abs(x_t.var() - BETA[t]) < 0.005
+    for t in range(T):
         expected = math.sqrt(1 - BETA[t]) * 0.7 + math.sqrt(BETA[t]) * -0.3
         assert math.isclose(D.q_step(image(0.7), at(t), image(-0.3)).item(), expected)
 
@@ -117,9 +114,7 @@ def test_08_the_reverse_step_adds_sigma_z():
 
 
 X0 = np.random.default_rng(1).uniform(-1, 1, (30, 1, 1, 1))
-WITH_EITHER_VARIANCE = pytest.mark.parametrize(
-    ("variance", "seed"), [(v, seed) for v in ("small", "large") for seed in range(3)]
-)
+EITHER = [(variance, seed) for variance in ("small", "large") for seed in range(3)]
 
 
 def loss_of(loss_type, seed, variance="small"):
@@ -135,7 +130,7 @@ def drawn(seed):
         yield t, x0, e, math.sqrt(ALPHA_BAR[t]) * x0 + math.sqrt(1 - ALPHA_BAR[t]) * e
 
 
-@WITH_EITHER_VARIANCE
+@pytest.mark.parametrize(("variance", "seed"), EITHER)
 def test_09_the_loss_of_the_means(variance, seed):
     """E [1 / (2 sigma_t^2) ||mu_tilde_t - mu_theta||^2] (equation 8)."""
     terms = [(mu_tilde(t, x0, x) - mu(t, x, predicted(x, t))) ** 2 / (2 * sigma2(t, variance))
@@ -150,7 +145,7 @@ def test_10_mu_tilde_in_terms_of_the_noise(seed):
         assert math.isclose(D.posterior_mean(image(x0), image(x), at(t)).item(), mu(t, x, eps), rel_tol=1e-9)
 
 
-@WITH_EITHER_VARIANCE
+@pytest.mark.parametrize(("variance", "seed"), EITHER)
 def test_11_the_loss_of_the_noise(variance, seed):
     """E [beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) ||eps - eps_theta||^2] (equation 12), equal to 8."""
     total = 0

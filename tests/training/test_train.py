@@ -84,8 +84,7 @@ class TestSteps:
         list(train(unet, Loss(loss), images, 3, 11, micro_batch=4, labels=labels.tolist(), workers=1))
         assert len(seen) == 33 and len(set(seen)) == 5
 
-    @pytest.mark.parametrize("workers", [1, 2])
-    def test_half_of_the_images_are_flipped_anew_each_time(self, workers):
+    def test_half_of_the_images_are_flipped_anew_each_time(self):
         """Left to right, and none of those that are in memory."""
         images = np.full((6, 4, 4, 1), -1, np.float32)
         images[:, 0, 0, 0] = 0.1 + np.arange(6) / 10  # a light in the upper left corner that tells which it is
@@ -96,7 +95,7 @@ class TestSteps:
             return (model.w * 0).sum() + float((x0[:, 0, 3, 0] > 0).sum())
 
         def flipped(steps, images=images, **changes):
-            settings = dict(batch=6, micro_batch=3, flip=True, workers=workers) | changes
+            settings = dict(batch=6, micro_batch=3, flip=True, workers=1) | changes
             return [state.loss for state in train(Probe(), Loss(count), images, steps, **settings)]
 
         seen = [flipped(20, seed=seed) for seed in (0, 0, 1)]
