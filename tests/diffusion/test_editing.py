@@ -46,20 +46,15 @@ def test_denoise_finds_the_picture_behind_the_noise(sigma, seed, method, b):
 
 @pytest.mark.parametrize("b", [0.5, 1.0])
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 3.0])
-def test_denoise_in_one_step_is_the_mean_which_nothing_beats(b, sigma):
+def test_denoise_in_one_step_is_the_mean(b, sigma):
     """Of Gaussian data it is noisy s^2 / (s^2 + sigma^2), at the very sigma of a timestep."""
     d, seen = Diffusion(Schedule(LINEAR.beta, b)), []
     t = np.abs(sigmas(d.schedule) - sigma).argmin()
-    exact, x0 = sigmas(d.schedule)[t], 0.2 * normal(500, 2, 2, 1, seed=1)
-    noisy, model = x0 + exact * normal(*x0.shape, seed=2), seeing(seen, gaussian(d, 0.2))
-    mean = denoise(d, model, noisy, exact, steps=1, clip=False)
+    exact = sigmas(d.schedule)[t]
+    noisy = np.hypot(0.2, exact) * normal(5, 2, 2, 1)
+    mean = denoise(d, seeing(seen, gaussian(d, 0.2)), noisy, exact, steps=1, clip=False)
     np.testing.assert_allclose(mean, noisy * 0.04 / (0.04 + exact**2), rtol=1e-9)
     assert {at for at, _ in seen} == {t}
-    if sigma > 0.1:  # or there are too few steps to draw from the posterior
-        drawn = denoise(d, model, noisy, exact, "ddpm", clip=False, workers=1)
-        rms = lambda difference: np.sqrt(np.mean(difference**2))
-        assert rms(mean - x0) < 0.82 * rms(drawn - x0)  # in many steps, a sample is off by sqrt(2) as much
-        assert abs(drawn.std() - 0.2) < 0.05 and mean.std() < 0.06  # but as lively as the data
 
 
 def test_the_steps_of_denoise_are_evenly_spaced_up_to_where_the_noise_is():
@@ -87,12 +82,11 @@ def test_strength_is_the_share_of_the_steps():
 
 
 def test_the_seed_decides_about_the_noise_of_sdedit_of_each_image_by_itself():
-    call = lambda **own: sdedit(DIFFUSION, gaussian(DIFFUSION), DATA, 0.4, steps=5, **own)
-    assert np.abs(call() - call(rng=1)).max() > 0.1
-    np.testing.assert_array_equal(call(), call(rng=0))
-    start = call(trajectory=True)[0]
-    noise = (start - math.sqrt(LINEAR.alpha_bar[39]) * DATA) / math.sqrt(1 - LINEAR.alpha_bar[39])
-    assert abs(noise.mean()) < 0.3 and abs(noise.std() - 1) < 0.2
+    start = lambda **own: sdedit(DIFFUSION, seeing([]), DATA, 0.4, steps=5, trajectory=True, **own)[0]
+    for x_t, seed in ((start(), 0), (start(rng=6), 6)):
+        streams = np.random.default_rng(seed).spawn(2)[0].spawn(6)  # the other is for what is drawn on the way
+        eps = np.stack([rng.standard_normal((4, 4, 1)) for rng in streams])
+        np.testing.assert_array_equal(x_t, DIFFUSION.q_sample(DATA, np.full(6, 39), eps))
 
 
 @pytest.mark.filterwarnings("ignore:steps, iterations")  # of one iteration

@@ -38,9 +38,9 @@ FEW = pytest.mark.filterwarnings("ignore:steps, iterations")  # of so few, it sa
 @given(
     shape=st.tuples(*[st.integers(1, 6)] * 3, st.sampled_from([1, 3])), b=st.sampled_from([1.0, 0.4]), seed=SEEDS,
     objective=st.sampled_from(["eps", "v"]), learned=st.booleans(), zero=st.booleans(),
-    guidance=st.sampled_from([None, 2.5]),
+    guidance=st.sampled_from([None, 2.5]), clip=st.sampled_from([True, 0.5, "dynamic"]),
 )  # fmt: skip
-def test_any_picture_model_and_process(name, shape, b, seed, objective, learned, zero, guidance):
+def test_any_picture_model_and_process(name, shape, b, seed, objective, learned, zero, guidance, clip):
     """Finite, within the range, of the picture's shape; the same for any number of workers and of others."""
     assume(name != "interpolate" or math.prod(shape[1:]) > 1)  # of one pixel, what is not the same is the opposite
     schedule = make_schedule("linear", 10, beta_end=0.7, input_scale=b, zero_terminal_snr=zero and objective != "eps")
@@ -50,14 +50,14 @@ def test_any_picture_model_and_process(name, shape, b, seed, objective, learned,
         prediction = 0.8 * x + (0 if labels is None else 0.1 * column(labels, slice(None)))
         return np.concatenate([prediction, np.cos(5 * x)], axis=-1) if learned else prediction
 
+    path = {} if name == "interpolate" else {"trajectory": True}
     n, images = shape[0], np.random.default_rng(seed).uniform(-1, 1, shape)
     labels = [*range(n)] if guidance else None
-    told = lambda n: dict(guidance=guidance, labels=labels and labels[:n])
+    told = lambda n: dict(guidance=guidance, labels=labels and labels[:n]) | ({"clip": clip} if path else {})
     use = lambda n, **own: USES[name][0](d, in_float64(model), images[:n], **told(n), **own)
     made = use(n, rng=seed, workers=1)
     assert np.isfinite(made).all() and made.dtype == np.float64 and made.shape[-3:] == shape[1:]
     assert name == "invert" or np.abs(made).max() <= 1 + 1e-12
-    path = {} if name == "interpolate" else {"trajectory": True}
     again = use(n, rng=np.random.default_rng(seed), workers=2, **path)
     np.testing.assert_array_equal(made, again[-1] if path else again)
     if path:
