@@ -7,23 +7,14 @@ import pytest
 import reference
 from gradcheck import check_model
 from hypothesis import given
+from ideal import moved
 from ops import NUMPY, a_unet
+from tiny_training import TINY
 
 from tinyddpm import UNet, backward, no_grad
 from tinyddpm.autograd.tensor import Parameter
 from tinyddpm.network.checks import ENCODINGS
 from tinyddpm.network.unet import timestep_encoding
-
-TINY = dict(channels=(4, 8), blocks=1, attention=(False, True), groups=2)
-
-
-def awake(unet):
-    """Move the layers that start as zero off it, so that every path through the network counts."""
-    rng = np.random.default_rng(0)
-    for p in unet.parameters():
-        if not p.data.any():
-            p.data = (0.3 * rng.standard_normal(p.shape)).astype(p.dtype)
-    return unet
 
 
 def batch():
@@ -76,12 +67,13 @@ def test_a_class_begins_as_a_vector_of_variance_1_and_the_seed_decides_about_all
 
 
 def test_dropout_acts_only_with_a_generator_and_in_every_block():
-    unet, (x, t), rng, seen = awake(UNet(**TINY, dropout=0.5)), batch(), np.random.default_rng(1), []
+    unet, (x, t), rng, seen = moved(UNet(**TINY, dropout=0.5)), batch(), np.random.default_rng(1), []
     plain, again, dropped, redropped = (unet(x, t, r and np.random.default_rng(r)).data for r in (None, None, 1, 1))
     np.testing.assert_array_equal(plain, again)
     np.testing.assert_array_equal(dropped, redropped)
     assert (dropped != plain).any()
-    np.testing.assert_array_equal(awake(UNet(**TINY, rng=1))(x, t, rng).data, awake(UNet(**TINY, rng=1))(x, t).data)
+    without = moved(UNet(**TINY))
+    np.testing.assert_array_equal(without(x, t, rng).data, without(x, t).data)
 
     state = lambda: rng.bit_generator.state["state"]["state"]
     blocks = [unet.middle1, unet.middle2, *(block for level in unet.down + unet.up for block in level.res)]
@@ -93,7 +85,7 @@ def test_dropout_acts_only_with_a_generator_and_in_every_block():
 
 
 def test_labels_are_dropped_with_their_probability_if_there_is_a_generator():
-    unet = awake(UNet(**TINY, classes=3, label_dropout=0.3))
+    unet = moved(UNet(**TINY, classes=3, label_dropout=0.3))
     x, t, labels = np.ones((500, 2, 2, 1), np.float32), np.full(500, 7), np.ones(500, np.uint8)
     with no_grad():
         told, untold = (unet(x, t, labels=np.full(500, label)).data for label in (1, -1))
