@@ -53,6 +53,7 @@ def test_it_starts_as_zero_since_the_layers_that_do_are_those_of_ho_et_al():
     unet = UNet(**TINY)
     zero = [name for name, p in unet.named_parameters().items() if name.endswith(".w") and not p.data.any()]
     assert set(zero) == reference.STARTS_AS_ZERO and not unet(*batch()).data.any()
+    assert unet.down[0].resize.padding == ((0, 1), (0, 1))
     # as UNet2DModel(block_out_channels=(32, 64, 128), layers_per_block=2, attention at 7x7) of diffusers
     assert UNet().size == 3_939_393
 
