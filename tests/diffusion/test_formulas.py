@@ -1,7 +1,7 @@
 """The checklist: 26 formulas, each with the mistakes that implementations make of it, and where they would be noticed:
 in the test of this number in test_article.py (A) or here (*), or in another file.
 
- 1  one step iterated is one jump: variances added where they must shrink first (A 04); one t for the batch (process)
+ 1  one step iterated is one jump: variances added where they must shrink first (A 04); one t for the batch (A 12)
  2  "linear": T lowered and beta left as it is, so that half of the image survives (*; the warning: schedule)
  3  "cosine": alpha_bar read off the cosine, 0 at the end, instead of computed from the clipped beta; s forgotten (*)
  4  gamma of Chen: no normalisation to 1 ... 0; tau in the wrong place; in quadratic, the square forgotten (*)
@@ -23,7 +23,7 @@ in the test of this number in test_article.py (A) or here (*), or in another fil
 20  "dpm++": r upside down; the sign of e^-h - 1; a division by sigma = 0 at the end (*)
 21  guidance: (1 + s) for s, so that 0 is conditional already (sample)
 22  dynamic threshold: s below 1, which stretches; clipped without dividing; one quantile for the batch (*)
-23  encodings: i for 2i, half for half - 1 (unet); t / T, or the index in the batch, for t (process)
+23  encodings: i for 2i, half for half - 1 (unet); t / T, or the index in the batch, for t (A 12)
 24  the network: padding on both sides, eps 1e-5, attention scaled by 1/C, nothing that starts at zero (unet)
 25  the moving average: one that starts at zero, or shares its arrays with the model (optim)
 26  all of it, without training: what the others have missed (ideal)
