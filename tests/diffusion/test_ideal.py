@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ideal import gaussian, ideal_denoiser, image, zeros
+from ideal import gaussian, ideal_denoiser, image
 from strategies import SEEDS, schedules
 
 from tinyddpm import Diffusion, make_schedule, sample
@@ -12,23 +12,20 @@ from tinyddpm.diffusion.checks import OBJECTIVES
 from tinyddpm.diffusion.sample import SAMPLERS
 
 DATA = np.random.default_rng(1).uniform(-1, 1, (5, 3, 3, 1))
-
-
-def nearest(images):
-    """For each image, which of the data is nearest, and how far away the pixel is that differs most."""
-    far = np.abs(images[:, None] - DATA).max(axis=(2, 3, 4))
-    return far.argmin(1), far.min(1)
+SCHEDULES = [("cosine", 0.5, False), ("sigmoid", 1.5, False), ("linear", 1, False), ("linear", 0.5, True)]
 
 
 @pytest.mark.parametrize("method", sorted(SAMPLERS))
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize(("name", "b"), [("cosine", 0.5), ("sigmoid", 1.5), ("linear", 1)])
-def test_every_sampler_draws_the_data_whatever_the_objective_and_the_scale(method, objective, name, b):
-    """Every sample is one of the images, and each is drawn about as often."""
-    d = Diffusion(make_schedule(name, 1000, input_scale=b), objective)
-    which, away = nearest(sample(d, ideal_denoiser(DATA, d), (300, 3, 3, 1), method, steps=40, workers=1))
-    assert np.quantile(away, 0.95) < 0.02  # a few end between two images, more of them with few steps
-    counts = np.bincount(which, minlength=5)
+@pytest.mark.parametrize(("name", "b", "zero", "objective"), [
+    (*schedule, objective) for schedule in SCHEDULES for objective in OBJECTIVES[schedule[2]:]  # eps only if signal is left
+])  # fmt: skip
+def test_every_sampler_draws_the_data_whatever_the_objective_and_the_schedule(method, name, b, zero, objective):
+    """Every sample is one of the images, and each is drawn about as often; also if all signal is gone at the end."""
+    d = Diffusion(make_schedule(name, 1000, b, zero), objective)
+    images = sample(d, ideal_denoiser(DATA, d), (300, 3, 3, 1), method, steps=40, workers=1)
+    far = np.abs(images[:, None] - DATA).max(axis=(2, 3, 4))  # by how much the pixel differs that differs most
+    assert np.quantile(far.min(1), 0.95) < 0.02  # a few end between two images, more of them with few steps
+    counts = np.bincount(far.argmin(1), minlength=5)
     assert counts.min() > 35 and counts.max() < 90  # 60 each, 4 standard deviations are 28
 
 
@@ -47,24 +44,6 @@ def test_the_error_falls_with_this_power_of_the_number_of_steps(method, order, b
         errors.append(abs(b * path[-2].item() - std[0] / std[-1]))
     orders = np.log2(np.array(errors[:-1]) / errors[1:])  # from 8 steps to 16, from 16 to 32 ...
     assert np.all(np.abs(orders / order - 1) < 0.1) and abs(orders[-1] / order - 1) < 0.03
-
-
-LEARNED = dict(objective="v", variance="learned_range", loss_type="hybrid")
-EACH = sorted(SAMPLERS)
-IN_ALL_STEPS = [  # sampler, whether all signal is gone at the end, settings of the diffusion
-    *[(method, False, {}) for method in EACH], *[(method, True, dict(objective="v")) for method in EACH],
-    ("ddpm", False, dict(variance="large")), ("ddpm", True, LEARNED),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("method", "zero", "settings"), IN_ALL_STEPS)
-def test_in_all_steps_no_sample_ends_elsewhere(method, zero, settings):
-    schedule = make_schedule("linear", 100, beta_start=1e-3, beta_end=0.2, zero_terminal_snr=zero)
-    d = Diffusion(schedule, **settings)
-    ideal = ideal_denoiser(DATA, d)
-    model = ideal if settings is not LEARNED else lambda x, t: np.concatenate([ideal(x, t), zeros(x, t)], axis=-1)
-    which, away = nearest(sample(d, model, (64, 3, 3, 1), method, workers=1))
-    assert away.max() < 0.02 and set(which) == set(range(5))
 
 
 @settings(max_examples=15)
