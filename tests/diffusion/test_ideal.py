@@ -12,16 +12,15 @@ from tinyddpm.diffusion.checks import OBJECTIVES
 from tinyddpm.diffusion.sample import SAMPLERS
 
 DATA = np.random.default_rng(1).uniform(-1, 1, (5, 3, 3, 1))
-SCHEDULES = [("cosine", 0.5, False), ("sigmoid", 1.5, False), ("linear", 1, False), ("linear", 0.5, True)]
 
 
 @pytest.mark.parametrize("method", sorted(SAMPLERS))
-@pytest.mark.parametrize(("name", "b", "zero", "objective"), [
-    (*schedule, objective) for schedule in SCHEDULES for objective in OBJECTIVES[schedule[2]:]  # eps only if signal is left
-])  # fmt: skip
-def test_every_sampler_draws_the_data_whatever_the_objective_and_the_schedule(method, name, b, zero, objective):
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize(("name", "b"), [("cosine", 0.5), ("sigmoid", 1.5), ("linear", 1)])
+def test_every_sampler_draws_the_data_whatever_the_objective_and_the_schedule(method, name, b, objective):
     """Every sample is one of the images, and each is drawn about as often; also if all signal is gone at the end."""
-    d = Diffusion(make_schedule(name, 1000, b, zero), objective)
+    zero = name == "linear" and objective != "eps"
+    d = Diffusion(make_schedule(name, 1000, b, zero_terminal_snr=zero), objective)
     images = sample(d, ideal_denoiser(DATA, d), (300, 3, 3, 1), method, steps=40, workers=1)
     far = np.abs(images[:, None] - DATA).max(axis=(2, 3, 4))  # by how much the pixel differs that differs most
     assert np.quantile(far.min(1), 0.95) < 0.02  # a few end between two images, more of them with few steps
