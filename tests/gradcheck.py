@@ -35,7 +35,7 @@ def summed_to(g, shape):
     return g.sum(tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True).reshape(shape)
 
 
-def check_op(op, *inputs, rng=None, tolerance=1e-7, layout="plain", **settings):
+def check_op(op, *inputs, layout="plain", **settings):
     """Check gradients, dtypes and manners of an op at `inputs`: float64 arrays; anything else is held fixed.
 
     As it comes, with the faster twins of what it calls, and in the plain way. In float64: each gradient against central
@@ -43,12 +43,11 @@ def check_op(op, *inputs, rng=None, tolerance=1e-7, layout="plain", **settings):
     that is saved gets written to. In float32: the same numbers, in float32. Through the engine: `backward` returns
     those gradients.
     """
-    rng, varied = rng or np.random.default_rng(0), [i for i, x in enumerate(inputs) if isinstance(x, np.ndarray)]
     with mock.patch.object(backend, "_twins", wraps=backend._twins) as asked:
-        _check_op(op, inputs, varied, rng, tolerance, layout, settings)
+        _check_op(op, inputs, layout, settings)
     if asked.called:
         with backend.plain():
-            _check_op(op, inputs, varied, rng, tolerance, layout, settings)
+            _check_op(op, inputs, layout, settings)
 
 
 def close(a, b, rtol, atol):
@@ -56,7 +55,8 @@ def close(a, b, rtol, atol):
     return a.shape == b.shape and bool((np.abs(a - b) <= atol + rtol * np.abs(b)).all())
 
 
-def _check_op(op, inputs, varied, rng, tolerance, layout, settings):
+def _check_op(op, inputs, layout, settings):
+    rng, varied = np.random.default_rng(0), [i for i, x in enumerate(inputs) if isinstance(x, np.ndarray)]
     wide = [read_only(x, layout) if i in varied else x for i, x in enumerate(inputs)]
     y, pull = op.raw(*wide, **settings)
     if isinstance(y, np.ndarray):  # the very array, which `pull` may have saved
@@ -75,8 +75,7 @@ def _check_op(op, inputs, varied, rng, tolerance, layout, settings):
         numeric, by_hand = float(differences.sum()), float(products.sum())
         # the difference has an error of its own; its size is that of the terms summed, not that of the sum
         scale = float(np.abs(differences).sum()) + float(np.abs(products).sum()) + 1e-3
-        message = f"{op.__name__}, input {i}: {by_hand} but numerically {numeric}"
-        assert abs(numeric - by_hand) <= tolerance * scale, message
+        assert abs(numeric - by_hand) <= 1e-7 * scale, f"{op.__name__}, input {i}: {by_hand} but numerically {numeric}"
 
     near = lambda a, b: a.dtype == np.float32 and close(a, b, 1e-3, 1e-4 * (1 + np.abs(b).max(initial=0)))
     narrow = [read_only(x.astype(np.float32), layout) if i in varied else x for i, x in enumerate(inputs)]
@@ -94,9 +93,9 @@ def _check_op(op, inputs, varied, rng, tolerance, layout, settings):
         assert close(mine, g, 1e-12, 1e-12) and mine.flags.writeable and not np.shares_memory(mine, u)
 
 
-def check_model(loss, parameters, rng, tolerance=1e-6, h=1e-5):
+def check_model(loss, parameters, rng):
     """Check `backward(loss())` for all `parameters` at once along a random direction in float64."""
-    gradients = backward(loss())
+    gradients, h = backward(loss()), 1e-5
     directions, originals, values = [rng.standard_normal(p.shape) for p in parameters], [p.data for p in parameters], []
     exact = sum(float((gradients[p] * v).sum()) for p, v in zip(parameters, directions))
     scale = sum(float(np.abs(gradients[p] * v).sum()) for p, v in zip(parameters, directions))
@@ -105,5 +104,5 @@ def check_model(loss, parameters, rng, tolerance=1e-6, h=1e-5):
             p.data = original + s * h * v if s else original
         values += [loss().item()] if s else []
     numeric = (values[0] - values[1]) / (2 * h)
-    assert abs(numeric - exact) <= tolerance * max(1e-3, scale), f"{exact} but numerically {numeric}"
+    assert abs(numeric - exact) <= 1e-6 * max(1e-3, scale), f"{exact} but numerically {numeric}"
     return gradients
