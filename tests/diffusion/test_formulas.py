@@ -74,8 +74,8 @@ KNOWN = [  # schedule, T, settings, one of its tables, where in it, values, thei
       for tau in (0.5, 2, 3)],
     ("sigmoid", 4, dict(tau=0.9), "alpha_bar", BUT_LAST, [0.866370, 0.5, 0.133630], None),
     ("sigmoid", 4, dict(start=0, tau=0.3), "alpha_bar", BUT_LAST, [0.151639, 0.013296, 0.001015], None),
-    *[("sigmoid", 1000, {}, "beta", at, value, error)
-      for at, value, error in ((0, 3.003e-4, 2e-4), (-2, 0.5014, 1e-4), (-1, 0.999, 1e-15))],
+    *[("sigmoid", 1000, {}, "beta", t, value, error)
+      for t, value, error in ((0, 3.003e-4, 2e-4), (-2, 0.5014, 1e-4), (-1, 0.999, 1e-15))],
     ("sigmoid", 1000, {}, "alpha_bar", -1, 3.0e-7, 0.02),
     ("quadratic", 3, dict(beta_start=0.01, beta_end=0.09), "beta", ALL, [0.01, 0.04, 0.09], 1e-12),
     ("quadratic", 1000, {}, "beta", ALL, (0.01 + (math.sqrt(0.02) - 0.01) * np.arange(1000) / 999) ** 2, 1e-9),
