@@ -2,40 +2,33 @@
 NVRTC from the wheel nvidia-cuda-nvrtc-cu12, which needs no GPU. (CUDA 13 no longer knows Volta.)"""
 
 import ctypes
-import importlib
-import pathlib
 import re
 import sys
-from unittest import mock
+from pathlib import Path
 
 import numpy as np
 import pytest
+from test_twins import PACKAGE, cuda_without_cupy
 
-import tinyddpm
-
-FOLDER = pathlib.Path(tinyddpm.__file__).parent / "speed" / "kernels"
+FOLDER = PACKAGE / "speed" / "kernels"
 ARCHITECTURES = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_89", "sm_90"]
 KERNELS = [("convolution", "int16")]  # int16: the numbers of a narrow precision
 KERNELS += [(file, dtype) for file in ("convolution", "group_norm", "softmax") for dtype in ("float32", "float64")]
-IMPORTED = ["cupy", "cupy.cublas", "cupy_backends.cuda.libs", "cupyx.scipy.special"]
 
 
 @pytest.fixture(scope="module")
 def nvrtc():
     for folder in sys.path:
-        for library in pathlib.Path(folder).glob("nvidia/cuda_nvrtc/lib/libnvrtc.so.12"):
+        for library in Path(folder).glob("nvidia/cuda_nvrtc/lib/libnvrtc.so.12"):
             return ctypes.CDLL(str(library))
     pytest.skip("needs NVRTC: pip install nvidia-cuda-nvrtc-cu12")
 
 
 @pytest.fixture(scope="module")
 def source():
-    """The function that returns what cuda.py gives CuPy to compile, with something else in CuPy's place."""
-    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in IMPORTED}):
-        sys.modules.pop("tinyddpm.speed.cuda", None)
-        cuda = importlib.import_module("tinyddpm.speed.cuda")
+    """The function that returns what cuda.py gives CuPy to compile."""
+    cuda = cuda_without_cupy()
     cuda.cupy.RawKernel = lambda source, name: source
-    del tinyddpm.speed.cuda
     return lambda file, name, dtype: cuda.kernel(file, name, np.dtype(dtype))
 
 

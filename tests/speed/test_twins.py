@@ -1,13 +1,14 @@
 """Every twin has the name and the arguments of the plain function that it stands in for; on a CPU it computes the same.
 
-What the others, CuPy's, compute, test_cuda.py tests; here speed/cuda.py is only read, so that CuPy is not needed.
+What the others, CuPy's, compute, test_cuda.py tests; here CuPy is not needed.
 """
 
-import ast
-import functools
 import importlib
+import inspect
 import math
 import pathlib
+import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,82 +23,52 @@ from tinyddpm.autograd.functional import column_sums
 from tinyddpm.autograd.fused import normalise
 from tinyddpm.backend import paired
 from tinyddpm.speed import cpu
-from tinyddpm.speed.workers import worker_processes
+from tinyddpm.speed.workers import is_shared
 from tinyddpm.training.optim import adam_update, ema_update, new_vector
 
 PACKAGE = pathlib.Path(tinyddpm.__file__).parent
 
 
-def functions(path):
-    """The functions that a file of the package defines, by name, as they are parsed."""
-    tree = ast.parse(path.read_text())
-    return {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+def cuda_without_cupy():
+    """The module speed/cuda.py, for the caller alone, with something else in CuPy's place."""
+    cupy = ["cupy", "cupy.cublas", "cupy_backends.cuda.libs", "cupyx.scipy.special"]
+    with mock.patch.dict(sys.modules, {name: mock.MagicMock() for name in cupy}):
+        sys.modules.pop("tinyddpm.speed.cuda", None)
+        cuda = importlib.import_module("tinyddpm.speed.cuda")
+    del tinyddpm.speed.cuda
+    return cuda
 
 
-@functools.cache
 def paired_functions():
-    """What stands under `@paired`, by name: file and function."""
-    found = {}
-    for path in sorted(path for path in PACKAGE.rglob("*.py") if "@paired" in path.read_text()):
-        for name, function in functions(path).items():
-            if "paired" in map(ast.unparse, function.decorator_list):
-                assert name not in found, f"{name}: {path} and {found[name][0]}; twins are found by name"
-                found[name] = path, function
+    """What stands under `@paired`, wherever in the package."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        if "\n@paired\n" in path.read_text():
+            module = importlib.import_module(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
+            functions = [getattr(f, "raw", f) for f in vars(module).values()]  # of an op, the function on arrays
+            found += [f for f in functions if hasattr(f, "plain") and f.__module__ == module.__name__]
     return found
 
 
-@functools.cache
-def twins(kind):
-    """What TWINS in speed/`kind`.py names: {name: the function, or None if it comes from another package}."""
-    path = PACKAGE / "speed" / f"{kind}.py"
-    body, found = ast.parse(path.read_text()).body, functions(path)
-    for node in body:
-        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
-            of_sibling = functions(PACKAGE / "speed" / f"{node.module}.py")
-            found |= {alias.name: of_sibling[alias.name] for alias in node.names if alias.name in of_sibling}
-    (table,) = (node.value for node in body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TWINS")
-    names = {key.value: value.id for key, value in zip(table.keys, table.values, strict=True)}
-    assert list(names) == list(names.values()) == sorted(names)
-    return {name: found.get(name) for name in names}
+PAIRED = {f.__name__: f for f in paired_functions()}
+TWINS = {"cpu": cpu.TWINS, "cuda": cuda_without_cupy().TWINS}
+OURS = [(kind, name) for kind in TWINS for name in TWINS[kind] if name != "erfc"]  # CuPy's; `normal_cdf` is tested with
 
 
-def arguments(function):
-    """Those that a parsed function takes, as they are written, but without their types."""
-    for node in ast.walk(function.args):
-        if isinstance(node, ast.arg):
-            node.annotation = None
-    return ast.unparse(function.args)
+def test_what_is_paired_stands_in_a_room_that_is_to_be_read_under_a_name_of_its_own_and_has_a_twin():
+    assert {f.__module__.split(".")[1] for f in paired_functions()} <= {"autograd", "network", "diffusion", "training"}
+    assert len(PAIRED) == len(paired_functions()) > 10
+    assert set(PAIRED) == {*TWINS["cpu"], *TWINS["cuda"]} and set(TWINS["cpu"]) < {*TWINS["cuda"], "new_vector"}
+    assert all(list(twins) == sorted(twins) for twins in TWINS.values())
 
 
-def test_every_paired_function_stands_in_a_room_that_is_to_be_read_and_is_found_there():
-    for name, (path, _) in paired_functions().items():
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        function = getattr(importlib.import_module(".".join(["tinyddpm", *parts])), name)
-        function = getattr(function, "raw", function)  # of an op, the function on arrays
-        assert function.__name__ == function.plain.__name__ == name and function.plain is not function
-        assert parts[0] in ("autograd", "network", "diffusion", "training")
-
-
-def test_every_paired_function_has_a_twin_and_every_twin_is_one_of_a_paired_function():
-    on_cpu, on_cuda = set(twins("cpu")), set(twins("cuda"))
-    assert set(paired_functions()) == on_cpu | on_cuda
-    assert {"column_sums", "normalise", "convolve", "adam_update"} < on_cpu < on_cuda | {"new_vector"}
-
-
-def test_the_table_that_is_parsed_is_the_one_that_is_used():
-    assert list(cpu.TWINS) == list(twins("cpu")) and all(f.__name__ == name for name, f in cpu.TWINS.items())
-    assert not any(hasattr(f, "plain") for f in cpu.TWINS.values())  # or a paired function would be its own twin
-
-
-@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in ("cpu", "cuda") for name in twins(kind)])
+@pytest.mark.parametrize(("kind", "name"), OURS)
 def test_a_twin_takes_the_same_arguments_at_least(kind, name):
-    twin = twins(kind)[name]
-    if twin is None:
-        assert (kind, name) == ("cuda", "erfc")  # CuPy's, which `normal_cdf` is tested with
-        return
-    taken, its = arguments(paired_functions()[name][1]), arguments(twin)
-    assert f"{its}, ".startswith(f"{taken}, ")
-    assert all("=" in more for more in its.removeprefix(taken).split(", ")[1:])  # for nobody gives it more
+    plain, twin = PAIRED[name].plain, TWINS[kind][name]
+    assert twin.__name__ == name and not hasattr(twin, "plain")  # or a paired function would be its own twin
+    taken, its = ([p.replace(annotation=None) for p in inspect.signature(f).parameters.values()] for f in (plain, twin))
+    assert its[: len(taken)] == taken
+    assert all(p.default is not p.empty for p in its[len(taken) :])  # for nobody gives it more
 
 
 # what they compute: on drawn numbers, as they come and otherwise in memory, the same as the plain functions
@@ -169,15 +140,8 @@ def test_ema_update(dtype, seed, size, d):
 def test_new_vector(dtype, size):
     p = read_only(np.zeros((3, 2), dtype))
     ours, plain = cpu.new_vector(p, size), new_vector.plain(p, size)
-    assert type(ours) is type(plain) is np.ndarray and ours.shape == plain.shape == (size,)
+    assert type(ours) is type(plain) is np.ndarray and ours.shape == plain.shape == (size,) and is_shared(ours)
     assert ours.dtype == plain.dtype == np.dtype(dtype) and ours.flags.writeable and ours.flags.c_contiguous
-
-
-def test_new_vectors_are_shared_with_processes_that_begin_later():
-    ours = cpu.new_vector(np.zeros(1), 3)
-    with worker_processes(lambda i: ours.__setitem__(i, i), 2) as run:
-        list(run(range(3)))
-    assert ours.tolist() == [0, 1, 2]
 
 
 def test_a_paired_function_of_an_array_is_its_twin(monkeypatch):
