@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_training import IMAGES, TINY, Lazy, UNet, training
 
-from tinyddpm import load_model
 from tinyddpm.speed.ranks import Ranks
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "mnist_ddpm.py"
@@ -183,24 +182,20 @@ def raises(ranks, folder):
                 raise LookupError("what was wrong")
 
 
-def start(n, *what):
+def process(n, *what):
+    """What `subprocess` has to know of a function of this file, or of the example, on n ranks."""
     pytest.importorskip("mpi4py")
     if not MPIEXEC.exists():
         pytest.skip("there is no mpiexec beside this python")
-    command = list(map(str, [MPIEXEC, "-n", n, sys.executable, *what]))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    settings = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    settings["env"] = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return dict(args=list(map(str, [MPIEXEC, "-n", n, sys.executable, *what])), **settings)
 
 
 def mpiexec(n, *what, timeout=120):
-    """Run a function of this file, or the example, on n ranks; return status, stdout and stderr."""
-    with start(n, *what) as process:
-        try:
-            said = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-    return process.returncode, *said
+    """Status, stdout and stderr of such."""
+    result = subprocess.run(**process(n, *what), timeout=timeout)
+    return result.returncode, result.stdout, result.stderr
 
 
 @pytest.fixture(scope="module")
@@ -234,8 +229,7 @@ class TestWithoutMPI:
         ranks.size = size
         for ranks.rank in range(size):
             shares.append(list(ranks.share(range(count))))
-        assert sum(shares, []) == list(range(count))
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert sum(shares, []) == list(range(count)) and max(map(len, shares)) - min(map(len, shares)) <= 1
 
     def test_there_is_one_rank(self):
         ranks, vector = Ranks(), np.arange(3.0)
@@ -247,9 +241,8 @@ class TestWithoutMPI:
 
     def test_what_is_missing_is_named(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "mpi4py", None)
-        with pytest.raises(
-            RuntimeError, match=r"mpi: .*mpi4py.*; pip install 'tinyddpm\[mpi\]' brings mpi4py and an MPI"
-        ):
+        message = r"mpi: .*mpi4py.*; pip install 'tinyddpm\[mpi\]' brings mpi4py and an MPI"
+        with pytest.raises(RuntimeError, match=message):
             Ranks(True)
 
 
@@ -263,31 +256,28 @@ def alone(*options):
 class TestExample:
     def test_it_trains_on_two_ranks_and_one_of_them_writes(self, tmp_path):
         folders = one, two = tmp_path / "one", tmp_path / "two"
+        alone(*OPTIONS, "--workers=1", f"--out={one}")
         status, stdout, stderr = mpiexec(2, EXAMPLE, *OPTIONS, "--mpi", f"--out={two}")
         assert status == 0 and "2 ranks of 1 worker, BLAS" in stdout and stdout.count("parameters") == 1, stderr
         # one bar begins; how often it says that it is through depends on the time
         assert stdout.count("done in") == 1 and stderr.count("| 0/10 [") == 1
-        alone(*OPTIONS, "--workers=1", f"--out={one}")
         assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
         losses = (np.loadtxt(f / "metrics.csv", delimiter=",", skiprows=1, usecols=(0, 1, 2, 3)) for f in folders)
         np.testing.assert_allclose(*losses, rtol=1e-5)
-        weights, others = (load_model(f / "model.safetensors")[0].state_dict() for f in folders)
-        for name, w in weights.items():
-            np.testing.assert_allclose(others[name], w, atol=2e-5, err_msg=name)
-        picture, other = (np.asarray(Image.open(f / "samples.png"), int) for f in folders)
-        assert np.abs(picture - other).max() <= 3
+        pictures = [np.asarray(Image.open(f / "samples.png"), int) for f in folders]
+        assert np.abs(pictures[0] - pictures[1]).max() <= 3
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
     def test_ctrl_c_ends_it_politely_and_it_goes_on_at_another_number_of_ranks(self, tmp_path, number):
         options = [*OPTIONS, "--steps=40", "--sample-every=1000", "--samples=1", "--mpi", f"--out={tmp_path}"]
-        with start(2, EXAMPLE, *options) as process:
-            while not (tmp_path / "metrics.csv").exists() and process.poll() is None:  # until the first step is done
+        with subprocess.Popen(**process(2, EXAMPLE, *options)) as job:
+            while not (tmp_path / "metrics.csv").exists() and job.poll() is None:  # until the first step is done
                 time.sleep(0.02)
-            process.send_signal(number)
-            stdout, stderr = process.communicate(timeout=60)
+            job.send_signal(number)
+            stdout, stderr = job.communicate(timeout=60)
         assert "what was trained is saved and sampled in a moment" in stderr
         (steps,) = re.findall(r"trained  (\d+) steps", stdout)
-        assert process.returncode == 0 and "done in" in stdout and 1 <= int(steps) < 40, stderr
+        assert job.returncode == 0 and "done in" in stdout and 1 <= int(steps) < 40, stderr
         assert (tmp_path / "checkpoint.safetensors").exists() and (tmp_path / "samples.png").exists()
         if number == signal.SIGINT:
             assert "trained  40 steps" in alone("--resume", f"--out={tmp_path}")
@@ -301,17 +291,15 @@ class TestExample:
         (steps,) = re.findall(r"training ([\d,]+) steps, about 0.02 minutes", stdout)
         assert f"trained  {steps} steps" in stdout
 
-    def test_without_the_option_it_is_refused(self, tmp_path):
-        status, _, stderr = mpiexec(2, EXAMPLE, *OPTIONS, f"--out={tmp_path}")
-        assert status != 0 and not list(tmp_path.iterdir())
-        assert "--mpi is missing: mpiexec started 2 processes, which would all do the same" in stderr
-
-    def test_what_is_not_finite_ends_all(self, tmp_path):
-        options = [*OPTIONS, "--lr=1e9", "--steps=200", "--sample-every=999", "--mpi", f"--out={tmp_path}"]
-        status, _, stderr = mpiexec(2, EXAMPLE, *options)
-        assert status != 0 and "Traceback" not in stderr
-        message = r"which ends the job: mnist_ddpm.py: step \d+: (the loss is|it has left numbers in)"
-        assert re.search(message, stderr)
+    @pytest.mark.parametrize(("options", "message"), [
+        ([], "--mpi is missing: mpiexec started 2 processes, which would all do the same"),
+        (["--lr=1e9", "--steps=200", "--sample-every=999", "--mpi"],
+         r"which ends the job: mnist_ddpm.py: step \d+: (the loss is|it has left numbers in)"),
+    ])  # fmt: skip
+    def test_what_is_wrong_ends_all_and_is_said(self, tmp_path, options, message):
+        status, _, stderr = mpiexec(2, EXAMPLE, *OPTIONS, *options, f"--out={tmp_path}")
+        assert status != 0 and re.search(message, stderr) and "Traceback" not in stderr
+        assert options or not list(tmp_path.iterdir())
 
 
 if __name__ == "__main__":
