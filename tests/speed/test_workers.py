@@ -4,6 +4,7 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -36,14 +37,9 @@ def none_is_left(before):
     return threading.active_count() == before and not multiprocessing.active_children()
 
 
-def test_names_and_counts():
-    assert blas_name()
-    if hasattr(os, "sched_getaffinity"):
-        assert cpu_count() == len(os.sched_getaffinity(0))
-    for workers in (worker_threads, lambda count: worker_processes(abs, count)):
-        for count in (0, -1, 1.5, "2"):
-            with pytest.raises(ValueError, match=f"workers: expected an integer >= 1, got {count!r}"), workers(count):
-                pass
+@on_linux
+def test_what_there_is():
+    assert blas_name() and cpu_count() == len(os.sched_getaffinity(0))
 
 
 @ways
@@ -197,30 +193,20 @@ class TestProcesses:
 
     def test_they_do_not_outlive_a_killed_parent(self):
         read, write = os.pipe()
+        works = lambda i: os.write(write, b"!") and time.sleep(60) or os._exit(1)
 
         def trains():
-            with worker_processes(
-                lambda i: os.write(write, f"{os.getpid():9}".encode()) and time.sleep(60) or os._exit(1), 2
-            ) as run:
+            with worker_processes(works, 2) as run:
                 list(run(range(2)))
 
         parent = FORK.Process(target=trains)
         parent.start()
         os.close(write)
-        workers = [int(os.read(read, 9)) for _ in range(2)]
+        assert [os.read(read, 1), os.read(read, 1)] == [b"!", b"!"]
         parent.kill()
         parent.join()
-
-        def running(pid):
-            try:
-                return "State:\tZ" not in open(f"/proc/{pid}/status").read()
-            except (FileNotFoundError, ProcessLookupError):
-                return False
-
-        deadline = time.monotonic() + 30
-        while any(map(running, workers)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not any(map(running, workers))
+        assert select.select([read], [], [], 30)[0] and os.read(read, 1) == b"", "some hold their end of the pipe"
+        os.close(read)
 
 
 @contextlib.contextmanager
