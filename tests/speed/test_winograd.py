@@ -42,13 +42,6 @@ def all_direct(x, w, b, g):
     return conv.correlate(x, w, 1, ONE) + b, grad_x, grad_w, g.sum((0, 1, 2))
 
 
-def errors(ours, exact):
-    """Of each result the largest, as a share of the largest value."""
-    for a, e in zip(ours, exact, strict=True):
-        assert a.dtype == np.float32 and a.shape == e.shape
-    return np.array([np.abs(a - e).max() / np.abs(e).max() for a, e in zip(ours, exact, strict=True)])
-
-
 @pytest.mark.parametrize("size", [1, 4, 7, 14, 4 * BAND, 4 * BAND + 1, 28, 100])
 def test_bands_cover_all_rows_and_no_more(size):
     assert np.concatenate([np.arange(size)[band.outputs] for band in bands(size)]).tolist() == list(range(size))
@@ -69,7 +62,7 @@ def test_it_equals_direct_sums_for_images_of_any_size(shape, seed, layout):
     scale = lambda image, filters: 2e-6 * np.abs(image).max() * np.abs(filters).sum((0, 1, 2)).max()
     limits = scale(x64, w64), scale(g64, w64.swapaxes(2, 3)), scale(x64, g64), scale(np.ones(1), g64)
     for a, e, limit in zip(ours, exact, limits, strict=True):
-        assert a.dtype == np.float32 and np.abs(a - e).max() <= limit
+        assert a.dtype == np.float32 and a.shape == e.shape and np.abs(a - e).max() <= limit
     np.testing.assert_allclose(conv3x3(x, w, None)[0], ours[0] - b, atol=limits[0])
 
 
@@ -77,8 +70,9 @@ def test_it_equals_direct_sums_for_images_of_any_size(shape, seed, layout):
 def test_its_error_is_as_stated(shape):
     """On random images and filters, forward and gradients within 1e-5 of the largest value, 20 times direct sums'."""
     narrow, wide = drawn(shape)
-    exact = all_direct(*wide)
-    ours, direct = errors(all_of(*narrow), exact), errors([a.astype(np.float32) for a in all_direct(*narrow)], exact)
+    exact, direct = all_direct(*wide), [a.astype(np.float32) for a in all_direct(*narrow)]
+    largest = lambda results: np.array([np.abs(a - e).max() / np.abs(e).max() for a, e in zip(results, exact)])
+    ours, direct = largest(all_of(*narrow)), largest(direct)
     assert (ours < 1e-5).all() and (ours < 20 * direct)[:3].all(), (ours, direct)
 
 
@@ -94,25 +88,19 @@ def test_a_nan_stays_in_its_image():
 IMAGES = (2, 8, 8, 8)
 
 
-@pytest.mark.parametrize(
-    ("used", "shape", "O", "change"),
-    [
-        (True, IMAGES, 8, {}), (True, (2, 8, 8, 16), 9, {"padding": ONE}), (True, IMAGES, 8, {"padding": [[1, 1]] * 2}),
-        (True, IMAGES, 8, {"padding": np.ones((2, 2), int)}), (False, IMAGES, 8, {"dtype": "float64"}),
-        (False, (2, 8, 8, 7), 8, {}), (False, IMAGES, 7, {}),
-        (False, (1, 8, 15, 8), 8, {}), (True, (1, 8, 16, 8), 8, {}),  # too few pixels, and enough
-        (False, IMAGES, 8, {"stride": 2}), (False, IMAGES, 8, {"padding": 0}),
-        (False, IMAGES, 8, {"padding": ((0, 1), (1, 1))}), (False, IMAGES, 8, {"kernel": (3, 1)}),
-        (False, IMAGES, 8, {"kernel": (1, 1)}),
-    ],
-)  # fmt: skip
-def test_where_conv2d_uses_it(used, shape, O, change, monkeypatch):
-    settings = {"padding": 1, "kernel": (3, 3), "dtype": "float32"} | change
-    kernel, dtype, rng = settings.pop("kernel"), settings.pop("dtype"), np.random.default_rng(0)
-    x, w, b = (Parameter(rng.standard_normal(s).astype(dtype)) for s in (shape, (*kernel, shape[3], O), (O,)))
-    calls, real = [], winograd.conv3x3
-    monkeypatch.setattr(winograd, "conv3x3", lambda *a: calls.append(a) or real(*a))
-    conv2d(x, w, b, **settings)
+@pytest.mark.parametrize(("used", "shape", "O", "change"), [
+    (True, IMAGES, 8, {}), (True, (2, 8, 8, 16), 9, {"padding": ONE}), (True, IMAGES, 8, {"padding": [[1, 1]] * 2}),
+    (True, IMAGES, 8, {"padding": np.ones((2, 2), int)}), (False, IMAGES, 8, {"dtype": "float64"}),
+    (False, (2, 8, 8, 7), 8, {}), (False, IMAGES, 7, {}),
+    (False, (1, 8, 15, 8), 8, {}), (True, (1, 8, 16, 8), 8, {}),  # too few pixels, and enough
+    (False, IMAGES, 8, {"stride": 2}), (False, IMAGES, 8, {"padding": 0}),
+    (False, IMAGES, 8, {"padding": ((0, 1), (1, 1))}), (False, IMAGES, 8, {"kernel": (3, 1)}),
+    (False, IMAGES, 8, {"kernel": (1, 1)}),
+])  # fmt: skip
+def test_where_conv2d_uses_it(used, shape, O, change, recorded):
+    settings, calls = {"padding": 1, "kernel": (3, 3), "dtype": "float32"} | change, recorded(winograd, "conv3x3")
+    kernel, dtype = settings.pop("kernel"), settings.pop("dtype")
+    conv2d(*(np.ones(s, dtype) for s in (shape, (*kernel, shape[3], O), O)), **settings)
     assert len(calls) == used
 
 
