@@ -28,7 +28,6 @@ that it has been tried with.
 
 import functools
 import importlib.metadata
-import importlib.util
 import os
 import shutil
 import sys
@@ -37,8 +36,6 @@ from types import ModuleType
 
 from . import building, capsules, devices, kernels, libraries, sorting
 from .counting import counts
-
-__all__ = ["CUPY_VERSION", "counts", "install", "reason_why_not"]
 
 CUPY_VERSION = "14.2.0"
 WHEELS = ("cupy-cuda13x", "cupy-cuda12x")
@@ -51,21 +48,13 @@ def reason_why_not() -> str | None:
         return "cupy has been imported already"
     if not sys.platform.startswith("linux"):
         return "works on Linux only"
-    versions = [version for version in map(installed_version, WHEELS) if version]
-    if not versions or importlib.util.find_spec("cupy_backends") is None:
+    versions = {wheel.name: wheel.version for wheel in importlib.metadata.distributions() if wheel.name in WHEELS}
+    if not versions:
         return f"none of {' or '.join(WHEELS)} is installed"
-    if versions != [CUPY_VERSION]:
-        return f"made for CuPy {CUPY_VERSION}, not {' and '.join(versions)}"
+    if list(versions.values()) != [CUPY_VERSION]:
+        return f"made for CuPy {CUPY_VERSION}, not {' and '.join(versions.values())}"
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     return f"needs {' and '.join(missing)}" if missing else None
-
-
-def installed_version(distribution: str) -> str | None:
-    """Return the version of an installed distribution, None if there is none of that name."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def install(numbers: bool) -> ModuleType:

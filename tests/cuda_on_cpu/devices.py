@@ -2,7 +2,6 @@
 
 import bisect
 import ctypes
-import functools
 import itertools
 import threading
 
@@ -15,17 +14,12 @@ ATTRIBUTES = {75: 9, 76: 0}  # by cudaDevAttr: the same major and minor
 OUT_OF_MEMORY, INVALID_DEVICE = 2, 101  # cudaError_t
 DRIVER_ERRORS = {1: "CUDA_ERROR_INVALID_VALUE: invalid argument", 500: "CUDA_ERROR_NOT_FOUND: named symbol not found"}
 COPY_KINDS = ("host to host", "host to device", "device to host", "device to device")  # by cudaMemcpyKind; 4: find out
-# All is done at once, so that nothing is ever under way; an event is any number
+# What is always answered. All is done at once, so that nothing is ever under way; an event is any number
 ANSWERS = {
-    "deviceCanAccessPeer": 0,
-    "eventCreateWithFlags": 1,
-    "eventDestroy": 0,
-    "eventElapsedTime": 0.001,
-    "eventQuery": 0,
-    "eventRecord": 0,
-    "streamIsCapturing": 0,
+    "getDeviceCount": DEVICES, "getDeviceProperties": PROPERTIES, "deviceCanAccessPeer": 0, "streamIsCapturing": 0,
+    "eventCreateWithFlags": 1, "eventDestroy": 0, "eventElapsedTime": 0.001, "eventQuery": 0, "eventRecord": 0,
     "_ensure_context": 0,
-}
+}  # fmt: skip
 WAITS = ("deviceSynchronize", "eventSynchronize", "streamSynchronize")
 
 _libc = ctypes.CDLL(None)
@@ -59,14 +53,8 @@ class Devices:
             raise self._runtime_error(INVALID_DEVICE)
         self._thread.device = device
 
-    def getDeviceCount(self):
-        return DEVICES
-
     def deviceGetAttribute(self, attribute, device):
         return ATTRIBUTES[attribute]
-
-    def getDeviceProperties(self, device):
-        return dict(PROPERTIES)
 
     def driverGetVersion(self):
         return self._version
@@ -120,9 +108,6 @@ class Devices:
         self._counts.copies[name] += 1
         self._counts.copied_bytes[name] += size
         ctypes.memmove(to, source, size)
-
-    def memcpyPeerAsync(self, to, to_device, source, source_device, size, stream):
-        self.memcpyAsync(to, source, size, 3, stream)
 
     def memsetAsync(self, address, value, size, stream):
         self._counts.memset += 1
@@ -186,16 +171,13 @@ class Devices:
 
     # ---- all of them ----
 
-    def _answer(self, result, *arguments):
-        return result
-
-    def _wait(self, name, *arguments):
+    def _wait(self, name):
         self._counts.synchronisations[name] += 1
         return 0
 
     def handlers(self):
         """Return the functions by their names."""
         public = [name for name in vars(Devices) if not name.startswith("_") and name not in ("checked", "handlers")]
-        waits = {name: functools.partial(self._wait, name) for name in WAITS}
-        answers = {name: functools.partial(self._answer, result) for name, result in ANSWERS.items()}
+        waits = {name: lambda *arguments, name=name: self._wait(name) for name in WAITS}
+        answers = {name: lambda *arguments, result=result: result for name, result in ANSWERS.items()}
         return {name: getattr(self, name) for name in public} | waits | answers
