@@ -124,13 +124,6 @@ class TestAhead:
                 assert next(results) == (10 * i if i != 3 else None) and len(asked) == min(9, i + 1 + 3)
             assert next(results, "the end") == "the end"
 
-    def test_an_exception_surfaces_at_its_place_and_the_threads_end(self):
-        before = threading.active_count()
-        with pytest.raises(ZeroDivisionError), ahead(lambda i: 1 / (2 - i), range(9), 3) as results:
-            assert [next(results), next(results)] == [0.5, 1.0]
-            next(results)
-        assert none_is_left(before)
-
     def test_who_stops_early_does_not_wait_for_the_rest(self, monkeypatch):
         monkeypatch.setattr("tinyddpm.speed.workers.cpu_count", lambda: 1)
         begun = []
