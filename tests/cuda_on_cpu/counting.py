@@ -45,9 +45,5 @@ class Counts:
     def in_use(self) -> int:
         return self.pool_in_use()
 
-    def handed_out(self) -> None:
-        """Note a new peak after the pool has handed out memory."""
-        self.peak_in_use = max(self.peak_in_use, self.in_use)
-
 
 counts = Counts()

@@ -40,8 +40,8 @@ class Devices:
         self._handles = itertools.count(0x1000)
         self._starts: list[int] = []  # of what is allocated, in order
         self._blocks: dict[int, tuple[int, int]] = {}  # by start: size and device
-        self._images: dict[int, kernels.Image] = {}
-        self._functions: dict[int, kernels.Function] = {}
+        self._images: dict[int, dict[str, kernels.Kernel]] = {}
+        self._functions: dict[int, tuple[kernels.Kernel, int]] = {}  # and the device that it is for
 
     # ---- devices ----
 
@@ -130,26 +130,25 @@ class Devices:
         del self._images[module]
 
     def moduleGetFunction(self, module, name):
-        image = self._images[module]
-        if name not in image.pointers:
+        if name not in self._images[module]:
             raise self._driver_error(500)
         handle = next(self._handles)
-        self._functions[handle] = kernels.get_function(image, name, self.getDevice())
+        self._functions[handle] = self._images[module][name], self.getDevice()
         return handle
 
     def launchKernel(self, function, gx, gy, gz, bx, by, bz, shared_bytes, stream, arguments, extra):
-        kernel, sizes = self._functions[function], (gx, gy, gz, bx, by, bz)
+        (kernel, device), sizes = self._functions[function], (gx, gy, gz, bx, by, bz)
         if 0 in sizes or bx * by * bz > 1024 or bz > 64 or max(gy, gz) > 65535 or gx > 2147483647:
             raise self._driver_error(1)
         if extra:
             raise NotImplementedError("cuda_on_cpu takes a kernel's arguments one by one, not in a buffer")
-        if kernel.device != self.getDevice():
-            raise RuntimeError(f"{kernel.name} was loaded on device {kernel.device}, which is not the current one")
+        if device != self.getDevice():
+            raise RuntimeError(f"{kernel.name} was loaded on device {device}, which is not the current one")
         slots = {i: ctypes.c_void_p.from_address(arguments + 8 * i).value for i in kernel.pointers}
         addresses = {i: ctypes.c_void_p.from_address(slot).value for i, slot in slots.items()}
         self._check_devices(kernel.name, {i: address for i, address in addresses.items() if address})
         self._counts.kernel_launches[kernel.name] += 1
-        if kernel.call is not None and kernel.call((ctypes.c_uint * 6)(*sizes), arguments):
+        if kernel.call is not None and kernel.call((ctypes.c_uint * 6)(*sizes), ctypes.c_void_p(arguments)):
             raise RuntimeError(f"{kernel.name}: the threads of a block wait for each other at different barriers")
 
     def _check_devices(self, name, addresses):

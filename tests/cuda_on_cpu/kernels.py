@@ -4,7 +4,7 @@ import ctypes
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from . import building
 
@@ -15,31 +15,23 @@ KERNEL = re.compile(
 )
 NEEDS_FIBERS = re.compile(r"__sync(threads|warp)|__shfl_|_sync\s*\(")
 PREFIX = b"cuda_on_cpu image "
-_images: list["Image"] = []
+_images: list[dict[str, "Kernel"]] = []  # of each compiled source its kernels by name, those that are extern "C"
 
 
-class Image(NamedTuple):
-    """One compiled source."""
-
-    compiled: ctypes.PyDLL | None  # None for the null device
-    pointers: dict[str, tuple[int, ...]]  # of each kernel: which of its parameters are pointers
-
-
-class Function(NamedTuple):
-    """A kernel ready to be launched on one device."""
-
+class Kernel(NamedTuple):
     name: str
-    device: int
-    pointers: tuple[int, ...]
-    call: Callable[[Any, int], int] | None
+    pointers: list[int]  # which of its parameters are
+    call: Callable | None  # None for the null device
 
 
 def compile_source(source: str, options: Sequence[str], numbers: bool) -> bytes:
     """Compile a source and return what CuPy will hand to `load`. Raises RuntimeError with what the compiler says."""
-    of_pointers = lambda parameters: tuple(i for i, p in enumerate(parameters.split(",")) if "*" in p)
-    pointers = {kernel["name"]: of_pointers(kernel["parameters"]) for kernel in KERNEL.finditer(source)}
-    library = load_library(source, tuple(options), tuple(pointers)) if numbers else None
-    _images.append(Image(library, pointers))
+    parameters = {found["name"]: found["parameters"].split(",") for found in KERNEL.finditer(source)}
+    library = load_library(source, tuple(options), tuple(parameters)) if numbers else None
+    kernel = lambda name, given: Kernel(
+        name, [i for i, p in enumerate(given) if "*" in p], library and getattr(library, f"launch_{name}")
+    )
+    _images.append({name: kernel(name, given) for name, given in parameters.items()})
     return PREFIX + str(len(_images) - 1).encode()
 
 
@@ -59,17 +51,8 @@ def load_library(source: str, options: tuple[str, ...], names: tuple[str, ...]) 
     return ctypes.PyDLL(str(building.shared_library("g++", "".join(text), ".cpp", first_flags=flags)))
 
 
-def load(image: bytes) -> Image:
+def load(image: bytes) -> dict[str, Kernel]:
     """Return what `compile_source` made."""
     if not image.startswith(PREFIX):
         raise NotImplementedError("cuda_on_cpu loads only what it has compiled itself, not cubins or PTX")
     return _images[int(image.removeprefix(PREFIX))]
-
-
-def get_function(image: Image, name: str, device: int) -> Function:
-    """Return a kernel by its name. Raises KeyError where there is none, as for one that is not extern "C"."""
-    pointers, call = image.pointers[name], None
-    if image.compiled is not None:
-        call = getattr(image.compiled, f"launch_{name}")
-        call.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
-    return Function(name, device, pointers, call)
