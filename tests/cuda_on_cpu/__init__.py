@@ -30,7 +30,6 @@ import importlib.metadata
 import os
 import shutil
 import sys
-from collections import Counter
 from types import ModuleType
 
 from . import building, capsules, devices, kernels, libraries, sorting
@@ -72,8 +71,7 @@ def install(numbers: bool) -> ModuleType:
 
     imitation = devices.Devices(counts, runtime, driver, numbers)
     capsules.replace([runtime, driver], imitation.handlers())
-    loaded = libraries.install(numbers)
-    counts.calls_of_libraries = lambda: sum((library.launching_calls() for library in loaded), Counter())
+    counts.calls_of_libraries = libraries.install(numbers)
 
     import cupy
     from cupy_backends.cuda.libs import cublas

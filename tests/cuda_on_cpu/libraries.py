@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from . import building
@@ -13,37 +14,31 @@ from . import building
 ADMINISTRATION = re.compile(r"cu(blas|rand)(Create|Destroy|Get|Set)")
 
 
-class Library:
-    """A library of which CuPy's module `name` needs functions, compiled from C.
+def load(name: str, implementation: str, numbers: bool, failure: int) -> Callable[[], Counter]:
+    """Load a library of which CuPy's module `name` needs functions, compiled from C; return what tells how often each
+    of those that give the device work has been called since the process began.
 
     `implementation` is C code with some of them; the others are added. With `numbers` these fail and say so on stderr,
     with `failure` as their status; else they count and return 0, "success".
     """
-
-    def __init__(self, name: str, implementation: str, numbers: bool, failure: int) -> None:
-        self.names, library_name = needed(name)
-        missing = [function for function in self.names if not re.search(rf"\b{function}\b", implementation)]
-        fail = f'fprintf(stderr, "cuda_on_cpu: %s is not emulated\\n", __func__); return {failure};'
-        stubs = [f"int {f}() {{ COUNT({f}); {fail if numbers else 'return 0;'} }}\n" for f in missing]
-        start = (
-            "#include <stdio.h>\n"
-            f"#define NUMBERS {int(numbers)}\n"
-            f"enum {{ {', '.join(f'index_{function}' for function in self.names)} }};\n"
-            f"long calls[{len(self.names)}];\n"
-            "#define COUNT(name) __atomic_add_fetch(&calls[index_##name], 1, __ATOMIC_RELAXED)\n"
-        )
-        versions = f"{library_name} {{ global: *; }};\n"
-        script = building.cached(f"{library_name}.map", lambda path: path.write_text(versions))
-        linking = f"-Wl,-soname,{library_name}", f"-Wl,--version-script={script}"
-        flags = "-O3", "-w", f"-I{building.HEADERS}", *linking
-        path = building.shared_library("gcc", "".join((start, implementation, *stubs)), ".c", flags)
-        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-        self.calls = (ctypes.c_long * len(self.names)).in_dll(library, "calls")
-
-    def launching_calls(self) -> "Counter[str]":
-        """How often each function that gives the device work has been called since the process began."""
-        called = zip(self.names, self.calls)
-        return Counter({name: count for name, count in called if count and not ADMINISTRATION.match(name)})
+    names, library_name = needed(name)
+    missing = [function for function in names if not re.search(rf"\b{function}\b", implementation)]
+    fail = f'fprintf(stderr, "cuda_on_cpu: %s is not emulated\\n", __func__); return {failure};'
+    stubs = [f"int {f}() {{ COUNT({f}); {fail if numbers else 'return 0;'} }}\n" for f in missing]
+    start = (
+        "#include <stdio.h>\n"
+        f"#define NUMBERS {int(numbers)}\n"
+        f"enum {{ {', '.join(f'index_{function}' for function in names)} }};\n"
+        f"long calls[{len(names)}];\n"
+        "#define COUNT(name) __atomic_add_fetch(&calls[index_##name], 1, __ATOMIC_RELAXED)\n"
+    )
+    versions = f"{library_name} {{ global: *; }};\n"
+    script = building.cached(f"{library_name}.map", lambda path: path.write_text(versions))
+    linking = f"-Wl,-soname,{library_name}", f"-Wl,--version-script={script}"
+    flags = "-O3", "-w", f"-I{building.HEADERS}", *linking
+    path = building.shared_library("gcc", "".join((start, implementation, *stubs)), ".c", flags)
+    calls = (ctypes.c_long * len(names)).in_dll(ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL), "calls")
+    return lambda: Counter({f: count for f, count in zip(names, calls) if count and not ADMINISTRATION.match(f)})
 
 
 def needed(name: str) -> tuple[list[str], str]:
@@ -56,13 +51,13 @@ def needed(name: str) -> tuple[list[str], str]:
     return [function for function, _ in found], found[0][1]
 
 
-def install(numbers: bool) -> list[Library]:
-    """Load both libraries, and CuPy's modules that need them.
+def install(numbers: bool) -> Callable[[], Counter]:
+    """Load both libraries, and CuPy's modules that need them; return what tells how often each function was called.
 
     CuPy would import these on their first use, but after a search for a toolkit's libraries, in vain.
     """
-    cublas = Library("cublas", (building.HERE / "cublas.c").read_text(), numbers, failure=15)
-    curand = Library("curand", "", numbers, failure=203)
+    of_cublas = load("cublas", (building.HERE / "cublas.c").read_text(), numbers, failure=15)
+    of_curand = load("curand", "", numbers, failure=203)
     for name in ("cublas", "curand"):
         importlib.import_module(f"cupy_backends.cuda.libs.{name}")
-    return [cublas, curand]
+    return lambda: of_cublas() + of_curand()
