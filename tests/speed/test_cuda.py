@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from ideal import moved
 from reference import rounded
 from strategies import SEEDS
+from tiny_training import TINY
 
 from tinyddpm import Diffusion, UNet, backward, load_digits, make_schedule, sample, train
 from tinyddpm.autograd import functional
@@ -39,7 +41,6 @@ pytestmark = pytest.mark.gpu
 ROOT = pathlib.Path(__file__).parents[2]
 
 FLOATS = st.sampled_from(["float32", "float64"])
-SMALL = {"channels": (4, 8), "blocks": 1, "attention": (False, True), "groups": 2}
 BITS = {"float32": 23, "tf32": 10, "bf16": 7, "fp16": 10}
 IN_FULL = ((1, 1), (1, 1))  # the padding of a 3x3 convolution
 
@@ -88,17 +89,9 @@ def close_op(f, *inputs, dtype, way="plain"):
         close(a, b, dtype, more=10)
 
 
-def awake(unet):
-    """The network with no weight left at zero."""
-    r = np.random.default_rng(0)
-    for p in unet.parameters():
-        p.data = (p.data + 0.1 * r.standard_normal(p.shape)).astype(p.dtype)
-    return unet
-
-
 def pair(**more):
     """Two networks alike, the second on a GPU."""
-    return [awake(UNet(**{**SMALL, **more})).to(device) for device in ("cpu", "cuda")]
+    return [moved(UNet(**TINY | more), by=0.05).to(device) for device in ("cpu", "cuda")]
 
 
 def digits(n, size=8):
@@ -231,15 +224,13 @@ def test_adam_clipping_and_average(dtype, weight_decay):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad):
-    gradient = np.append(np.ones(69_999, np.float32), np.float32(bad))
-    for device in ("cpu", "cuda"):
-        theta, sent = to_device(np.ones(70_000, np.float32), device), to_device(gradient.copy(), device)
-        adam = Adam(theta)
-        with np.errstate(invalid="ignore"):
-            clip_norm(sent, 1.0)
-        assert np.isnan(to_numpy(sent)).all()
-        adam.step(sent)
-        assert (to_numpy(theta) == 1).all() and not to_numpy(adam.m).any() and not to_numpy(adam.v).any()
+    theta, gradient = to_cuda(np.ones(70_000, np.float32)), to_cuda(np.append(np.ones(69_999), bad).astype(np.float32))
+    adam = Adam(theta)
+    with np.errstate(invalid="ignore"):
+        clip_norm(gradient, 1.0)
+    assert np.isnan(to_numpy(gradient)).all()
+    adam.step(gradient)
+    assert (to_numpy(theta) == 1).all() and not to_numpy(adam.m).any() and not to_numpy(adam.v).any()
 
 
 # ------------------------------------------------------------------------------------------------------------ precision
@@ -298,7 +289,7 @@ class Faint(Diffusion):
 ])  # fmt: skip
 def test_training_in_any_precision(precision, kind, tolerance):
     """Gradients of the loss as in float32, but for the bits of a product, also where they are too small for fp16."""
-    unet, twin = awake(UNet(**SMALL)), awake(UNet(**SMALL)).to("cuda", precision=precision)
+    unet, twin = moved(UNet(**TINY)), moved(UNet(**TINY)).to("cuda", precision=precision)
     assert twin.precision == twin.conv_in.precision == twin.middle_attention.attention.q.precision == precision
     diffusion, settings = kind(make_schedule("cosine", 6)), {"steps": 1, "batch": 32, "lr": 1e-30, "max_norm": 1e9}
     exact = next(train(unet, diffusion, digits(32), micro_batch=32, **settings))
@@ -424,7 +415,7 @@ def test_a_run_goes_on_to_the_bit_and_from_one_device_to_another(tmp_path):
     """On another device in the same micro-batches, and to rounding."""
 
     def run(device, steps, path):
-        unet = awake(UNet(**SMALL)).to(device)
+        unet = moved(UNet(**TINY)).to(device)
         states = train(unet, STEEP, digits(6), 10, batch=4, lr=1e-3, warmup_steps=0, resume=path, flip=True)
         *_, last = itertools.islice(states, steps)
         last.save(path)
@@ -580,7 +571,7 @@ def test_all_of_it_on_the_second_gpu(tmp_path):
     assert twin.to(dtype="float64").device == device and twin.to("cuda:0").device == "cuda:0"
     with on_device(device):  # what one calls oneself wants its device to be the current one
         x = to_device(digits(2), device)
-        assert device_of(SIMPLE.loss(awake(UNet(**SMALL)).to(device), x, np.random.default_rng(0)).data) == device
+        assert device_of(SIMPLE.loss(moved(UNet(**TINY)).to(device), x, np.random.default_rng(0)).data) == device
 
 
 # ------------------------------------------------------------------------------------------------ on a machine with one
@@ -619,7 +610,7 @@ def test_no_kernel_reads_or_writes_where_it_should_not(real, tool):
 
 @pytest.mark.parametrize("config", [{}, {"heads": 4, "attention": (False, True, True)}])
 def test_a_whole_step_of_the_default_network(real, config):
-    unet, twin = awake(UNet(**config)), awake(UNet(**config)).to("cuda")
+    unet, twin = moved(UNet(**config)), moved(UNet(**config)).to("cuda")
     close_losses(Diffusion(make_schedule("linear", 1000)), unet, twin, digits(64, 28), more=10)
 
 
