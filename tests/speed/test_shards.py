@@ -14,7 +14,7 @@ from tinyddpm.speed.shards import PIXELS, in_parts, shard_size, shards
 model = lambda x, t: x
 
 
-@given(count=st.integers(1, 300), h=st.integers(1, 600), w=st.integers(1, 600))
+@given(count=st.integers(1, 300), h=st.integers(1, 8) | st.integers(1, 600), w=st.integers(1, 600))
 def test_a_shard_is_a_quarter_or_of_few_pixels(count, h, w):
     n = shard_size(count, h, w)
     assert 1 <= n <= max(4, math.ceil(count / 4))
@@ -24,8 +24,6 @@ def test_a_shard_is_a_quarter_or_of_few_pixels(count, h, w):
 
 
 def test_shards():
-    sizes = {(64, 28): 16, (128, 28): 16, (64, 32): 16, (64, 64): 4, (8, 32): 4, (1, 32): 4, (21, 4): 6}
-    assert {(count, side): shard_size(count, side, side) for count, side in sizes} == sizes
     assert shards((70, 28, 28, 1), "cpu") == [slice(i, i + 16) for i in range(0, 70, 16)]
     assert shards((40, 28, 28, 1), "cuda") == [slice(0, 40)]
 

@@ -18,10 +18,8 @@ from hypothesis import strategies as st
 from strategies import SEEDS
 
 import tinyddpm
-from tinyddpm.autograd.conv import convolve
 from tinyddpm.autograd.functional import column_sums
 from tinyddpm.autograd.fused import normalise
-from tinyddpm.backend import paired
 from tinyddpm.speed import cpu
 from tinyddpm.speed.workers import is_shared
 from tinyddpm.training.optim import adam_update, ema_update, new_vector
@@ -142,12 +140,3 @@ def test_new_vector(dtype, size):
     ours, plain = cpu.new_vector(p, size), new_vector.plain(p, size)
     assert type(ours) is type(plain) is np.ndarray and ours.shape == plain.shape == (size,) and is_shared(ours)
     assert ours.dtype == plain.dtype == np.dtype(dtype) and ours.flags.writeable and ours.flags.c_contiguous
-
-
-def test_a_paired_function_of_an_array_is_its_twin(monkeypatch):
-    """Those above were called by hand."""
-    for function in (column_sums, normalise, convolve, adam_update, ema_update, new_vector):
-        monkeypatch.setitem(cpu.TWINS, function.__name__, lambda *inputs: ("twin", inputs))
-        x = np.zeros(2)
-        assert function(x, 1, 2) == ("twin", (x, 1, 2))
-    assert paired(lambda x: x)(x) is x  # what has none is itself
