@@ -9,6 +9,7 @@ import pathlib
 
 import numpy as np
 import pytest
+from ideal import moved
 from test_diffusers import Float64, nchw, nhwc
 
 from tinyddpm import Diffusion, Schedule, UNet, backward, load_diffusers, sample, save_diffusers
@@ -194,17 +195,6 @@ OURS = {
 }
 
 
-@pytest.fixture(scope="module", params=SCHEDULERS)
-def made_there(request, tmp_path_factory):
-    """A tiny pipeline of theirs, whose network has what the variance asks for, and what was loaded of it."""
-    scheduler, folder = diffusers.DDPMScheduler(**SCHEDULERS[request.param]), tmp_path_factory.mktemp("theirs")
-    config = blocks([], 1) | dict(block_out_channels=[8], norm_num_groups=4, layers_per_block=1, sample_size=4)
-    config |= dict(in_channels=1, out_channels=2 if "learned" in request.param else 1)
-    pipeline = diffusers.DDPMPipeline(their_unet(config), scheduler)
-    pipeline.save_pretrained(folder)
-    return pipeline, *load_diffusers(folder)
-
-
 def assert_same_pictures(monkeypatch, pipeline, unet, diffusion):
     """After all steps of DDPM, theirs by their pipeline, which draws the noise that `sample` draws."""
     streams = np.random.default_rng(0).spawn(2)
@@ -222,28 +212,28 @@ def assert_same_pictures(monkeypatch, pipeline, unet, diffusion):
     np.testing.assert_allclose((images / 2 + 0.5).clip(0, 1), expected, atol=1e-3)
 
 
-class TestEveryScheduler:
-    def test_the_whole_chain_of_their_pipeline(self, made_there, monkeypatch):
-        assert_same_pictures(monkeypatch, *made_there)
-
-    def test_it_comes_back_as_it_was(self, made_there, tmp_path):
-        pipeline, unet, diffusion = made_there
-        save_diffusers(tmp_path, unet, diffusion)
-        again = diffusers.DDPMScheduler.from_pretrained(tmp_path, subfolder="scheduler")
-        expected = {key: value for key, value in pipeline.scheduler.config.items() if key[0] != "_"}
-        if expected["variance_type"] == "fixed_small_log":
-            expected["variance_type"] = "fixed_small"  # which is the same
-        assert {key: again.config[key] for key in expected} == expected
-        assert torch.equal(again.betas, pipeline.scheduler.betas)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_what_was_made_there_runs_here_and_goes_back_as_it_was(name, tmp_path, monkeypatch):
+    config = blocks([], 1) | dict(block_out_channels=[8], norm_num_groups=4, layers_per_block=1, sample_size=4)
+    config |= dict(in_channels=1, out_channels=2 if "learned" in name else 1)
+    scheduler = diffusers.DDPMScheduler(**SCHEDULERS[name])
+    pipeline = diffusers.DDPMPipeline(their_unet(config), scheduler)
+    pipeline.save_pretrained(tmp_path / "theirs")
+    unet, diffusion = load_diffusers(tmp_path / "theirs")
+    assert_same_pictures(monkeypatch, pipeline, unet, diffusion)
+    save_diffusers(tmp_path / "ours", unet, diffusion)
+    again = diffusers.DDPMScheduler.from_pretrained(tmp_path / "ours", subfolder="scheduler")
+    expected = {key: value for key, value in scheduler.config.items() if key[0] != "_"}
+    if expected["variance_type"] == "fixed_small_log":
+        expected["variance_type"] = "fixed_small"  # which is the same
+    assert {key: again.config[key] for key in expected} == expected and torch.equal(again.betas, scheduler.betas)
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_their_pipeline_runs_what_was_made_here(name, tmp_path, monkeypatch):
-    diffusion, rng = OURS[name], np.random.default_rng(0)
+def test_what_was_made_here_runs_there(name, tmp_path, monkeypatch):
+    diffusion = OURS[name]
     outputs = 2 if diffusion.variance == "learned_range" else 1
-    unet = UNet(1, outputs, (8,), 1, (True,), groups=4, head_channels=4, image_size=4)
-    for p in unet.parameters():
-        p.data += (0.1 * rng.standard_normal(p.shape)).astype(np.float32)
+    unet = moved(UNet(1, outputs, (8,), 1, (True,), groups=4, head_channels=4, image_size=4))
     save_diffusers(tmp_path, unet, diffusion)
     assert_same_pictures(monkeypatch, diffusers.DDPMPipeline.from_pretrained(tmp_path), unet, diffusion)
 
