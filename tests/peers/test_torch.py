@@ -8,11 +8,11 @@ import pytest
 import reference
 from hypothesis import given
 from hypothesis import strategies as st
-from ops import NAMES, OPS, a_unet
+from ops import NAMES, OPS, SHAPES, a_unet
 from strategies import SEEDS
 
 from tinyddpm import backward
-from tinyddpm.autograd import tensor
+from tinyddpm.autograd import functional, tensor
 from tinyddpm.network.nn import Module
 from tinyddpm.training.optim import Adam
 
@@ -76,6 +76,13 @@ def test_ops(row, theirs, data):
 def test_unet(drawn):
     unet, inputs, settings = drawn
     agree(unet, functools.partial(reference.unet, TORCH), *inputs, **settings)
+
+
+@given(shape=SHAPES, p=st.sampled_from([0, 0.1, 0.5]), seed=st.integers(0, 99))
+def test_dropout(shape, p, seed):
+    ours = lambda x: functional.dropout(x, p, np.random.default_rng(seed))
+    kept = torch.tensor(tensor.as_array(ours(np.ones(shape))) > 0)
+    agree(ours, lambda x: x * kept / (1 - p), np.random.default_rng(seed).standard_normal(shape))
 
 
 @given(dtype=st.sampled_from(["float32", "float64"]), size=st.integers(1, 9), seed=SEEDS,
