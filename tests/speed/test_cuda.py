@@ -224,13 +224,14 @@ def test_adam_clipping_and_average(dtype, weight_decay):
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(bad):
-    theta, gradient = to_cuda(np.ones(70_000, np.float32)), to_cuda(np.append(np.ones(69_999), bad).astype(np.float32))
-    adam = Adam(theta)
-    with np.errstate(invalid="ignore"):
-        clip_norm(gradient, 1.0)
-    assert np.isnan(to_numpy(gradient)).all()
-    adam.step(gradient)
-    assert (to_numpy(theta) == 1).all() and not to_numpy(adam.m).any() and not to_numpy(adam.v).any()
+    for device in ("cpu", "cuda"):
+        theta, gradient = to_device(np.ones(70_000, np.float32), device), np.append(np.ones(69_999), bad)
+        adam, gradient = Adam(theta), to_device(gradient.astype(np.float32), device)
+        with np.errstate(invalid="ignore"):
+            clip_norm(gradient, 1.0)
+        assert np.isnan(to_numpy(gradient)).all()
+        adam.step(gradient)
+        assert (to_numpy(theta) == 1).all() and not to_numpy(adam.m).any() and not to_numpy(adam.v).any()
 
 
 # ------------------------------------------------------------------------------------------------------------ precision
