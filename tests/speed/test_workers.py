@@ -37,9 +37,10 @@ def none_is_left(before):
     return threading.active_count() == before and not multiprocessing.active_children()
 
 
-@on_linux
 def test_what_there_is():
-    assert blas_name() and cpu_count() == len(os.sched_getaffinity(0))
+    assert blas_name()
+    if hasattr(os, "sched_getaffinity"):
+        assert cpu_count() == len(os.sched_getaffinity(0))
 
 
 @ways
