@@ -41,7 +41,7 @@ MUTATED = "autograd network diffusion training files exchange speed/winograd.py 
 OPTIONS = "-p no:cacheprovider -p no:terminal --assert=plain --hypothesis-profile=no_shrinking".split()
 OPTIONS += ["--ignore=tests/examples", "--ignore=tests/test_readme.py"]  # about examples and pages
 ENOUGH = 30  # seconds that the tests take which a mutant meets: if there are more, the likeliest to fail
-LONGEST = 300  # seconds that they may take with it: one that hangs is noticed
+PATIENCE = 30  # seconds, and ten times what they take without it, that they may take with it: one that hangs is noticed
 SURVIVED, NOTICED, ANEW = range(3)  # exit statuses of a fork: the last, if it has to be imported anew
 processes = multiprocessing.get_context("fork")
 Mutant = collections.namedtuple("Mutant", "file line change source")
@@ -119,8 +119,11 @@ class Selection:
         spent = itertools.accumulate(self.seconds[test] for test in tests)
         return [test for test, seconds in zip(tests, spent) if seconds < ENOUGH]
 
+    def longest(self, tests):
+        return PATIENCE + 10 * sum(self.seconds[test] for test in tests)
 
-def in_fork(work, *arguments):
+
+def in_fork(longest, work, *arguments):
     """The exit status of work(*arguments) in a process of its own, which says nothing and leaves no process behind."""
     child = os.fork()
     if not child:
@@ -131,7 +134,7 @@ def in_fork(work, *arguments):
             os._exit(work(*arguments))
         finally:
             os._exit(NOTICED)
-    until, ended, status = time.monotonic() + LONGEST, 0, 0
+    until, ended, status = time.monotonic() + longest, 0, 0
     while not ended and time.monotonic() < until:
         ended, status = os.waitpid(child, os.WNOHANG)
         time.sleep(0 if ended else 0.002)
@@ -159,8 +162,9 @@ class Forked:
                 functions[name_of(x.__code__)].append(x)
         gc.freeze()
         for n, mutant in self.mutants:
-            chosen = [items[test] for test in self.selection.tests(mutant) if test in items]
-            self.statuses[n] = in_fork(self.run, mutant, chosen, functions)
+            tests = self.selection.tests(mutant)
+            chosen = [items[test] for test in tests if test in items]
+            self.statuses[n] = in_fork(self.selection.longest(tests), self.run, mutant, chosen, functions)
         os._exit(0)
 
     def run(self, mutant, chosen, functions):
@@ -236,7 +240,8 @@ def import_anew(mutants, statuses, selection):
     for n, mutant in mutants:
         path = folder / mutant.file
         path.write_text(mutant.source)
-        statuses[n] = in_fork(work, selection.tests(mutant))
+        tests = selection.tests(mutant)
+        statuses[n] = in_fork(PATIENCE + selection.longest(tests), work, tests)  # to begin takes a while, too
         shutil.copy2(mutant.file, path)  # with its time, so that what was compiled holds again
 
 
