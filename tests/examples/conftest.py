@@ -1,6 +1,8 @@
-"""The tests of the examples run them in this process, since a new one takes a second."""
+"""The tests of the examples run them in this process, since a new one takes a second, and read the digits that come
+along once, not at each of eighty calls."""
 
 import collections
+import functools
 import pathlib
 import runpy
 import sys
@@ -8,8 +10,33 @@ import types
 
 import pytest
 
+import tinyddpm
+from tinyddpm import program
+from tinyddpm.files import data
+
 EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-Said = collections.namedtuple("Said", "out err")
+Ended = collections.namedtuple("Ended", "code out err")
+
+
+@functools.cache
+def load_digits(train=True, load=tinyddpm.load_digits):
+    images, labels = load(train)
+    images.flags.writeable = labels.flags.writeable = False  # they are the same for all
+    return images, labels
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """digits() are the bundled digits for training, digits(train=False) those held out."""
+    return load_digits
+
+
+@pytest.fixture(scope="module", autouse=True)
+def digits_are_read_once():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (tinyddpm, program, data):
+            patch.setattr(module, "load_digits", load_digits)
+        yield
 
 
 def path_of(name):
@@ -30,13 +57,36 @@ def script():
 
 
 @pytest.fixture
-def ran(ended, monkeypatch):
-    """ran(name, *arguments) runs an example as a user does and returns what it prints and what it says on stderr."""
+def example(ended, monkeypatch):
+    """example(name, *arguments) is how an example ends, run as a user does: its code, and what it says on stdout and on
+    stderr. An error that nobody catches leaves it as such, not as an exit."""
 
     def run(name, *arguments):
         monkeypatch.setattr(sys, "argv", [str(path_of(name)), *map(str, arguments)])
-        code, *said = ended(runpy.run_path, str(path_of(name)), None, "__main__")
-        assert code == 0, said
-        return Said(*said)
+        return Ended(*ended(runpy.run_path, str(path_of(name)), None, "__main__"))
+
+    return run
+
+
+@pytest.fixture
+def ran(example):
+    """ran(name, *arguments) is the same of an example that does what it is asked."""
+
+    def run(name, *arguments):
+        result = example(name, *arguments)
+        assert result.code == 0, result
+        return result
+
+    return run
+
+
+@pytest.fixture
+def refusal(example):
+    """refusal(name, *arguments) is what an example says that has to refuse the arguments."""
+
+    def run(name, *arguments):
+        code, _, err = example(name, *arguments)
+        assert code != 0
+        return err
 
     return run

@@ -10,28 +10,28 @@ from tinyddpm import ImageFolder
 
 
 @pytest.fixture
-def example(script):
+def emoji(script):
     return script.loaded("draw_emoji")
 
 
-def test_without_a_font_it_says_what_to_do(example, monkeypatch):
-    monkeypatch.setitem(example.find_font.__globals__, "FONTS", ("/nowhere/**/*.ttf", "~/nowhere.ttc"))
+def test_without_a_font_it_says_what_to_do(emoji, monkeypatch):
+    monkeypatch.setitem(emoji.find_font.__globals__, "FONTS", ("/nowhere/**/*.ttf", "~/nowhere.ttc"))
     with pytest.raises(OSError, match="no font with emoji here; install one, such as Noto Color Emoji, or say"):
-        example.find_font()
+        emoji.find_font()
 
 
-def test_letters_and_empty_boxes_are_not_in_colour(example):
+def test_letters_and_empty_boxes_are_not_in_colour(emoji):
     font = ImageFont.load_default(40)
-    assert all(example.draw(character, font, 32) is None for character in "A \U0001f600")
+    assert all(emoji.draw(character, font, 32) is None for character in "A \U0001f600")
 
 
-def test_a_picture_is_cut_out_in_the_middle_of_a_white_square(example, monkeypatch):
+def test_a_picture_is_cut_out_in_the_middle_of_a_white_square(emoji, monkeypatch):
     def ellipse(pen, at, character, font, embedded_color):
         assert embedded_color
         pen.ellipse((at[0] + 5, at[1] + 20, at[0] + 65, at[1] + 50), fill=(240, 160, 20))
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", ellipse)
-    picture = example.draw("x", types.SimpleNamespace(size=109), 32)
+    picture = emoji.draw("x", types.SimpleNamespace(size=109), 32)
     pixels = np.asarray(picture).astype(int)
     assert picture.size == (32, 32) and picture.mode == "RGB"
     np.testing.assert_allclose(pixels[16, 16], (240, 160, 20), atol=2)
@@ -43,14 +43,14 @@ def test_a_picture_is_cut_out_in_the_middle_of_a_white_square(example, monkeypat
     assert (pixels[[0, -1]] > 250).all()
 
 
-def test_it_draws_the_font_of_this_computer(example, tmp_path, ran):
+def test_it_draws_the_font_of_this_computer(emoji, tmp_path, ran):
     try:
-        example.find_font()
+        emoji.find_font()
     except OSError as error:
         pytest.skip(str(error))
     ran("draw_emoji", f"--out={tmp_path}")
     images = ImageFolder(tmp_path, 32)
-    assert images.classes == tuple(sorted(example.KINDS)) and len(images) > 100
+    assert images.classes == tuple(sorted(emoji.KINDS)) and len(images) > 100
     assert np.bincount(images.labels).min() >= 5
     for heart, is_it in (("blue", lambda r, g, b: b > r + 50), ("black", lambda *color: max(color) < 120)):
         with Image.open(tmp_path / "hearts" / f"{heart} heart.png") as picture:

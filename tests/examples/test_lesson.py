@@ -7,11 +7,11 @@ import pytest
 from ideal import expected_x0
 from PIL import Image
 
-from tinyddpm import load_digits, make_schedule
+from tinyddpm import make_schedule
 
 
-def test_its_ideal_guess_is_that_of_the_tests(script):
-    data, schedule = load_digits()[0][3000:3050], make_schedule("linear", 1000)
+def test_its_ideal_guess_is_that_of_the_tests(script, digits):
+    data, schedule = digits()[0][3000:3050], make_schedule("linear", 1000)
     t = np.array([5, 100, 400, 999])
     eps = np.random.default_rng(0).standard_normal((4, 28, 28, 1))
     bar = schedule.alpha_bar[t][:, None, None, None]

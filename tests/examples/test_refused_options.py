@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tinyddpm import Diffusion, UNet, load_digits, make_schedule, save_model
+from tinyddpm import Diffusion, UNet, make_schedule, save_model
 from tinyddpm.files.pictures import to_uint8
 
 WITH_THE_MODEL = ("sample_digits", "samplers", "denoise", "inpaint", "interpolate")
@@ -103,12 +103,12 @@ OUT = {"toy_2d": "out", "lesson": "out"} | dict.fromkeys(WITH_THE_MODEL, "p.png"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, script):
+def folder(tmp_path_factory, script, digits):
     """Images and models that evaluate_digits.py cannot take, each named for what is wrong; uint8.npz is right."""
     folder, images = tmp_path_factory.mktemp("wrong"), np.zeros((12, 28, 28))
     rising = np.arange(12)[:, None, None] / 11
     for wrong, array in {
-        "uint8": to_uint8(load_digits()[0][::250])[..., 0], "few": images[:3] - 1, "large": np.zeros((12, 32, 32)),
+        "uint8": to_uint8(digits()[0][::250])[..., 0], "few": images[:3] - 1, "large": np.zeros((12, 32, 32)),
         "bright": images + 255 * rising, "nan": images * np.nan, "text": np.array(["abc"] * 12),
         "from_0_to_1": images + rising, "pickled": np.array([{}, []], object),
     }.items():  # fmt: skip
@@ -134,27 +134,25 @@ def folder(tmp_path_factory, script):
 
 
 @pytest.mark.parametrize(("name", "arguments"), [(name, arguments) for name in REFUSED for arguments in REFUSED[name]])
-def test_it_is_refused_in_a_line(refusal, script, folder, tmp_path, name, arguments):
+def test_it_is_refused_in_a_line(refusal, folder, tmp_path, name, arguments):
     if name == "pytorch_digits" and not importlib.util.find_spec("torch"):
         pytest.skip("needs PyTorch")
     given = [argument.format(folder=folder) for argument in arguments.split()]
     if name in OUT and "--out" not in arguments:
         given.append(f"--out={tmp_path / OUT[name]}")
-    assert REFUSED[name][arguments] in refusal(script(name), *given)
+    assert REFUSED[name][arguments] in refusal(name, *given)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("missing", ["torch", "diffusers"])
-def test_what_is_missing_for_a_comparison_is_said(refusal, script, monkeypatch, missing):
+def test_what_is_missing_for_a_comparison_is_said(refusal, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    said = refusal(script("benchmark"))
+    said = refusal("benchmark")
     assert missing in said and "pip install -e '.[peers]'" in said
 
 
 @pytest.mark.parametrize("device, says", [("cuda", "needs CuPy"), ("cuda:1", "needs CuPy"), ("gpu", "is unknown")])
 @pytest.mark.parametrize("more", [[], ["--profile"]])
-def test_a_gpu_that_is_not_there_is_said(refusal, script, monkeypatch, device, says, more):
+def test_a_gpu_that_is_not_there_is_said(refusal, monkeypatch, device, says, more):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert refusal(script("benchmark"), "--device", device, *more).startswith(
-        f"benchmark.py: device: '{device}' {says}"
-    )
+    assert refusal("benchmark", "--device", device, *more).startswith(f"benchmark.py: device: '{device}' {says}")

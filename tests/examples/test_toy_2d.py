@@ -30,7 +30,7 @@ slowly = lambda name: pytest.param(name, marks=pytest.mark.slow)
 @pytest.mark.parametrize("data", ["roll", slowly("moons"), slowly("gaussians")])
 def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path, ran, data):
     out = tmp_path / "new" / "folder"
-    printed, progress = ran("toy_2d", *TINY, f"--data={data}", f"--out={out}")
+    _, printed, progress = ran("toy_2d", *TINY, f"--data={data}", f"--out={out}")
     assert {p.name for p in out.iterdir()} == {"toy.png", "toy.gif"}
     assert f"toy.gif and toy.png are in {out}" in printed and "training: 100%" in progress
     distances(printed)
