@@ -8,7 +8,10 @@ import runpy
 import sys
 import types
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import load_file
 
 import tinyddpm
 from tinyddpm import program
@@ -90,3 +93,33 @@ def refusal(example):
         return err
 
     return run
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of pictures of two classes, larger than they are asked for."""
+    rng = np.random.default_rng(0)
+    for i in range(6):
+        (folder := tmp_path / "photos" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 18 + i, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture(scope="session")
+def assert_same():
+    """assert_same(one, other, *more) compares what two trainings left in their folders: model, checkpoints, samples,
+    options, log but for the times in it, and whatever else is named."""
+
+    def compare(one, other, *more):
+        for name in ("model.safetensors", "samples.png", "options.json", *more):
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+        for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors"):
+            assert (one / name).exists() == (other / name).exists()
+            theirs, ours = (load_file(f / name) if (f / name).exists() else {} for f in (one, other))
+            assert theirs.keys() == ours.keys()
+            for key, w in theirs.items():
+                np.testing.assert_array_equal(ours[key], w, err_msg=key)
+        logs = (np.loadtxt(f / "metrics.csv", delimiter=",", skiprows=1, usecols=(0, 1, 2, 3)) for f in (one, other))
+        np.testing.assert_array_equal(*logs)
+
+    return compare

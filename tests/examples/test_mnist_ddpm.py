@@ -1,14 +1,11 @@
-"""The examples mnist_ddpm.py and sample_pretrained.py as users run them, on tiny settings.
+"""The example mnist_ddpm.py as users run it, on tiny settings.
 
-That the former makes what `python -m tinyddpm train` makes is in test_main.py; what is behind both, in test_program.py.
+That it makes what `python -m tinyddpm train` makes is in test_main.py; what is behind both, in test_program.py.
 """
 
 import contextlib
-import json
 import os
-import pathlib
 import re
-import runpy
 import signal
 import subprocess
 import sys
@@ -18,41 +15,46 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
-from tiny_training import in_a_copy, on_linux
+from tiny_training import files_of_at_most, in_a_copy, on_linux
 
 import tinyddpm
-from tinyddpm import (
-    load_digits,
-    load_model,
-    sample,
-)
+from tinyddpm import load_model, sample
 from tinyddpm.files.pictures import grid, page
 
-EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
-EXAMPLE, PRETRAINED = EXAMPLES / "mnist_ddpm.py", EXAMPLES / "sample_pretrained.py"
 LITTLE = "--batch=4 --channels 8 --patch=7 --timesteps=4 --samples=2 --workers=1".split()
-FEW, RESUMED = [*LITTLE, "--steps=3"], [*LITTLE, "--steps=7", "--save-every=1"]
+FEW = [*LITTLE, "--steps=3"]
 on_posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of a process are POSIX's")
 pytestmark = pytest.mark.usefixtures("without_matplotlib")
 
 
-def run(*options, **settings):
-    """The example in a process of its own."""
-    settings = {"capture_output": True, "text": True, "timeout": 120} | settings
-    return subprocess.run([sys.executable, EXAMPLE, *options], **settings)
+@pytest.fixture
+def run(script):
+    """run(*options) is how the example ends in a process of its own."""
+
+    def run(*options, **settings):
+        settings = {"capture_output": True, "text": True, "timeout": 120} | settings
+        return subprocess.run([sys.executable, script("mnist_ddpm"), *options], **settings)
+
+    return run
 
 
-@contextlib.contextmanager
-def started(out, *options, **settings):
+@pytest.fixture
+def started(script):
     """The same, while it is at work, which it is not for longer than this block. Ctrl-C does not pass it by, as what a
     shell runs in the background."""
-    heeded = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heeded} | settings
-    with subprocess.Popen([sys.executable, EXAMPLE, *LITTLE, *options, f"--out={out}"], **settings) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+
+    @contextlib.contextmanager
+    def started(out, *options, **settings):
+        heeded = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+        settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heeded} | settings
+        command = [sys.executable, script("mnist_ddpm"), *LITTLE, *options, f"--out={out}"]
+        with subprocess.Popen(command, **settings) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    return started
 
 
 def assert_has(arguments, **expected):
@@ -61,21 +63,19 @@ def assert_has(arguments, **expected):
 
 
 class TestTraining:
-    def test_it_trains_and_draws_and_leaves_what_it_promises(self, tmp_path):
-        """As README has it: a process, that draws on the way and at last."""
+    def test_it_trains_and_draws_and_leaves_what_it_promises(self, ran, tmp_path):
         out = tmp_path / "new" / "folder"
         options = ["--timesteps=12", "--sample-every=2", "--save-every=2", "--samples=6", "--workers=2"]
-        result = run(*FEW, *options, f"--out={out}")
-        assert result.returncode == 0, result.stderr
+        _, said, progress = ran("mnist_ddpm", *FEW, *options, f"--out={out}")
         for words in (
             "device   cpu, 2 workers, BLAS", "10,000 images of 28 x 28 pixels, the digits that come along", str(out),
             "parameters, T = 12", "training 3 steps, 4 images a step",
         ):  # fmt: skip
-            assert words in result.stdout
-        assert "images/s" in result.stderr and "loss" in result.stderr
-        assert "\r" not in result.stderr and len(result.stderr.splitlines()) == 4  # in a file, of each bar two lines
+            assert words in said
+        assert "images/s" in progress and "loss" in progress
+        assert "\r" not in progress and len(progress.splitlines()) == 4  # in a file, of each bar two lines
         without = "no loss curve after {} steps: that needs matplotlib, pip install 'tinyddpm[plots]'"
-        assert re.findall("no loss curve .*", result.stdout) == [without.format(2), without.format(3)]  # first and last
+        assert re.findall("no loss curve .*", said) == [without.format(2), without.format(3)]  # first and last
         assert {path.name for path in out.iterdir()} == {
             "options.json", "noising.png", "step_00002.png", "samples.png", "denoising.gif", "model.safetensors",
             "metrics.csv", "checkpoint.safetensors", "checkpoint.previous.safetensors",
@@ -88,11 +88,11 @@ class TestTraining:
         with Image.open(out / "samples.png") as picture:  # the file is the model that drew the samples
             np.testing.assert_array_equal(np.asarray(picture), np.asarray(grid(again)))
 
-    def test_every_option_arrives_where_it_belongs(self, example, recorded, tmp_path):
+    def test_every_option_arrives_where_it_belongs(self, ran, recorded, digits, tmp_path):
         calls = {name: recorded(tinyddpm, name) for name in ("UNet", "Diffusion", "train", "sample", "save_model")}
         options = "--batch=6 --lr=0.003 --blocks=2 --seed=7 --steps=4 --timesteps=30 --objective=v --sample-every=2 "
         options += "--samples=12 --flip --patch=14 --sampling-steps=5 --guidance=3 --workers=2 --channels 8"
-        assert example(EXAMPLE, *options.split(), f"--out={tmp_path}")[0] == 0
+        ran("mnist_ddpm", *options.split(), f"--out={tmp_path}")
         (network, unet), diffusion = calls["UNet"][0], calls["Diffusion"][0][1]
         assert_has(network, channels=[8], blocks=2, rng=7, attention=[False], patch=14, classes=10, label_dropout=0.1)
         assert diffusion.objective == "v" and diffusion.T == 30
@@ -100,7 +100,7 @@ class TestTraining:
         ((training, _),) = calls["train"]
         settings = {"steps": 4, "decay_steps": 2, "batch": 6, "lr": 0.003, "workers": 2, "seed": 7, "flip": True}
         assert_has(training, model=unet, diffusion=diffusion, resume=None, **settings)
-        for given, expected in zip((training["images"], training["labels"]), load_digits()):
+        for given, expected in zip((training["images"], training["labels"]), digits()):
             np.testing.assert_array_equal(given, expected)
         averages = [how["model"] for how, _ in calls["sample"]] + [calls["save_model"][0][0]["unet"]]
         assert len(averages) == 3 and all(model is averages[0] is not unet for model in averages)
@@ -108,10 +108,7 @@ class TestTraining:
             assert_has(how, shape=(n, 28, 28, 1), rng=7, workers=2, steps=5, guidance=3)
             assert how["labels"].tolist() == [label % 10 for label in range(n)]
         with Image.open(tmp_path / "denoising.gif") as gif, Image.open(tmp_path / "samples.png") as samples:
-            assert gif.n_frames == 5 and samples.size == (
-                2 * (10 * 30 + 2),
-                2 * (2 * 30 + 2),
-            )  # a column for each digit
+            assert gif.n_frames == 5 and samples.size == (2 * (10 * 30 + 2), 2 * (2 * 30 + 2))  # a column for a digit
             gif.seek(4)  # its last frame is the result
             assert np.abs(np.asarray(gif.convert("L")).astype(int) - np.asarray(samples)).max() <= 24  # it has 16 greys
 
@@ -121,19 +118,15 @@ class TestTraining:
         for classes, columns in ((None, 8), (1, 8), (2, 8), (5, 5), (10, 10), (64, 64), (65, 8)):
             assert page(images, classes).size[0] == 2 * (10 * columns + 2)
 
-    def test_help_documents_every_option(self, example):
-        code, out, _ = example(EXAMPLE, "--help")
-        text = " ".join(out.split())
+    def test_help_documents_every_option(self, ran):
+        text = " ".join(ran("mnist_ddpm", "--help").out.split())
         options = set(re.findall(r" --([a-z-]+)", text.partition("options:")[2])) - {"help"}
-        assert code == 0 and len(options) == 28
+        assert len(options) == 28
         for option in options:  # its meaning, and its default in brackets
             assert re.search(rf"--{option}( \{{\S+\}}| [A-Z_ \[\].]+)? [^-]+\[[^\]]+\]", text), option
 
-    def test_it_can_be_read_as_a_tutorial(self):
-        assert len(EXAMPLE.read_text().splitlines()) < 100
-
     @pytest.mark.slow
-    def test_a_rehearsal_tells_how_many_steps_take_so_many_minutes(self, tmp_path):
+    def test_a_rehearsal_tells_how_many_steps_take_so_many_minutes(self, run, tmp_path):
         """And the same many give the same digits, so that nothing but their number depends on the clock."""
         options = "--batch=4 --channels 8 16 --timesteps=25 --samples=2 --workers=2".split()
         result = run(*options, "--minutes=0.1", f"--out={tmp_path / 'clock'}")
@@ -146,7 +139,7 @@ class TestTraining:
         assert (tmp_path / "clock" / "samples.png").read_bytes() == (tmp_path / "count" / "samples.png").read_bytes()
 
     @pytest.mark.slow
-    def test_two_minutes_of_training_learn_digits(self, tmp_path):
+    def test_two_minutes_of_training_learn_digits(self, run, script, tmp_path):
         """The default recipe, cut short, draws digits of which a classifier recognises most as what they were to be."""
         result = run("--steps=400", "--samples=60", "--sample-every=1000", f"--out={tmp_path}", timeout=900)
         assert result.returncode == 0, result.stderr
@@ -154,50 +147,36 @@ class TestTraining:
         labels = np.arange(60) % 10
         images = sample(diffusion, unet, (60, 28, 28, 1), steps=25, rng=0, labels=labels, guidance=1.5)
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "samples.png")), np.asarray(grid(images, 10)))
-        evaluate = runpy.run_path(str(EXAMPLES / "measure" / "evaluate_digits.py"))
-        _, p = evaluate["load_classifier"](evaluate["CLASSIFIER"]).look(images)
+        evaluation = script.loaded("evaluate_digits")
+        _, p = evaluation.load_classifier(evaluation.CLASSIFIER).look(images)
         assert (p.argmax(axis=1) == labels).mean() > 0.8
 
 
+@on_posix
 class TestPhotos:
-    @pytest.fixture
-    def photos(self, tmp_path):
-        """Two classes of pictures larger than they are asked for, and one that is none."""
-        rng = np.random.default_rng(0)
-        for name in ("cats", "dogs"):
-            (tmp_path / "photos" / name).mkdir(parents=True)
-            for i in range(4):
-                pixels = rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{i}.png")
-        (tmp_path / "photos" / "cats" / "broken.png").write_bytes(b"nothing")
-        return tmp_path / "photos"
-
-    @on_posix
     @pytest.mark.filterwarnings("ignore:.* files are left out")
-    def test_images_of_ones_own_with_names_that_a_terminal_cannot_show(self, photos, example, refusal, tmp_path):
+    def test_images_of_ones_own_with_names_that_a_terminal_cannot_show(self, photos, ran, run, tmp_path):
         """Classes in Japanese, and bytes that are no text, where the output is piped on a machine of another encoding,
-        which a process of its own has. It learns of them in colour, and reports what cannot be read."""
-        (photos / "dogs").rename(photos / "\u732b")
-        os.rename(photos / "cats", os.fsencode(photos) + b"/\xff")
+        on which it goes on there. It learns of them in colour, and reports what cannot be read."""
+        (photos / "a" / "broken.png").write_bytes(b"nothing")
+        (photos / "b").rename(photos / "\u732b")
+        os.rename(photos / "a", os.fsencode(photos) + b"/\xff")
         out, encoding = tmp_path / "out", {"PYTHONIOENCODING": "cp1252", "LC_ALL": "C", "PYTHONUTF8": "0"}
-        options = f"--data={photos}", "--size=14", "--flip", "--samples=4", f"--out={out}"
-        result = run(*FEW, *options, env=os.environ | encoding)
-        assert result.returncode == 0, result.stderr
-        assert "8 images of 14 x 14 pixels" in result.stdout and "\nclasses  0 \\ud" in result.stdout
-        assert "1 of 9 files are left out: \\udcff/broken.png: " in result.stderr
+        options = f"--data={photos}", "--size=14", "--flip", "--samples=4", "--save-every=1", f"--out={out}"
+        assert "\nclasses  0 \u732b, 1 \\udcff\n" in ran("mnist_ddpm", *FEW, *options).out
+        (out / "checkpoint.previous.safetensors").replace(out / "checkpoint.safetensors")
+        result = run("--resume", f"--out={out}", env=os.environ | encoding)
+        assert result.returncode == 0 and "resumed  at step 3 of 3" in result.stdout, result.stderr
+        assert "6 images of 14 x 14 pixels" in result.stdout and "\nclasses  0 \\ud" in result.stdout
+        assert "1 of 7 files are left out: \\udcff/broken.png: " in result.stderr
         unet, _ = load_model(out / "model.safetensors")
         assert_has(unet.config, in_channels=3, out_channels=3, image_size=(14, 14), classes=2)
         with Image.open(out / "samples.png") as picture:
             assert picture.mode == "RGB" and picture.size == (2 * (2 * 16 + 2), 2 * (2 * 16 + 2))
-        assert json.loads((out / "options.json").read_text())["data"] == str(photos)
-        result = run("--resume", f"--out={out}", env=os.environ | encoding)
-        assert result.returncode == 0 and "ended    this run has had its 3 steps" in result.stdout, result.stderr
-        assert "--digits: this model knows 0 to 1, got 12" in refusal(EXAMPLE, "--digits=12", f"--out={out}")
 
-    @on_posix
     @pytest.mark.parametrize("workers", [1, 2])
     @pytest.mark.slow
-    def test_too_little_memory_is_said(self, photos, tmp_path, workers):
+    def test_too_little_memory_is_said(self, photos, run, tmp_path, workers):
         import resource
 
         def little_memory():
@@ -207,43 +186,35 @@ class TestPhotos:
         one_thread = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # each of BLAS's would want some of it
         result = run(*FEW, *options, f"--out={tmp_path / 'out'}", preexec_fn=little_memory, env=one_thread)
         assert result.returncode == 1 and "Traceback" not in result.stderr
-        assert (
-            "mnist_ddpm.py: out of memory, of which fewer --workers or a smaller --batch need less: " in result.stderr
-        )
+        says = "mnist_ddpm.py: out of memory, of which fewer --workers or a smaller --batch need less: "
+        assert says in result.stderr
 
 
 class TestTrouble:
     def test_what_cannot_be_drawn_does_not_lose_the_training(self, example, tmp_path):
         for name in ("step_00002.png", "samples.png"):
             (tmp_path / name).mkdir()  # in the way
-        code, out, err = example(EXAMPLE, *FEW, "--sample-every=2", f"--out={tmp_path}")
+        code, out, err = example("mnist_ddpm", *FEW, "--sample-every=2", f"--out={tmp_path}")
         assert code == 1 and "no grid after 2 steps: " in out
         assert re.search("^mnist_ddpm.py: .*samples.png", err, re.M) and (tmp_path / "model.safetensors").exists()
 
     @on_posix
-    def test_a_disk_that_is_full_is_told_once_and_does_not_end_the_training(self, tmp_path):
-        """No file can grow beyond so many bytes; then the model cannot be written at last either, and it is named."""
-        import resource
-
-        def little_space():
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
-
+    def test_a_disk_that_is_full_is_told_once_and_does_not_end_the_training(self, example, tmp_path):
+        """Then the model cannot be written at last either, and it is named."""
         (tmp_path / "metrics.csv").mkdir()  # in the way
-        result = run(*LITTLE, "--steps=15", "--save-every=5", "--resume", f"--out={tmp_path}", preexec_fn=little_space)
-        assert result.returncode == 1 and "Traceback" not in result.stderr
-        assert re.findall(r"no checkpoint after (\d+) steps: ", result.stdout) == [
-            "5",
-            "15",
-        ]  # the first time, and the last
-        assert re.findall(r"no line in metrics.csv after (\d+) steps: ", result.stdout) == ["1", *["15"] * 3]
-        assert re.search("^mnist_ddpm.py: .*cannot write .*model.safetensors: File too large", result.stderr, re.M)
+        with files_of_at_most(50_000):
+            code, out, err = example(
+                "mnist_ddpm", *LITTLE, "--steps=15", "--save-every=5", "--resume", f"--out={tmp_path}"
+            )
+        assert re.findall(r"no checkpoint after (\d+) steps: ", out) == ["5", "15"]  # the first time, and the last
+        assert re.findall(r"no line in metrics.csv after (\d+) steps: ", out) == ["1", *["15"] * 3]
+        assert code == 1 and re.search("^mnist_ddpm.py: .*cannot write .*model.safetensors: File too large", err, re.M)
         assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.safetensors"))
 
     @pytest.mark.filterwarnings("ignore")  # of an overflow
     def test_a_loss_that_is_not_finite_ends_it_with_the_last_checkpoint_kept(self, example, tmp_path):
         options = "--steps=400 --lr=1e9 --save-every=1 --channels 8 16".split()
-        code, out, err = example(EXAMPLE, *LITTLE, *options, f"--out={tmp_path}")
+        code, out, err = example("mnist_ddpm", *LITTLE, *options, f"--out={tmp_path}")
         (step,) = re.findall(r"mnist_ddpm.py: step (\d+): the loss is ", err)
         assert code == 1 and f"the checkpoint after {int(step) - 1} steps is kept: --resume goes on from it" in out
         weights = load_file(tmp_path / "checkpoint.safetensors")
@@ -264,43 +235,41 @@ class TestStopping:
         monkeypatch.setattr(tinyddpm, "train", trained)
 
     @on_linux
-    @pytest.mark.parametrize(("number", "code", "steps"), [("SIGINT", 0, 6), ("SIGKILL", -9, 4)])
-    def test_it_goes_on_as_if_it_had_not_been_stopped(self, example, monkeypatch, tmp_path, number, code, steps):
+    def test_it_goes_on_as_if_it_had_not_been_stopped(self, example, ran, assert_same, monkeypatch, tmp_path):
         """The same model, pictures and log, but for the times in it."""
-        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        options = [*LITTLE, "--steps=5", "--save-every=1"]
+        ran("mnist_ddpm", *options, f"--out={tmp_path / 'whole'}")
+        for number, code, steps in (signal.SIGINT, 0, 4), (signal.SIGKILL, -9, 2):
+            parts = tmp_path / number.name
 
-        def stopped():
-            self.in_step(5, lambda: signal.raise_signal(getattr(signal, number)), monkeypatch)
-            os._exit(example(EXAMPLE, *RESUMED, f"--out={parts}")[0])
+            def stopped(number=number, parts=parts):
+                self.in_step(3, lambda: signal.raise_signal(number), monkeypatch)
+                os._exit(example("mnist_ddpm", *options, f"--out={parts}").code)
 
-        assert in_a_copy(stopped) == code and sum(1 for _ in open(parts / "metrics.csv")) - 1 == steps
-        assert (parts / "samples.png").exists() == (code == 0) == (not (parts / "running.lock").exists())
-        for options in (*RESUMED, f"--out={whole}"), ("--resume", f"--out={parts}"):
-            assert "trained  7 steps" in example(EXAMPLE, *options)[1]  # what else there was to say is as it was
-        for name, w in load_file(whole / "checkpoint.safetensors").items():
-            np.testing.assert_array_equal(load_file(parts / "checkpoint.safetensors")[name], w, err_msg=name)
-        columns = dict(delimiter=",", skiprows=1, usecols=(0, 1, 2, 3))
-        np.testing.assert_array_equal(*(np.loadtxt(folder / "metrics.csv", **columns) for folder in (whole, parts)))
-        assert (whole / "samples.png").read_bytes() == (parts / "samples.png").read_bytes()
-        assert not (parts / "running.lock").exists()
+            assert in_a_copy(stopped) == code and sum(1 for _ in open(parts / "metrics.csv")) - 1 == steps
+            assert (parts / "samples.png").exists() == (code == 0) == (not (parts / "running.lock").exists())
+            assert "trained  5 steps" in ran("mnist_ddpm", "--resume", f"--out={parts}").out  # all said is as it was
+            assert_same(parts, tmp_path / "whole")
+            assert not (parts / "running.lock").exists()
 
     @on_linux
-    def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(self, example, monkeypatch, tmp_path):
+    def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(self, example, ran, monkeypatch, tmp_path):
         here, codes = os.getpid(), []
 
         def others():
             before = {path: path.read_bytes() for path in tmp_path.iterdir()}
             for more in ([], ["--resume"]):
-                code, _, err = example(EXAMPLE, *FEW, *more, f"--out={tmp_path}")
+                code, _, err = example("mnist_ddpm", *FEW, *more, f"--out={tmp_path}")
                 assert code == 1 and f"{tmp_path} is in use by process {here} on " in err
             assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
             os._exit(0)
 
         self.in_step(2, lambda: codes.append(in_a_copy(others)), monkeypatch)
-        assert example(EXAMPLE, *FEW, "--save-every=1", f"--out={tmp_path}")[0] == 0 and codes == [0]
+        ran("mnist_ddpm", *FEW, "--save-every=1", f"--out={tmp_path}")
+        assert codes == [0]
 
     @on_posix
-    def test_ctrl_c_that_ends_who_reads_along_too_loses_nothing(self, tmp_path):
+    def test_ctrl_c_that_ends_who_reads_along_too_loses_nothing(self, started, tmp_path):
         """As of `python examples/mnist_ddpm.py 2>&1 | tee log`."""
         with started(tmp_path, "--steps=1000000", stderr=subprocess.STDOUT) as process:
             while not (tmp_path / "metrics.csv").exists() and process.poll() is None:
@@ -311,7 +280,7 @@ class TestStopping:
         assert all((tmp_path / name).exists() for name in ("model.safetensors", "samples.png", "denoising.gif"))
 
     @on_posix
-    def test_ctrl_c_again_ends_at_once(self, tmp_path):
+    def test_ctrl_c_again_ends_at_once(self, started, tmp_path):
         with started(tmp_path, "--steps=1", "--patch=2", "--samples=1000", "--timesteps=100") as process:
             seen = ""
             while "sampling:" not in seen and process.poll() is None:
