@@ -87,7 +87,11 @@ def test_every_op_is_as_before_afterwards(bench):
 
 
 def test_the_networks_are_the_example_s_and_google_s(bench):
-    assert {bench.network(work.net).size for work in bench.WORKS[-1:] if "cifar" in work.name} == {35_746_307}
+    class Zeros(np.random.Generator):  # at once, for so many take most of a second
+        uniform = lambda self, low, high, size: np.broadcast_to(np.float32(0), size)
+
+    assert "cifar" in bench.WORKS[-1].name
+    assert unet.UNet(**bench.WORKS[-1].net, rng=Zeros(np.random.PCG64())).size == 35_746_307
     default = training_options(None).parse_args([])
     assert default.channels == list(bench.EXAMPLE["channels"]) and default.patch == 2
     assert bench.EXAMPLE["in_channels"] == bench.EXAMPLE["out_channels"] == 2 * 2

@@ -38,8 +38,9 @@ def pixels(path):
 
 
 def assert_same_weights(one, other):
+    theirs = other.state_dict()
     for name, w in one.state_dict().items():
-        np.testing.assert_array_equal(other.state_dict()[name], w, err_msg=name)
+        np.testing.assert_array_equal(theirs[name], w, err_msg=name)
 
 
 def by_command(out, *options):
