@@ -64,11 +64,12 @@ def script():
 @pytest.fixture
 def example(ended, monkeypatch):
     """example(name, *arguments) is how an example ends, run as a user does: its code, and what it says on stdout and on
-    stderr. An error that nobody catches leaves it as such, not as an exit."""
+    stderr. An error that nobody catches leaves it as such, not as an exit. The name may be a path."""
 
     def run(name, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(path_of(name)), *map(str, arguments)])
-        return Ended(*ended(runpy.run_path, str(path_of(name)), None, "__main__"))
+        path = str(name if isinstance(name, pathlib.Path) else path_of(name))
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        return Ended(*ended(runpy.run_path, path, None, "__main__"))
 
     return run
 

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 TINY = ["--steps=3", "--points=40"]
+SIDE = 60  # of a small picture; the edges of the page and the gaps between them are of 2 pixels
 
 
 def distances(printed):
@@ -17,25 +18,32 @@ def distances(printed):
 
 
 def panels(path):
-    """The two rows of six square panels in toy.png, without captions: (2, 6, 222, 240, 3)."""
+    """The two rows of six square panels in toy.png, without captions."""
     with Image.open(path) as picture:
-        assert picture.size == (6 * 242 + 2, 2 * 242 + 2)
+        assert picture.size == (6 * (SIDE + 2) + 2, 2 * (SIDE + 2) + 2)
         page = np.asarray(picture)[2:, 2:]
-    return page.reshape(2, 242, 6, 242, 3).swapaxes(1, 2)[:, :, :222, :240]
+    return page.reshape(2, SIDE + 2, 6, SIDE + 2, 3).swapaxes(1, 2)[:, :, : SIDE - 18, :SIDE]
+
+
+@pytest.fixture
+def small(script, tmp_path):
+    """The script, with small pictures, since it draws 114 of them."""
+    (path := tmp_path / "toy_2d.py").write_text(script("toy_2d").read_text().replace(", 240,", f", {SIDE},"))
+    return path
 
 
 slowly = lambda name: pytest.param(name, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("data", ["roll", slowly("moons"), slowly("gaussians")])
-def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path, ran, data):
+def test_it_trains_and_draws_and_leaves_what_it_promises(small, tmp_path, ran, data):
     out = tmp_path / "new" / "folder"
-    _, printed, progress = ran("toy_2d", *TINY, f"--data={data}", f"--out={out}")
+    _, printed, progress = ran(small, *TINY, f"--data={data}", f"--out={out}")
     assert {p.name for p in out.iterdir()} == {"toy.png", "toy.gif"}
     assert f"toy.gif and toy.png are in {out}" in printed and "training: 100%" in progress
     distances(printed)
     with Image.open(out / "toy.gif") as gif:
-        assert gif.n_frames == 51 and gif.size == (2 * 242 + 2, 242 + 2)
+        assert gif.n_frames == 51 and gif.size == (2 * (SIDE + 2) + 2, SIDE + 4)
         times, frames = [], []
         for i in range(gif.n_frames):
             gif.seek(i)
@@ -44,8 +52,9 @@ def test_it_trains_and_draws_and_leaves_what_it_promises(tmp_path, ran, data):
     assert times == [70] * 50 + [2500]
     assert all((a != b).any() for a, b in zip(frames, frames[1:]))
     forward, reverse = panels(out / "toy.png")  # it begins with data and ends with samples, in 128 colours
-    for frame, picture in ((frames[0][2:224, 2:242], forward[0]), (frames[-1][2:224, 244:484], reverse[-1])):
-        assert np.abs(frame - picture).mean() < 3
+    first, last = frames[0][2:, 2:], frames[-1][2:, SIDE + 4 :]
+    for frame, picture in ((first, forward[0]), (last, reverse[-1])):
+        assert np.abs(frame[: SIDE - 18, :SIDE] - picture).mean() < 3
 
 
 def test_hues_run_along_the_roll_and_points_are_where_they_should_be(script):
