@@ -12,7 +12,6 @@ import functools
 import gc
 import inspect
 import os
-import runpy
 import sys
 
 import numpy as np
@@ -157,32 +156,6 @@ def ended(capsys):
             code = end.code or 0
         out, err = capsys.readouterr()
         return (1, out, err + code) if isinstance(code, str) else (code, out, err)
-
-    return run
-
-
-@pytest.fixture
-def example(ended, monkeypatch):
-    """example(script, *arguments) is how an example ends, which runs in this process, for a new one takes a second.
-
-    An error that nobody catches leaves it as such, not as an exit.
-    """
-
-    def run(script, *arguments):
-        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
-        return ended(runpy.run_path, str(script), None, "__main__")
-
-    return run
-
-
-@pytest.fixture
-def refusal(example):
-    """refusal(script, *arguments) is what an example says that has to refuse the arguments."""
-
-    def run(script, *arguments):
-        code, _, err = example(script, *arguments)
-        assert code != 0
-        return err
 
     return run
 
