@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from tiny_training import DIFFUSION, TINY, step_in, training
 
-from tinyddpm import UNet, load_digits, load_model, program, save_model
+from tinyddpm import UNet, load_model, program, save_model
 from tinyddpm.files import run_folder
 from tinyddpm.files.checkpoint import OtherRun
 from tinyddpm.files.model import configuration
@@ -85,20 +85,18 @@ class TestArguments:
 
     @pytest.mark.parametrize("name", [*COUNTS, *MEASURES, "channels", "seed"])
     def test_each_number_has_its_limits(self, said, name):
+        """How these are told is in test_cli.py."""
         parser = program.training_options(None, prog="program.py")
         least, most = self.MEASURES.get(name, (1, self.COUNTS.get(name, 8192)))
         refused = lambda value: said(parser, f"--{name}={value}").removeprefix(f"program.py: error: --{name} must be ")
         for right in (least, most):
             assert vars(parser.parse_args([f"--{name}={right}"]))[name.replace("-", "_")] in (right, [right])
-        if name in self.MEASURES:
-            a_number = "a number" if name == "guidance" else "a number greater than 0"
-            for wrong in ["nan", "inf", "-inf", *([] if name == "guidance" else ["0", "-1e-9"])]:
-                assert refused(wrong) == f"{a_number}, got {float(wrong)}"
-            assert refused(1e300) == f"{most} at most, got 1e+300"
-        elif name != "seed":  # which may be any, from 0
-            assert refused(most + 1) == f"{most} at most, got {most + 1}"
+        if name != "seed":  # which may be any, from 0
+            assert refused(f"{most + 1}").startswith(f"{most} at most, got {most + 1}")
         if name in self.COUNTS:
-            assert refused(0) == "1 or greater, got 0" and refused(-1) == "1 or greater, got -1"
+            assert refused(0) == "1 or greater, got 0"
+        elif name in ("minutes", "lr"):
+            assert refused(0) == "a number greater than 0, got 0.0"
 
     @pytest.mark.parametrize(
         ("name", "load", "how", "line"),
@@ -375,33 +373,27 @@ def test_how_many_steps_take_so_many_minutes(clock, seconds, minutes, look, step
 
 
 class TestTrainingRun:
-    def test_data(self, tmp_path):
-        for name in ("a", "b"):
-            (tmp_path / "in" / name).mkdir(parents=True)
-            Image.new("RGB", (9, 8)).save(tmp_path / "in" / name / "p.png")
-        ranks, folder, labels = OfRanks(), f"--data={tmp_path / 'in'} --size=6", load_digits()[1]
+    def test_data(self, pictures, tmp_path):
+        ranks, folder, labels = OfRanks(), "--data=mine --size=6", np.repeat(range(10), 1000)
         for options, shape, expected in (
             ("", (10_000, 28, 28, 1), labels), ("--no-labels", (10_000, 28, 28, 1), None),
-            (folder, (2, 6, 6, 3), [0, 1]), (f"{folder} --grey", (2, 6, 6, 1), [0, 1]),
-            (f"{folder} --no-labels", (2, 6, 6, 3), None),
+            (folder, (4, 6, 6, 3), [0, 0, 1, 1]), (f"{folder} --grey", (4, 6, 6, 1), [0, 0, 1, 1]),
+            (f"{folder} --no-labels", (4, 6, 6, 3), None),
         ):  # fmt: skip
             images, found = a_run(tmp_path, *options.split(), ranks=ranks).load_data()
             assert images.shape == shape and (found is None) == (expected is None)
             np.testing.assert_array_equal(found, expected)
         assert ranks.alone == ["begins", "ends"] * 5  # one fetches it for all
 
-    @pytest.mark.filterwarnings("ignore:.* files are left out")
-    def test_results_of_a_run_are_not_learned_from(self, tmp_path):
+    def test_results_of_a_run_are_not_learned_from(self, pictures, tmp_path):
         """Its pictures are pages of many; but a run that began with them goes on."""
-        (folder := tmp_path / "in" / "runs" / "mnist").mkdir(parents=True)
-        Image.new("RGB", (9, 8)).save(folder / "samples.png")
         for name in ("checkpoint.safetensors", "options.json"):
-            assert len(a_run(tmp_path, f"--data={tmp_path / 'in'}").load_data()[0]) == 1
-            (folder / name).touch()
-        for data in (tmp_path / "in", folder):
-            with pytest.raises(ValueError, match=f"^--data: in {folder} are the results of a run, which are not to be"):
+            assert len(a_run(tmp_path, "--data=mine").load_data()[0]) == 4
+            (pictures / "mine" / "a" / name).touch()
+        for data in ("mine", "mine/a"):
+            with pytest.raises(ValueError, match="^--data: in mine/a are the results of a run, which are not to be"):
                 a_run(tmp_path, f"--data={data}").load_data()
-        assert len(a_run(folder, "--resume", f"--data={tmp_path / 'in'}").load_data()[0]) == 1
+        assert len(a_run(pictures / "mine" / "a", "--resume", "--data=mine").load_data()[0]) == 4
 
     @pytest.mark.parametrize(("options", "device", "says"), [
         ([], "cpu", "device   cpu, 3 workers, BLAS"),  # one per CPU
