@@ -59,9 +59,10 @@ def linked(cell):
     return re.findall(r"\]\((.+?)\)", cell)
 
 
-def test_it_is_short():
+def test_it_is_short_and_nothing_is_overlooked():
     assert len(PAGES["README.md"].splitlines()) < 200
-    assert len(SNIPPETS) == 7 and len(EXCERPTS) == 13 and len(EXAMPLES) > 25
+    assert len(EXCERPTS) == 13 and len(EXAMPLES) > 25
+    assert {snippet_with(line) for line in OUTCOMES} == set(SNIPPETS)  # each is run
 
 
 def test_files_and_rooms_are_as_long_as_it_says():
@@ -119,14 +120,6 @@ def test_every_terminal_takes_the_commands():
     assert not [line for line in LINES if "#" in line or "'" in line]
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_mathematics_reach_the_reader(name):
-    """Markdown takes the backslash from before punctuation, but not in a block of code."""
-    text = prose(name)
-    assert "$$" not in text and text.count("$") % 2 == 0
-    assert not re.findall(r"\\[^A-Za-z\s]", "".join(re.findall(r"\$([^$]+)\$", text)))
-
-
 def anchors(name):
     """What links to the headings of a page name them by after #, as GitHub makes it."""
     headings = re.findall("^#+ (.+)$", prose(name), re.MULTILINE)
@@ -134,9 +127,12 @@ def anchors(name):
 
 
 @pytest.mark.parametrize("name", PAGES)
-def test_links_and_pictures_are_there(name):
-    """Seen from the folder of the page. Of another page, the heading is there too."""
+def test_mathematics_links_and_pictures_reach_the_reader(name):
+    """Markdown takes the backslash from before punctuation, but not in a block of code. Links are seen from the folder
+    of the page; of another page, the heading is there too."""
     text = prose(name)
+    assert "$$" not in text and text.count("$") % 2 == 0
+    assert not re.findall(r"\\[^A-Za-z\s]", "".join(re.findall(r"\$([^$]+)\$", text)))
     for target in re.findall(r"\]\((?!http)(.+?)\)", text) + re.findall(r'src="(.+?)"', text):
         file, _, anchor = target.partition("#")
         path = ((ROOT / name).parent / file).resolve() if file else ROOT / name
@@ -252,18 +248,11 @@ def is_a_page_of_uses(names, monkeypatch):
         assert picture.height == 6 * 64 and picture.width > 2 * 8 * 30
 
 
-# by a line that the snippet has
-OUTCOMES = {
-    "save_model(": is_trained,
-    "flat_gradient(": is_the_gradient_of_training,
-    "with plain():": is_the_same_the_plain_way,
-    "def cubic(": are_schedules,
-    "def test_cubic(": is_a_test,
-    "wandb.init(": is_tracked,
+OUTCOMES = {  # by a line that the snippet has
+    "save_model(": is_trained, "flat_gradient(": is_the_gradient_of_training, "def cubic(": are_schedules,
+    "with plain():": is_the_same_the_plain_way, "def test_cubic(": is_a_test, "wandb.init(": is_tracked,
     "uses.png": is_a_page_of_uses,
-}
-# which snippet another one goes on from
-BEFORE = {"def test_cubic(": "def cubic("}
+}  # fmt: skip
 FEWER = {
     "steps=10_000": "steps=2, batch=8", "steps=2_000": "steps=2, batch=8", "steps=50": "steps=2", "steps=20": "steps=5",
     "channels=(16, 32, 64)": "channels=(8, 16, 8)", "UNet()": "UNet(channels=(8, 16, 8))",
@@ -275,21 +264,13 @@ def snippet_with(line):
     return snippet
 
 
-def test_every_snippet_is_run():
-    assert {snippet_with(line) for line in OUTCOMES} == set(SNIPPETS)
-
-
 @pytest.mark.parametrize("line", OUTCOMES)
 def test_python_snippets_run(line, newcomer, monkeypatch):
-    def init(project):
-        run = types.SimpleNamespace(tracked=[])
-        run.log = lambda metrics, step: run.tracked.append((step, metrics))
-        return run
-
-    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    tracker = types.SimpleNamespace(tracked=[], log=lambda metrics, step: tracker.tracked.append((step, metrics)))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda project: tracker))
     snippet, names = snippet_with(line), {}
-    if line in BEFORE:
-        snippet = f"{snippet_with(BEFORE[line])}\n\n{snippet}"
+    if line == "def test_cubic(":  # which goes on from another one
+        snippet = f"{snippet_with('def cubic(')}\n\n{snippet}"
     for many, few in FEWER.items():
         snippet = snippet.replace(many, few)
     exec(compile(snippet, "README.md", "exec"), names)
