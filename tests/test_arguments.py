@@ -295,14 +295,10 @@ def test_what_has_no_answer_is_said(use, said):
 
 def test_what_is_degenerate_and_has_an_answer():
     np.testing.assert_array_equal(clipping.limit(ZERO, "dynamic"), ZERO)
-    theta, zero = np.ones(3), np.zeros(3)
-    assert optim.clip_norm(zero, 1.0) == 0 and (zero == 0).all()
-    Adam(theta, betas=(0, 0)).step(zero)
+    theta = np.ones(3)
+    Adam(theta, betas=(0, 0)).step(np.zeros(3))
     Adam(theta).step(np.ones(3), lr=0)
     assert (theta == 1).all()
-    ema = EMA(UNET, 0)
-    ema.update(np.full(UNET.size, 3, np.float32))
-    np.testing.assert_allclose(ema.average, 3, rtol=1e-6)
     np.testing.assert_array_equal(group_norm(np.ones((2, 3, 4)), **NORM).data, np.zeros((2, 3, 4)))
     ones = np.ones((1, 2))
     np.testing.assert_allclose(editing.slerp(ones, 3 * ones, [0, 0.5, 1])[0], [[1, 1], [2, 2], [3, 3]], rtol=1e-6)

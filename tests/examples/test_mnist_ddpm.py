@@ -5,6 +5,7 @@ That it makes what `python -m tinyddpm train` makes is in test_main.py; what is 
 
 import contextlib
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -20,40 +21,30 @@ import tinyddpm
 from tinyddpm import load_model, sample
 from tinyddpm.files.pictures import grid, page
 
+EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "mnist_ddpm.py"
 LITTLE = "--batch=4 --channels 8 --patch=7 --timesteps=4 --samples=2 --workers=1".split()
 FEW = [*LITTLE, "--steps=3"]
 on_posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of a process are POSIX's")
 pytestmark = pytest.mark.usefixtures("without_matplotlib")
 
 
-@pytest.fixture
-def run(script):
-    """run(*options) is how the example ends in a process of its own."""
-
-    def run(*options, **settings):
-        settings = {"capture_output": True, "text": True, "timeout": 120} | settings
-        return subprocess.run([sys.executable, script("mnist_ddpm"), *options], **settings)
-
-    return run
+def run(*options, **settings):
+    """The example in a process of its own."""
+    settings = {"capture_output": True, "text": True, "timeout": 120} | settings
+    return subprocess.run([sys.executable, EXAMPLE, *options], **settings)
 
 
-@pytest.fixture
-def started(script):
+@contextlib.contextmanager
+def started(out, *options, **settings):
     """The same, while it is at work, which it is not for longer than this block. Ctrl-C does not pass it by, as what a
     shell runs in the background."""
-
-    @contextlib.contextmanager
-    def started(out, *options, **settings):
-        heeded = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
-        settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heeded} | settings
-        command = [sys.executable, script("mnist_ddpm"), *LITTLE, *options, f"--out={out}"]
-        with subprocess.Popen(command, **settings) as process:
-            try:
-                yield process
-            finally:
-                process.kill()
-
-    return started
+    heeded = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heeded} | settings
+    with subprocess.Popen([sys.executable, EXAMPLE, *LITTLE, *options, f"--out={out}"], **settings) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def assert_has(arguments, **expected):
@@ -125,7 +116,7 @@ class TestTraining:
             assert re.search(rf"--{option}( \{{\S+\}}| [A-Z_ \[\].]+)? [^-]+\[[^\]]+\]", text), option
 
     @pytest.mark.slow
-    def test_a_rehearsal_tells_how_many_steps_take_so_many_minutes(self, run, tmp_path):
+    def test_a_rehearsal_tells_how_many_steps_take_so_many_minutes(self, tmp_path):
         """And the same many give the same digits, so that nothing but their number depends on the clock."""
         options = "--batch=4 --channels 8 16 --timesteps=25 --samples=2 --workers=2".split()
         result = run(*options, "--minutes=0.1", f"--out={tmp_path / 'clock'}")
@@ -138,7 +129,7 @@ class TestTraining:
         assert (tmp_path / "clock" / "samples.png").read_bytes() == (tmp_path / "count" / "samples.png").read_bytes()
 
     @pytest.mark.slow
-    def test_two_minutes_of_training_learn_digits(self, run, script, tmp_path):
+    def test_two_minutes_of_training_learn_digits(self, script, tmp_path):
         """The default recipe, cut short, draws digits of which a classifier recognises most as what they were to be."""
         result = run("--steps=400", "--samples=60", "--sample-every=1000", f"--out={tmp_path}", timeout=900)
         assert result.returncode == 0, result.stderr
@@ -154,7 +145,7 @@ class TestTraining:
 @on_posix
 class TestPhotos:
     @pytest.mark.filterwarnings("ignore:.* files are left out")
-    def test_images_of_ones_own_with_names_that_a_terminal_cannot_show(self, photos, ran, run, tmp_path):
+    def test_images_of_ones_own_with_names_that_a_terminal_cannot_show(self, photos, ran, tmp_path):
         """Classes in Japanese, and bytes that are no text, where the output is piped on a machine of another encoding,
         on which it goes on there. It learns of them in colour, and reports what cannot be read."""
         (photos / "a" / "broken.png").write_bytes(b"nothing")
@@ -175,7 +166,7 @@ class TestPhotos:
 
     @pytest.mark.parametrize("workers", [1, 2])
     @pytest.mark.slow
-    def test_too_little_memory_is_said(self, photos, run, tmp_path, workers):
+    def test_too_little_memory_is_said(self, photos, tmp_path, workers):
         import resource
 
         def little_memory():
@@ -258,7 +249,7 @@ class TestStopping:
         assert codes == [0]
 
     @on_posix
-    def test_ctrl_c_that_ends_who_reads_along_too_loses_nothing(self, started, tmp_path):
+    def test_ctrl_c_that_ends_who_reads_along_too_loses_nothing(self, tmp_path):
         """As of `python examples/mnist_ddpm.py 2>&1 | tee log`."""
         with started(tmp_path, "--steps=1000000", stderr=subprocess.STDOUT) as process:
             while not (tmp_path / "metrics.csv").exists() and process.poll() is None:
@@ -269,7 +260,7 @@ class TestStopping:
         assert all((tmp_path / name).exists() for name in ("model.safetensors", "samples.png", "denoising.gif"))
 
     @on_posix
-    def test_ctrl_c_again_ends_at_once(self, started, tmp_path):
+    def test_ctrl_c_again_ends_at_once(self, tmp_path):
         with started(tmp_path, "--steps=1", "--patch=2", "--samples=1000", "--timesteps=100") as process:
             seen = ""
             while "sampling:" not in seen and process.poll() is None:

@@ -11,11 +11,12 @@ from PIL import Image
 from tinyddpm import Diffusion, UNet, make_schedule, save_model
 from tinyddpm.files.pictures import to_uint8
 
+at_least_one = lambda *names: {f"--{name}=0": f"--{name} must be 1 or greater, got 0" for name in names}
 WITH_THE_MODEL = ("sample_digits", "samplers", "denoise", "inpaint", "interpolate")
 REFUSED = {
-    "sample_digits": {
+    "sample_digits": at_least_one("rows")
+    | {
         "--digits=2x": "--digits must be digits such as 2026, got '2x'",
-        "--rows=0": "--rows must be 1 or greater, got 0",
         "--steps=1001": "steps: expected an integer from 1 to 1000",
         "--steps=0": "steps: expected an integer from 1 to 1000",
         "--method=euler": "invalid choice: 'euler'",
@@ -25,33 +26,32 @@ REFUSED = {
         "--steps 0": "steps: expected an integer from 1 to 1000",
         "--methods euler": "invalid choice: 'euler'",
     },
-    "denoise": {
+    "denoise": at_least_one("samples")
+    | {
         "--sigma 1 -1": "--sigma must be a number greater than 0, got -1.0",
         "--sigma 1 1000": "sigma: 1000.0 is more noise than this schedule knows",
-        "--samples=0": "--samples must be 1 or greater, got 0",
         "--steps=-1": "--steps must be 1 or greater, got -1",
     },
-    "inpaint": {
+    "inpaint": at_least_one("tries")
+    | {
         "--known right": "invalid choice: 'right'",
-        "--tries=0": "--tries must be 1 or greater, got 0",
         "--resamplings=0": "resamplings: expected an integer >= 1, got 0",
     },
     "interpolate": {
         "--pairs 3": "--pairs must be of two digits each, such as 38, got '3'",
         "--count=1": "count: expected an integer >= 2, got 1",
     },
-    "lesson": {},
-    "toy_2d": {
-        "--points=0": "--points must be 1 or greater, got 0",
+    "lesson": at_least_one("steps", "workers"),
+    "toy_2d": at_least_one("steps", "workers", "points")
+    | {
         "--data=cube": "argument --data: invalid choice: 'cube'",
         "--out={folder}/empty.npz/out": "empty.npz/out",
     },
     "figures": {"--only x": "invalid choice: 'x'"},
     "draw_emoji": {"--font={folder}/a.ttf": "a.ttf: ", "--size=7": "--size must be 8 or greater, got 7"},
-    "benchmark": {"--threads=0": "--threads must be 1 or greater"},
-    "pytorch_digits": {
-        "--samples=0": "--samples must be 1 or greater, got 0",
-        "--threads=0": "--threads must be 1 or greater, got 0",
+    "benchmark": at_least_one("threads"),
+    "pytorch_digits": at_least_one("samples", "threads")
+    | {
         "--seed=-1": "--seed must be 0 or greater, got -1",
         "--minutes=0": "--minutes must be a number greater than 0, got 0.0",
         "--lr=0": "--lr must be a number greater than 0, got 0.0",
@@ -86,7 +86,6 @@ REFUSED = {
     },
 }
 for name in ("lesson", "toy_2d"):
-    REFUSED[name] |= {f"--{it}=0": f"--{it} must be 1 or greater, got 0" for it in ("steps", "workers")}
     REFUSED[name] |= {"--seed=-1": "--seed must be 0 or greater, got -1"}
 for name in WITH_THE_MODEL:  # these have the usual options, see test_cli.py
     REFUSED[name] |= {"--out=picture": "--out: expected a picture such as"}
