@@ -10,7 +10,9 @@ diffusers = pytest.importorskip("diffusers")
 
 
 def test_it_draws_what_evaluate_digits_reads(monkeypatch, tmp_path, ran, script, digits):
-    monkeypatch.setattr(tinyddpm.files.data, "load_mnist", lambda full: digits())  # not from the network
+    monkeypatch.setattr(
+        tinyddpm.files.data, "load_mnist", lambda full: [part.copy() for part in digits()]
+    )  # not from the network
     settings = ["--minutes=0.0001", "--samples=103", "--threads=1", f"--out={tmp_path / 'digits.npz'}"]
     whole = diffusers.DDIMScheduler.set_timesteps  # two steps on the way back, not 50
     monkeypatch.setattr(diffusers.DDIMScheduler, "set_timesteps", lambda self, count: whole(self, count // 25))
