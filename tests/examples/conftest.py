@@ -63,37 +63,16 @@ def script():
 
 @pytest.fixture
 def example(ended, monkeypatch):
-    """example(name, *arguments) is how an example ends, run as a user does: its code, and what it says on stdout and on
-    stderr. An error that nobody catches leaves it as such, not as an exit. The name may be a path."""
+    """example(name, *arguments, code=0) runs an example, or the script at a path, as a user does. It has to end with
+    this code, unless that is None; returned are its code and what it says on stdout and on stderr. An error that nobody
+    catches leaves it as such, not as an exit."""
 
-    def run(name, *arguments):
+    def run(name, *arguments, code=0):
         path = str(name if isinstance(name, pathlib.Path) else path_of(name))
         monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
-        return Ended(*ended(runpy.run_path, path, None, "__main__"))
-
-    return run
-
-
-@pytest.fixture
-def ran(example):
-    """ran(name, *arguments) is the same of an example that does what it is asked."""
-
-    def run(name, *arguments):
-        result = example(name, *arguments)
-        assert result.code == 0, result
+        result = Ended(*ended(runpy.run_path, path, None, "__main__"))
+        assert code in (None, result.code), result
         return result
-
-    return run
-
-
-@pytest.fixture
-def refusal(example):
-    """refusal(name, *arguments) is what an example says that has to refuse the arguments."""
-
-    def run(name, *arguments):
-        code, _, err = example(name, *arguments)
-        assert code != 0
-        return err
 
     return run
 

@@ -43,12 +43,12 @@ def test_a_picture_is_cut_out_in_the_middle_of_a_white_square(emoji, monkeypatch
     assert (pixels[[0, -1]] > 250).all()
 
 
-def test_it_draws_the_font_of_this_computer(emoji, tmp_path, ran):
+def test_it_draws_the_font_of_this_computer(emoji, tmp_path, example):
     try:
         emoji.find_font()
     except OSError as error:
         pytest.skip(str(error))
-    ran("draw_emoji", f"--out={tmp_path}")
+    example("draw_emoji", f"--out={tmp_path}")
     images = ImageFolder(tmp_path, 32)
     assert images.classes == tuple(sorted(emoji.KINDS)) and len(images) > 100
     assert np.bincount(images.labels).min() >= 5

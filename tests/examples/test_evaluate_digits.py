@@ -237,11 +237,11 @@ def test_the_table_has_each_number_in_its_place(evaluation):
     assert lines[8:] == [f"classes, generated {ten[0]}", f"classes, real {ten[1]}"]
 
 
-def test_what_it_says_of_real_digits(digits, folder, ran, monkeypatch, tmp_path):
+def test_what_it_says_of_real_digits(digits, folder, example, monkeypatch, tmp_path):
     """With a tenth of those that come along, for comparison."""
     monkeypatch.setattr(tinyddpm, "load_digits", lambda: [part[::10] for part in digits()])
     monkeypatch.setattr(data, "load_digits", lambda train: [part[::10] for part in digits(train)])
-    _, printed, progress = ran("evaluate_digits", folder / "pictures", f"--json={tmp_path / 'r.json'}")
+    _, printed, progress = example("evaluate_digits", folder / "pictures", f"--json={tmp_path / 'r.json'}")
     assert "Frechet distance" in printed and "generated:" in progress  # a bar
     result = json.loads((tmp_path / "r.json").read_text())
     assert result["source"] == str(folder / "pictures") and result["samples"] == 40
@@ -280,7 +280,7 @@ def test_what_is_no_digit_is_found_out(evaluation, classifier, digits, held_out)
 
 @pytest.mark.slow
 def test_a_model_is_sampled_with_its_labels_and_the_same_images_give_the_same_numbers(
-    evaluation, classifier, ran, tmp_path
+    evaluation, classifier, example, tmp_path
 ):
     unet = UNet(channels=(8, 8), blocks=1, attention=(False, True), classes=10, label_dropout=0.1, patch=2)
     diffusion = Diffusion(make_schedule("cosine", 30), "x0")
@@ -288,7 +288,7 @@ def test_a_model_is_sampled_with_its_labels_and_the_same_images_give_the_same_nu
         p.data = p.data + np.float32(0.05) * np.cos(np.arange(p.data.size, dtype=np.float32)).reshape(p.shape)
     save_model(tmp_path / "m.safetensors", unet, diffusion)
     labels, found = np.arange(12) % 10, []
-    said = lambda *arguments: (ran("evaluate_digits", *arguments), json.loads((tmp_path / "r.json").read_text()))
+    said = lambda *arguments: (example("evaluate_digits", *arguments), json.loads((tmp_path / "r.json").read_text()))
     for method in ("ddpm", "ddim"):
         settings = ["--steps=3", "--guidance=2", f"--method={method}", "--seed=5", f"--json={tmp_path / 'r.json'}"]
         printed, result = said(tmp_path / "m.safetensors", "--samples=12", *settings)

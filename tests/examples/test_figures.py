@@ -118,9 +118,9 @@ class TestDrawn:
             np.testing.assert_allclose(shown[20 * i + 19], path[-1, i], atol=1e-5)  # its image is the last x_0
 
     @pytest.mark.slow
-    def test_several_by_one_command(self, figures, tmp_path, ran):
+    def test_several_by_one_command(self, figures, tmp_path, example):
         some = ["schedules", "noising", "encoding", "unet", "samplers"]
-        ran("figures", f"--out={tmp_path}", "--only", *some)
+        example("figures", f"--out={tmp_path}", "--only", *some)
         assert {path.stem for path in tmp_path.iterdir()} == set(some) < set(figures.FIGURES)
         for path in tmp_path.iterdir():
             with Image.open(path) as picture:

@@ -21,8 +21,8 @@ def test_its_ideal_guess_is_that_of_the_tests(script, digits):
 
 
 @pytest.mark.slow
-def test_the_whole_of_it(tmp_path, ran):
-    text = ran("lesson", "--steps=120", f"--out={tmp_path}").out
+def test_the_whole_of_it(tmp_path, example):
+    text = example("lesson", "--steps=120", f"--out={tmp_path}").out
     assert [int(n) for n in re.findall(r"^(\d)\. ", text, re.MULTILINE)] == [1, 2, 3, 4, 5, 6]
     names = {"1_noise.png", "3_best_guess.png", "6_way_back.png", "6_digits.png"}
     assert {path.name for path in tmp_path.iterdir()} == names

@@ -237,7 +237,9 @@ class TestSample:
         ("diffusers --label=2 --method=ddpm --workers=2", (16, 8, 8, 1), [2] * 16, dict(steps=60, workers=2)),
         ("original.safetensors --steps=2 --size=8 --seed=3", (16, 8, 8, 1), None, dict(steps=2, rng=3)),
     ])  # fmt: skip
-    def test_sample_pretrained(self, models, ran, recorded, monkeypatch, tmp_path, options, shape, labels, expected):
+    def test_sample_pretrained(
+        self, models, example, recorded, monkeypatch, tmp_path, options, shape, labels, expected
+    ):
         """It asks for what it should, of which two steps are enough here."""
 
         def in_two(diffusion, model, shape, method, steps, **how):
@@ -246,7 +248,7 @@ class TestSample:
         monkeypatch.setattr(tinyddpm, "sample", in_two)
         (name, *options), calls = options.split(), recorded(tinyddpm, "sample")
         folder, (unet, diffusion) = models[0], models[1][name]
-        _, out, err = ran("sample_pretrained", folder / name, f"--out={tmp_path / 'p.png'}", *options)
+        _, out, err = example("sample_pretrained", folder / name, f"--out={tmp_path / 'p.png'}", *options)
         ((how, images),) = calls
         how |= how.pop("how")
         assert "2/2" in err and how["shape"] == shape
@@ -329,7 +331,7 @@ class TestAll:
         out = {"train": "new/out", "mnist_ddpm.py": "new/out"}.get(name, "p.png")
         options = [*([] if name == "evaluate" else [f"--out={tmp_path / out}"]), *options.split()]
         if name.endswith(".py"):
-            code, _, text = example(name.removesuffix(".py"), *options)
+            code, _, text = example(name.removesuffix(".py"), *options, code=None)
         else:
             code, _, text = command(name, *options)
             name = f"python -m tinyddpm {name}"

@@ -53,10 +53,10 @@ def assert_has(arguments, **expected):
 
 
 class TestTraining:
-    def test_it_trains_and_draws_and_leaves_what_it_promises(self, ran, tmp_path):
+    def test_it_trains_and_draws_and_leaves_what_it_promises(self, example, tmp_path):
         out = tmp_path / "new" / "folder"
         options = ["--timesteps=5", "--sample-every=2", "--save-every=2", "--samples=6", "--workers=2"]
-        _, said, progress = ran("mnist_ddpm", *FEW, *options, f"--out={out}")
+        _, said, progress = example("mnist_ddpm", *FEW, *options, f"--out={out}")
         for words in (
             "device   cpu, 2 workers, BLAS", "10,000 images of 28 x 28 pixels, the digits that come along", str(out),
             "parameters, T = 5", "training 3 steps, 4 images a step",
@@ -78,11 +78,11 @@ class TestTraining:
         with Image.open(out / "samples.png") as picture:  # the file is the model that drew the samples
             np.testing.assert_array_equal(np.asarray(picture), np.asarray(grid(again)))
 
-    def test_every_option_arrives_where_it_belongs(self, ran, recorded, digits, tmp_path):
+    def test_every_option_arrives_where_it_belongs(self, example, recorded, digits, tmp_path):
         calls = {name: recorded(tinyddpm, name) for name in ("UNet", "Diffusion", "train", "sample", "save_model")}
         options = "--batch=6 --lr=0.003 --blocks=2 --seed=7 --steps=4 --timesteps=30 --objective=v --sample-every=2 "
         options += "--samples=12 --flip --patch=14 --sampling-steps=3 --guidance=3 --workers=2 --channels 8"
-        ran("mnist_ddpm", *options.split(), f"--out={tmp_path}")
+        example("mnist_ddpm", *options.split(), f"--out={tmp_path}")
         (network, unet), diffusion = calls["UNet"][0], calls["Diffusion"][0][1]
         assert_has(network, channels=[8], blocks=2, rng=7, attention=[False], patch=14, classes=10, label_dropout=0.1)
         assert diffusion.objective == "v" and diffusion.T == 30
@@ -108,8 +108,8 @@ class TestTraining:
         for classes, columns in ((None, 8), (1, 8), (2, 8), (5, 5), (10, 10), (64, 64), (65, 8)):
             assert page(images, classes).size[0] == 2 * (10 * columns + 2)
 
-    def test_help_documents_every_option(self, ran):
-        text = " ".join(ran("mnist_ddpm", "--help").out.split())
+    def test_help_documents_every_option(self, example):
+        text = " ".join(example("mnist_ddpm", "--help").out.split())
         options = set(re.findall(r" --([a-z-]+)", text.partition("options:")[2])) - {"help"}
         assert len(options) == 28
         for option in options:  # its meaning, and its default in brackets
@@ -145,7 +145,7 @@ class TestTraining:
 @on_posix
 class TestPhotos:
     @pytest.mark.filterwarnings("ignore:.* files are left out")
-    def test_images_of_ones_own_with_names_that_a_terminal_cannot_show(self, photos, ran, tmp_path):
+    def test_images_of_ones_own_with_names_that_a_terminal_cannot_show(self, photos, example, tmp_path):
         """Classes in Japanese, and bytes that are no text, where the output is piped on a machine of another encoding,
         on which it goes on there. It learns of them in colour, and reports what cannot be read."""
         (photos / "a" / "broken.png").write_bytes(b"nothing")
@@ -153,7 +153,7 @@ class TestPhotos:
         os.rename(photos / "a", os.fsencode(photos) + b"/\xff")
         out, encoding = tmp_path / "out", {"PYTHONIOENCODING": "cp1252", "LC_ALL": "C", "PYTHONUTF8": "0"}
         options = f"--data={photos}", "--size=14", "--flip", "--samples=4", "--save-every=1", f"--out={out}"
-        assert "\nclasses  0 \u732b, 1 \\udcff\n" in ran("mnist_ddpm", *FEW, *options).out
+        assert "\nclasses  0 \u732b, 1 \\udcff\n" in example("mnist_ddpm", *FEW, *options).out
         (out / "checkpoint.previous.safetensors").replace(out / "checkpoint.safetensors")
         result = run("--resume", f"--out={out}", env=os.environ | encoding)
         assert result.returncode == 0 and "resumed  at step 3 of 3" in result.stdout, result.stderr
@@ -184,21 +184,20 @@ class TestTrouble:
     def test_what_cannot_be_drawn_does_not_lose_the_training(self, example, tmp_path):
         for name in ("step_00002.png", "samples.png"):
             (tmp_path / name).mkdir()  # in the way
-        code, out, err = example("mnist_ddpm", *FEW, "--sample-every=2", f"--out={tmp_path}")
-        assert code == 1 and "no grid after 2 steps: " in out
+        _, out, err = example("mnist_ddpm", *FEW, "--sample-every=2", f"--out={tmp_path}", code=1)
+        assert "no grid after 2 steps: " in out
         assert re.search("^mnist_ddpm.py: .*samples.png", err, re.M) and (tmp_path / "model.safetensors").exists()
 
     @on_posix
     def test_a_disk_that_is_full_is_told_once_and_does_not_end_the_training(self, example, tmp_path):
         """Then the model cannot be written at last either, and it is named."""
         (tmp_path / "metrics.csv").mkdir()  # in the way
+        options = [*LITTLE, "--steps=15", "--save-every=5", "--resume", f"--out={tmp_path}"]
         with files_of_at_most(50_000):
-            code, out, err = example(
-                "mnist_ddpm", *LITTLE, "--steps=15", "--save-every=5", "--resume", f"--out={tmp_path}"
-            )
+            _, out, err = example("mnist_ddpm", *options, code=1)
         assert re.findall(r"no checkpoint after (\d+) steps: ", out) == ["5", "15"]  # the first time, and the last
         assert re.findall(r"no line in metrics.csv after (\d+) steps: ", out) == ["1", *["15"] * 3]
-        assert code == 1 and re.search("^mnist_ddpm.py: .*cannot write .*model.safetensors: File too large", err, re.M)
+        assert re.search("^mnist_ddpm.py: .*cannot write .*model.safetensors: File too large", err, re.M)
         assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.safetensors"))
 
 
@@ -215,37 +214,38 @@ class TestStopping:
         monkeypatch.setattr(tinyddpm, "train", trained)
 
     @on_linux
-    def test_it_goes_on_as_if_it_had_not_been_stopped(self, example, ran, assert_same, monkeypatch, tmp_path):
+    def test_it_goes_on_as_if_it_had_not_been_stopped(self, example, assert_same, monkeypatch, tmp_path):
         """The same model, pictures and log, but for the times in it."""
         options = [*LITTLE, "--steps=5", "--save-every=1"]
-        ran("mnist_ddpm", *options, f"--out={tmp_path / 'whole'}")
+        example("mnist_ddpm", *options, f"--out={tmp_path / 'whole'}")
         for number, code, steps in (signal.SIGINT, 0, 4), (signal.SIGKILL, -9, 2):
             parts = tmp_path / number.name
 
             def stopped(number=number, parts=parts):
                 self.in_step(3, lambda: signal.raise_signal(number), monkeypatch)
-                os._exit(example("mnist_ddpm", *options, f"--out={parts}").code)
+                os._exit(example("mnist_ddpm", *options, f"--out={parts}", code=None).code)
 
             assert in_a_copy(stopped) == code and sum(1 for _ in open(parts / "metrics.csv")) - 1 == steps
             assert (parts / "samples.png").exists() == (code == 0) == (not (parts / "running.lock").exists())
-            assert "trained  5 steps" in ran("mnist_ddpm", "--resume", f"--out={parts}").out  # all said is as it was
+            said = example("mnist_ddpm", "--resume", f"--out={parts}").out
+            assert "trained  5 steps" in said  # what else there was to say is as it was
             assert_same(parts, tmp_path / "whole")
             assert not (parts / "running.lock").exists()
 
     @on_linux
-    def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(self, example, ran, monkeypatch, tmp_path):
+    def test_a_second_run_in_the_folder_is_refused_and_changes_nothing(self, example, monkeypatch, tmp_path):
         here, codes = os.getpid(), []
 
         def others():
             before = {path: path.read_bytes() for path in tmp_path.iterdir()}
             for more in ([], ["--resume"]):
-                code, _, err = example("mnist_ddpm", *FEW, *more, f"--out={tmp_path}")
-                assert code == 1 and f"{tmp_path} is in use by process {here} on " in err
+                said = example("mnist_ddpm", *FEW, *more, f"--out={tmp_path}", code=1).err
+                assert f"{tmp_path} is in use by process {here} on " in said
             assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
             os._exit(0)
 
         self.in_step(2, lambda: codes.append(in_a_copy(others)), monkeypatch)
-        ran("mnist_ddpm", *FEW, "--save-every=1", f"--out={tmp_path}")
+        example("mnist_ddpm", *FEW, "--save-every=1", f"--out={tmp_path}")
         assert codes == [0]
 
     @on_posix

@@ -19,11 +19,12 @@ UNET, DIFFUSION = load_model()
 
 
 @pytest.fixture
-def drawn(ran, tmp_path):
+def drawn(example, tmp_path):
     """The picture that an example draws in its tiny setting, as an array of greys, and what it prints."""
 
     def draw(name, *arguments):
-        _, printed, _ = ran(name, *TINY[name].split(), "--workers=1", f"--out={tmp_path / 'picture.png'}", *arguments)
+        settings = *TINY[name].split(), "--workers=1", f"--out={tmp_path / 'picture.png'}", *arguments
+        printed = example(name, *settings).out
         assert f"look at {tmp_path / 'picture.png'}" in printed
         with Image.open(tmp_path / "picture.png") as picture:
             assert picture.mode == "L"
@@ -113,6 +114,6 @@ def test_interpolate(drawn, digits):
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
-def test_each_is_short_and_says_what_it_does(name, ran, script):
+def test_each_is_short_and_says_what_it_does(name, example, script):
     assert len(script(name).read_text().splitlines()) < 100
-    assert f"python examples/{name}.py" in ran(name, "--help").out
+    assert f"python examples/{name}.py" in example(name, "--help").out

@@ -124,25 +124,26 @@ def folder(tmp_path_factory, script, digits):
 
 
 @pytest.mark.parametrize(("name", "arguments"), [(name, arguments) for name in REFUSED for arguments in REFUSED[name]])
-def test_it_is_refused_in_a_line(refusal, folder, tmp_path, name, arguments):
+def test_it_is_refused_in_a_line(example, folder, tmp_path, name, arguments):
     if name == "pytorch_digits" and not importlib.util.find_spec("torch"):
         pytest.skip("needs PyTorch")
     given = [argument.format(folder=folder) for argument in arguments.split()]
     if name in OUT and "--out" not in arguments:
         given.append(f"--out={tmp_path / OUT[name]}")
-    assert REFUSED[name][arguments] in refusal(name, *given)
-    assert not list(tmp_path.iterdir())
+    code, _, said = example(name, *given, code=None)
+    assert code and REFUSED[name][arguments] in said and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("missing", ["torch", "diffusers"])
-def test_what_is_missing_for_a_comparison_is_said(refusal, monkeypatch, missing):
+def test_what_is_missing_for_a_comparison_is_said(example, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    said = refusal("benchmark")
+    said = example("benchmark", code=1).err
     assert missing in said and "pip install -e '.[peers]'" in said
 
 
 @pytest.mark.parametrize("device, says", [("cuda", "needs CuPy"), ("cuda:1", "needs CuPy"), ("gpu", "is unknown")])
 @pytest.mark.parametrize("more", [[], ["--profile"]])
-def test_a_gpu_that_is_not_there_is_said(refusal, monkeypatch, device, says, more):
+def test_a_gpu_that_is_not_there_is_said(example, monkeypatch, device, says, more):
     monkeypatch.setitem(sys.modules, "cupy", None)
-    assert refusal("benchmark", "--device", device, *more).startswith(f"benchmark.py: device: '{device}' {says}")
+    said = example("benchmark", "--device", device, *more, code=1).err
+    assert said.startswith(f"benchmark.py: device: '{device}' {says}")

@@ -36,9 +36,9 @@ slowly = lambda name: pytest.param(name, marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("data", ["roll", slowly("moons"), slowly("gaussians")])
-def test_it_trains_and_draws_and_leaves_what_it_promises(small, tmp_path, ran, data):
+def test_it_trains_and_draws_and_leaves_what_it_promises(small, tmp_path, example, data):
     out = tmp_path / "new" / "folder"
-    _, printed, progress = ran(small, *TINY, f"--data={data}", f"--out={out}")
+    _, printed, progress = example(small, *TINY, f"--data={data}", f"--out={out}")
     assert {p.name for p in out.iterdir()} == {"toy.png", "toy.gif"}
     assert f"toy.gif and toy.png are in {out}" in printed and "training: 100%" in progress
     distances(printed)
@@ -73,17 +73,17 @@ def test_hues_run_along_the_roll_and_points_are_where_they_should_be(script):
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_pictures(tmp_path, ran):
+def test_the_same_seed_gives_the_same_pictures(tmp_path, example):
     options = {"first": ["--seed=3"], "again": ["--seed=3", "--workers=2"], "other": ["--seed=4"]}
     for name, settings in options.items():
-        ran("toy_2d", *TINY, *settings, f"--out={tmp_path / name}")
+        example("toy_2d", *TINY, *settings, f"--out={tmp_path / name}")
     for picture in ("toy.png", "toy.gif"):
         first, again, other = ((tmp_path / name / picture).read_bytes() for name in options)
         assert first == again != other
 
 
-def test_help_documents_every_option_and_it_can_be_read_at_a_glance(ran, script):
-    text = " ".join(ran("toy_2d", "--help").out.split())
+def test_help_documents_every_option_and_it_can_be_read_at_a_glance(example, script):
+    text = " ".join(example("toy_2d", "--help").out.split())
     for option in ("data", "steps", "points", "workers", "seed", "out"):
         assert re.search(rf"--{option} (\{{\S+\}}|[A-Z]+) [^-]+\[[^\]]+\]", text), option
     assert len(script("toy_2d").read_text().splitlines()) < 100
@@ -91,10 +91,10 @@ def test_help_documents_every_option_and_it_can_be_read_at_a_glance(ran, script)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("data", ["roll", "moons", "gaussians"])
-def test_generated_points_are_as_near_to_the_data_as_fresh_data(tmp_path, ran, data):
+def test_generated_points_are_as_near_to_the_data_as_fresh_data(tmp_path, example, data):
     """The whole recipe. Over data and seeds, distances were 0.86 to 1.25 and 0.98 to 1.06 times those of fresh data.
 
     It takes both: without noise in its steps, the sampler's points are nearer to the data, but do not reach all of it.
     """
-    away, least, missed, least_missed = distances(ran("toy_2d", f"--data={data}", f"--out={tmp_path}").out)
+    away, least, missed, least_missed = distances(example("toy_2d", f"--data={data}", f"--out={tmp_path}").out)
     assert away < 1.4 * least and missed < 1.12 * least_missed
