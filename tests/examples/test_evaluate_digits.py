@@ -279,9 +279,7 @@ def test_what_is_no_digit_is_found_out(evaluation, classifier, digits, held_out)
 
 
 @pytest.mark.slow
-def test_a_model_is_sampled_with_its_labels_and_the_same_images_give_the_same_numbers(
-    evaluation, classifier, example, tmp_path
-):
+def test_a_model_is_sampled_with_its_labels_and_the_same_images_give_the_same_numbers(classifier, example, tmp_path):
     unet = UNet(channels=(8, 8), blocks=1, attention=(False, True), classes=10, label_dropout=0.1, patch=2)
     diffusion = Diffusion(make_schedule("cosine", 30), "x0")
     for p in unet.parameters():  # so that samplers differ
