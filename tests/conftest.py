@@ -88,10 +88,8 @@ def pytest_runtest_setup(item):
         for module in (tensor, functional, conv, fused):
             for f in vars(module).values():
                 if hasattr(f, "raw"):
-                    f.on_cpu, f.on_cuda = (
-                        getattr(f, "on_cpu", f.raw),
-                        getattr(f, "on_cuda", None) or through_cupy(f.raw),
-                    )
+                    f.on_cpu = getattr(f, "on_cpu", f.raw)
+                    f.on_cuda = getattr(f, "on_cuda", None) or through_cupy(f.raw)
                     f.raw = f.on_cpu if item.get_closest_marker("gpu") else f.on_cuda
 
 

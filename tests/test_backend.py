@@ -118,15 +118,9 @@ def double(install, monkeypatch):
     backend._twins.cache_clear()
 
 
-def model(device):
-    function = lambda x, t: x
-    function.device = device
-    return function
-
-
 @pytest.mark.parametrize(("x", "kind"), [
     (np.ones(2), "cpu"), (np.float32(1), "cpu"),  # what NumPy's sums may return
-    (NDArray(), "cuda"), (model("cpu"), "cpu"), (model("cuda"), "cuda"), (model("cuda:1"), "cuda"),
+    (NDArray(), "cuda"), *((MagicMock(device=device), device.partition(":")[0]) for device in ("cpu", "cuda", "cuda:1")),
     (lambda x, t: x, "cpu"),  # any function is a model
 ])  # fmt: skip
 def test_a_twin_is_chosen_by_the_first_argument_an_array_or_a_model(double, x, kind):

@@ -10,8 +10,8 @@ import pathlib
 import signal
 import subprocess
 import sys
-import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tiny_training import in_a_copy, on_linux, step_in, training
@@ -148,16 +148,12 @@ class TestSignals:
         assert now() == before
 
     def test_another_thread_may_train_too(self):
-        seen = []
-
         def trains():
             with stop_signals() as asked:
-                seen.append(asked())
+                return asked()
 
-        thread = threading.Thread(target=trains)
-        thread.start()
-        thread.join()
-        assert seen == [False]
+        with ThreadPoolExecutor() as threads:
+            assert threads.submit(trains).result() is False
 
 
 class TestWords:
@@ -191,9 +187,9 @@ class TestWords:
 
     @on_linux
     def test_a_full_disk_is_told_once_the_work_is_done(self, monkeypatch):
-        with open("/dev/full", "w") as stream, pytest.raises(SystemExit) as ended:
+        says = "^program.py: not all that was to be printed could be: No space left on device$"
+        with open("/dev/full", "w") as stream, pytest.raises(SystemExit, match=says):
             self.said(monkeypatch, stream, "a word")
-        assert ended.value.code == "program.py: not all that was to be printed could be: No space left on device"
 
     @pytest.mark.parametrize("terminal", [True, False])
     def test_of_a_disk_that_breaks_is_told_but_not_of_a_terminal_that_goes(self, monkeypatch, terminal):
