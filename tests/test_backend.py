@@ -120,7 +120,7 @@ def double(install, monkeypatch):
 
 @pytest.mark.parametrize(("x", "kind"), [
     (np.ones(2), "cpu"), (np.float32(1), "cpu"),  # what NumPy's sums may return
-    (NDArray(), "cuda"), *((MagicMock(device=device), device.partition(":")[0]) for device in ("cpu", "cuda", "cuda:1")),
+    (NDArray(), "cuda"), *((MagicMock(device=on), on.partition(":")[0]) for on in ("cpu", "cuda", "cuda:1")),
     (lambda x, t: x, "cpu"),  # any function is a model
 ])  # fmt: skip
 def test_a_twin_is_chosen_by_the_first_argument_an_array_or_a_model(double, x, kind):
