@@ -18,15 +18,18 @@ import tinyddpm
 from tinyddpm import program
 from tinyddpm.files import data
 
-EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
 Ended = collections.namedtuple("Ended", "code out err")
 
 
 @functools.cache
-def load_digits(train=True, load=tinyddpm.load_digits):
+def digits_for(train, load=tinyddpm.load_digits):
     images, labels = load(train)
     images.flags.writeable = labels.flags.writeable = False  # they are the same for all
     return images, labels
+
+
+def load_digits(train=True):
+    return digits_for(train)
 
 
 @pytest.fixture(scope="session")
@@ -44,31 +47,30 @@ def sooner():
         yield
 
 
-def path_of(name):
-    return next(EXAMPLES.rglob(f"{name}.py"))
-
-
 @pytest.fixture(scope="session")
 def script():
     """script(name) is the path of an example; script.loaded(name) is a module that has what the example defines."""
 
+    def path(name):
+        return next((pathlib.Path(__file__).parents[2] / "examples").rglob(f"{name}.py"))
+
     def loaded(name):
         module = types.ModuleType(name)
-        vars(module).update(runpy.run_path(str(path_of(name))))
+        vars(module).update(runpy.run_path(str(path(name))))
         return module
 
-    path_of.loaded = loaded
-    return path_of
+    path.loaded = loaded
+    return path
 
 
 @pytest.fixture
-def example(ended, monkeypatch):
+def example(ended, script, monkeypatch):
     """example(name, *arguments, code=0) runs an example, or the script at a path, as a user does. It has to end with
     this code, unless that is None; returned are its code and what it says on stdout and on stderr. An error that nobody
     catches leaves it as such, not as an exit."""
 
     def run(name, *arguments, code=0):
-        path = str(name if isinstance(name, pathlib.Path) else path_of(name))
+        path = str(name if isinstance(name, pathlib.Path) else script(name))
         monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
         result = Ended(*ended(runpy.run_path, path, None, "__main__"))
         assert code in (None, result.code), result
