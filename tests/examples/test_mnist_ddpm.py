@@ -146,8 +146,8 @@ class TestTraining:
 class TestPhotos:
     @pytest.mark.filterwarnings("ignore:.* files are left out")
     def test_images_of_ones_own_with_names_that_a_terminal_cannot_show(self, photos, example, tmp_path):
-        """Classes in Japanese, and bytes that are no text, where the output is piped on a machine of another encoding,
-        on which it goes on there. It learns of them in colour, and reports what cannot be read."""
+        """Classes in Japanese, and bytes that are no text: on a machine of another encoding, where the output is piped,
+        it goes on as well. It learns of them in colour, and reports what cannot be read."""
         (photos / "a" / "broken.png").write_bytes(b"nothing")
         (photos / "b").rename(photos / "\u732b")
         os.rename(photos / "a", os.fsencode(photos) + b"/\xff")
