@@ -6,16 +6,20 @@ import functools
 import os
 import pathlib
 import runpy
+import shutil
 import sys
 import types
 
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
+from tiny_training import DIFFUSION as TRAINED
+from tiny_training import training
 
 import tinyddpm
-from tinyddpm import program
+from tinyddpm import Diffusion, UNet, make_schedule, program, save_diffusers, save_model
+from tinyddpm.exchange.names import laid_out, original_layout
 from tinyddpm.files import data
 
 Ended = collections.namedtuple("Ended", "code out err")
@@ -107,3 +111,40 @@ def assert_same():
         np.testing.assert_array_equal(*logs)
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    """A folder with a model of each kind, and what is to be found there. Of a checkpoint it is the averaged one."""
+
+    def network(**settings):
+        """None of its weights is zero, so that the images depend on all of them."""
+        unet = UNet(**dict(channels=(8, 8), blocks=1, attention=(False, True), image_size=8) | settings)
+        for p in unet.parameters():
+            p.data = p.data + np.float32(0.05) * np.cos(np.arange(p.data.size, dtype=np.float32)).reshape(p.shape)
+        return unet
+
+    folder = tmp_path_factory.mktemp("models")
+    diffusion = Diffusion(make_schedule("linear", 60, beta_end=0.3), clip=0.9, spacing="leading")
+    plain, told, rgb = network(), network(classes=3), network(in_channels=3, out_channels=3, image_size=(8, 12))
+    save_model(folder / "plain.safetensors", plain, diffusion)
+    save_model(folder / "classes.safetensors", told, diffusion)
+    save_diffusers(folder / "diffusers", told, diffusion)
+    save_diffusers(folder / "rgb", rgb, diffusion)
+    original = network(channels=(32, 32), groups=32, image_size=None)
+    tensors = laid_out(original.state_dict(), lambda name, ndim: original_layout(name, ndim, 2))
+    save_file({name: np.ascontiguousarray(w) for name, w in tensors.items()}, folder / "original.safetensors")
+    for name in ("run", "plain"):  # folders of trainings
+        (folder / name).mkdir()
+        save_model(folder / name / "model.safetensors", plain, diffusion)
+    for state in training(None, 5)[1]:
+        state.save(folder / "checkpoint.safetensors")
+    shutil.copy(folder / "checkpoint.safetensors", folder / "run")  # it has gone on since: this is to be taken
+    (folder / "damaged.safetensors").write_bytes(b"nothing of the kind")
+    process = Diffusion(make_schedule("linear", 1000), variance="large")
+    found = {
+        "plain.safetensors": (plain, diffusion), "plain": (plain, diffusion), "classes.safetensors": (told, diffusion),
+        "diffusers": (told, diffusion), "rgb": (rgb, diffusion), "original.safetensors": (original, process),
+        "checkpoint.safetensors": (state.ema.model, TRAINED), "run": (state.ema.model, TRAINED),
+    }  # fmt: skip
+    return folder, found

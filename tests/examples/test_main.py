@@ -1,5 +1,5 @@
 """`python -m tinyddpm`: what it trains is what examples/mnist_ddpm.py trains, to the bit; it samples from models of any
-kind, as examples/sample_pretrained.py does. What the three refuse.
+kind, as examples/sample_pretrained.py does. What the three refuse is in test_refused_options.py.
 """
 
 import json
@@ -11,15 +11,12 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors.numpy import save_file
-from tiny_training import DIFFUSION as TRAINED
-from tiny_training import step_in, training
+from tiny_training import step_in
 
 import tinyddpm
 import tinyddpm.__main__ as commands
-from tinyddpm import Diffusion, UNet, load_model, make_schedule, sample, save_diffusers, save_model
+from tinyddpm import UNet, load_model, sample
 from tinyddpm.exchange import opening
-from tinyddpm.exchange.names import laid_out, original_layout
 from tinyddpm.files.pictures import grid, page
 
 TINY = "--steps=4 --batch=4 --channels 8 --patch=7 --timesteps=20 --sampling-steps=4 --samples=2 --workers=1".split()
@@ -154,43 +151,6 @@ class TestTrain:
         assert (folder / "samples.png").read_bytes() != (folder / "earlier-1" / "samples.png").read_bytes()
 
 
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A folder with a model of each kind, and what is to be found there. Of a checkpoint it is the averaged one."""
-
-    def network(**settings):
-        """None of its weights is zero, so that the images depend on all of them."""
-        unet = UNet(**dict(channels=(8, 8), blocks=1, attention=(False, True), image_size=8) | settings)
-        for p in unet.parameters():
-            p.data = p.data + np.float32(0.05) * np.cos(np.arange(p.data.size, dtype=np.float32)).reshape(p.shape)
-        return unet
-
-    folder = tmp_path_factory.mktemp("models")
-    diffusion = Diffusion(make_schedule("linear", 60, beta_end=0.3), clip=0.9, spacing="leading")
-    plain, told, rgb = network(), network(classes=3), network(in_channels=3, out_channels=3, image_size=(8, 12))
-    save_model(folder / "plain.safetensors", plain, diffusion)
-    save_model(folder / "classes.safetensors", told, diffusion)
-    save_diffusers(folder / "diffusers", told, diffusion)
-    save_diffusers(folder / "rgb", rgb, diffusion)
-    original = network(channels=(32, 32), groups=32, image_size=None)
-    tensors = laid_out(original.state_dict(), lambda name, ndim: original_layout(name, ndim, 2))
-    save_file({name: np.ascontiguousarray(w) for name, w in tensors.items()}, folder / "original.safetensors")
-    for name in ("run", "plain"):  # folders of trainings
-        (folder / name).mkdir()
-        save_model(folder / name / "model.safetensors", plain, diffusion)
-    for state in training(None, 5)[1]:
-        state.save(folder / "checkpoint.safetensors")
-    shutil.copy(folder / "checkpoint.safetensors", folder / "run")  # it has gone on since: this is to be taken
-    (folder / "damaged.safetensors").write_bytes(b"nothing of the kind")
-    process = Diffusion(make_schedule("linear", 1000), variance="large")
-    found = {
-        "plain.safetensors": (plain, diffusion), "plain": (plain, diffusion), "classes.safetensors": (told, diffusion),
-        "diffusers": (told, diffusion), "rgb": (rgb, diffusion), "original.safetensors": (original, process),
-        "checkpoint.safetensors": (state.ema.model, TRAINED), "run": (state.ema.model, TRAINED),
-    }  # fmt: skip
-    return folder, found
-
-
 @pytest.mark.filterwarnings("ignore:steps")  # in so few, the first may be far from noise
 class TestSample:
     @pytest.fixture
@@ -276,68 +236,7 @@ class TestSample:
         assert calls == [(models[0] / "diffusers", "fp16"), (("cuda:1",), {"precision": "bf16"})]
 
 
-REFUSED = {  # a line that begins with "error: " comes with how the command is called
-    "train": [
-        ("--digits=3", "error: --digits: there is no model in "),
-        ("--data=nowhere", "--data must be digits, mnist, fashion or a folder, and there is no folder nowhere"),
-        ("--data=damaged.safetensors", "--data must be digits, mnist, fashion or a folder, and damaged.safetensors is"),
-        ("--device=gpu", "device: 'gpu' is unknown; use 'cpu', 'cuda' or 'cuda:N'"),
-    ],
-    "mnist_ddpm.py": [
-        ("--out=damaged.safetensors/out", "error: --out: cannot write to damaged.safetensors/out: Not a directory"),
-        ("--out=damaged.safetensors", "error: --out: cannot write to damaged.safetensors: File exists"),
-    ],
-    "sample": [
-        ("nowhere.safetensors", "path: there is no file nowhere.safetensors"),
-        ("damaged.safetensors", "path: damaged.safetensors is not a readable safetensors file"),
-        ("diffusers/scheduler", "config.json, which diffusers saves in a folder with a model"),
-        ("plain.safetensors --labels 1", "--labels: this model knows no classes, so leave it out"),
-        ("plain.safetensors --guidance=0", "--guidance: this model cannot be guided"),
-        ("classes.safetensors --guidance=2", "--guidance: this model cannot be guided"),
-        ("classes.safetensors --labels 3", "--labels: this model knows 0 to 2, got 3"),
-        ("--labels 3 10", "--labels: this model knows 0 to 9, got 3 10"),
-        ("--labels 3 -1", "--labels: this model knows 0 to 9, got 3 -1"),
-        ("original.safetensors", "--size: this model does not say how large its images are"),
-        ("checkpoint.safetensors", "--size: this model does not say how large its images are"),
-        ("plain.safetensors --size=7", "--size: 2 levels and squares of 1 x 1 pixels need a height and a width that a"),
-        ("plain.safetensors --variant=fp16", "--variant: only a folder of diffusers has variants"),
-        ("diffusers --variant=fp16", "diffusion_pytorch_model.fp16.safetensors"),
-        *((f"--{it}=0", f"error: --{it} must be 1 or greater, got 0") for it in ("steps", "samples", "size")),
-        ("--samples=1000000000", "error: --samples must be 10000 at most, got 1000000000"),
-        ("--guidance=1e308", "error: --guidance must be 1000 at most, got 1e+308"),
-        ("--out=picture", "error: argument --out: expected a picture such as digits.png, got picture"),
-    ],
-    "sample_pretrained.py": [
-        ("nowhere", "error: FOLDER: there is no nowhere. To fetch Ho et al.'s model for CIFAR-10: hf download goo"),
-        ("run", "there is no file run/config.json"),
-        ("original.safetensors", "--size: this model does not say how large its images are, so it has to be given"),
-        ("diffusers --label=-1", "--label: this model knows 0 to 2, got -1"),
-        ("diffusers --label=3", "--label: this model knows 0 to 2, got 3"),
-        ("rgb --label=1", "--label: this model knows no classes, so leave it out"),
-        *((f"rgb --{it}=0", f"error: --{it} must be 1 or greater, got 0") for it in ("steps", "samples", "size")),
-        ("rgb --out=picture", "error: argument --out: expected a picture such as digits.png, got picture"),
-        ("rgb --variant=fp16", "diffusion_pytorch_model.fp16.safetensors"),
-    ],
-    "evaluate": [("run --samples=5", "error: --samples must be 10 or greater, got 5")],  # it is that script's
-}
-
-
 class TestAll:
-    @pytest.mark.parametrize(("name", "row"), [(name, row) for name, rows in REFUSED.items() for row in rows])
-    def test_bad_input_is_refused_in_a_line(self, command, example, models, monkeypatch, tmp_path, name, row):
-        """And leaves no folder."""
-        monkeypatch.chdir(models[0])
-        options, message = row
-        out = {"train": "new/out", "mnist_ddpm.py": "new/out"}.get(name, "p.png")
-        options = [*([] if name == "evaluate" else [f"--out={tmp_path / out}"]), *options.split()]
-        if name.endswith(".py"):
-            code, _, text = example(name.removesuffix(".py"), *options, code=None)
-        else:
-            code, _, text = command(name, *options)
-            name = f"python -m tinyddpm {name}"
-        (line,) = [line for line in text.splitlines() if line.startswith(f"{name}: ")]
-        assert message in line and code == (2 if message.startswith("error: ") else 1) and not list(tmp_path.iterdir())
-
     def test_an_unknown_command_is_named(self, command):
         for name in ("Train", "--version", "sample.py"):
             says = f"python -m tinyddpm: unknown command {name!r}; known: train, sample, evaluate"
