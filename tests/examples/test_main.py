@@ -19,7 +19,7 @@ from tinyddpm import UNet, load_model, sample
 from tinyddpm.exchange import opening
 from tinyddpm.files.pictures import grid, page
 
-TINY = "--steps=4 --batch=4 --channels 8 --patch=7 --timesteps=20 --sampling-steps=4 --samples=2 --workers=1".split()
+TINY = "--steps=4 --batch=4 --channels 8 --patch=7 --timesteps=20 --sampling-steps=2 --samples=2 --workers=1".split()
 pytestmark = pytest.mark.usefixtures("without_matplotlib")
 
 
@@ -119,7 +119,7 @@ class TestTrain:
         """It is still near to them after two steps. It goes on with --resume when the model is gone."""
         model, (one, other) = tmp_path / "start.safetensors", (tmp_path / name for name in ("one", "other"))
         shutil.copy(folders[by_command] / "model.safetensors", model)
-        options = "--batch=4 --samples=2 --workers=1 --seed=5 --sampling-steps=4 --steps=2 --save-every=1".split()
+        options = "--batch=4 --samples=2 --workers=1 --seed=5 --sampling-steps=2 --steps=2 --save-every=1".split()
         for by, out in (by_command, one), (by_example, other):
             by(out, *options, f"--start={model}")
             learned = "it has learned of 10 classes, and takes those here for them"

@@ -22,7 +22,7 @@ from tinyddpm import load_model, sample
 from tinyddpm.files.pictures import grid, page
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "mnist_ddpm.py"
-LITTLE = "--batch=4 --channels 8 --patch=7 --timesteps=4 --samples=2 --workers=1".split()
+LITTLE = "--batch=4 --channels 8 --patch=7 --timesteps=4 --sampling-steps=2 --samples=2 --workers=1".split()
 FEW = [*LITTLE, "--steps=3"]
 on_posix = pytest.mark.skipif(os.name != "posix", reason="signals and limits of a process are POSIX's")
 pytestmark = pytest.mark.usefixtures("without_matplotlib")
@@ -55,8 +55,8 @@ def assert_has(arguments, **expected):
 class TestTraining:
     def test_it_trains_and_draws_and_leaves_what_it_promises(self, example, tmp_path):
         out = tmp_path / "new" / "folder"
-        options = ["--timesteps=5", "--sample-every=2", "--save-every=2", "--samples=6", "--workers=2"]
-        _, said, progress = example("mnist_ddpm", *FEW, *options, f"--out={out}")
+        options = "--timesteps=5 --sampling-steps=5 --sample-every=2 --save-every=2 --samples=6 --workers=2"
+        _, said, progress = example("mnist_ddpm", *FEW, *options.split(), f"--out={out}")
         for words in (
             "device   cpu, 2 workers, BLAS", "10,000 images of 28 x 28 pixels, the digits that come along", str(out),
             "parameters, T = 5", "training 3 steps, 4 images a step",
@@ -261,7 +261,8 @@ class TestStopping:
 
     @on_posix
     def test_ctrl_c_again_ends_at_once(self, tmp_path):
-        with started(tmp_path, "--steps=1", "--patch=2", "--samples=1000", "--timesteps=100") as process:
+        many = "--steps=1 --patch=2 --samples=1000 --timesteps=100 --sampling-steps=100"
+        with started(tmp_path, *many.split()) as process:
             seen = ""
             while "sampling:" not in seen and process.poll() is None:
                 seen += process.stderr.read(1)

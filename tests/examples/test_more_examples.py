@@ -80,8 +80,8 @@ def test_samplers(drawn, digits):
 def test_denoise(drawn, digits):
     page, printed = drawn("denoise")
     digit, noisy, mean, one, another, told = tiles(page, 6, 2)
-    images = digits()[0][..., 0]
-    assert all((np.abs(images - d).max((1, 2)) < 0.01).any() for d in digit)
+    chosen = np.random.default_rng(0).choice(10_000, 2, replace=False)
+    np.testing.assert_allclose(digit, digits()[0][chosen, ..., 0], atol=0.01)
     error = lambda x: np.sqrt(np.mean((x - digit) ** 2))
     assert error(mean) < error(one) and error(mean) < 0.5 * error(noisy)
     assert (one != another).any() and (one != told).any()
