@@ -3,6 +3,7 @@ kind, as examples/sample_pretrained.py does. What the three refuse is in test_re
 """
 
 import json
+import pathlib
 import runpy
 import shutil
 import subprocess
@@ -47,7 +48,7 @@ def by_command(out, *options):
 def by_example(out, *options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["mnist_ddpm.py", *options, f"--out={out}"])
-        runpy.run_path(str(commands.EVALUATION.parents[1] / "mnist_ddpm.py"), run_name="__main__")
+        runpy.run_path(str(pathlib.Path(__file__).parents[2] / "examples" / "mnist_ddpm.py"), run_name="__main__")
 
 
 @pytest.fixture(scope="module")
