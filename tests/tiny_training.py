@@ -66,3 +66,20 @@ def files_of_at_most(size):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def assert_same_weights(one, other):
+    """Of two networks, or of what their `state_dict`s say: to the bit, of one type, in one order."""
+    one, other = (x if isinstance(x, dict) else x.state_dict() for x in (one, other))
+    assert list(one) == list(other)
+    for name, x in other.items():
+        np.testing.assert_array_equal(one[name], x, err_msg=name, strict=True)
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def files_in(folder):
+    """What is in all files, and False for each folder."""
+    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
