@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from strategies import make, schedules
-from tiny_training import TINY
+from tiny_training import TINY, assert_same_weights, files_in
 
 from tinyddpm import EMA, Diffusion, Schedule, UNet, load_diffusers, load_original, save_diffusers, save_model
 from tinyddpm.diffusion.checks import OBJECTIVES, SPACINGS, VARIANCES
@@ -67,17 +67,6 @@ def changed(content, changes):
 
 def edit(path, **changes):
     path.write_text(json.dumps(changed(json.loads(path.read_text()), changes)))
-
-
-def files_in(folder):
-    return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
-
-
-def assert_same_weights(unet, expected):
-    unet, expected = unet.state_dict(), expected.state_dict()
-    assert list(unet) == list(expected)
-    for name, x in expected.items():
-        assert unet[name].dtype == x.dtype and np.array_equal(unet[name], x), name
 
 
 def refused(*rows):

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_training import DIFFUSION, SMALL, files_of_at_most, in_a_copy, on_linux
+from tiny_training import DIFFUSION, SMALL, files_in, files_of_at_most, in_a_copy, names, on_linux
 
 from tinyddpm import UNet, save_model
 from tinyddpm.files import replacing as replacing_module
@@ -16,10 +16,6 @@ from tinyddpm.files.checkpoint import write_checkpoint
 from tinyddpm.files.pictures import save_gif, save_loss_curve, save_picture
 from tinyddpm.files.replacing import replacing
 from tinyddpm.files.run_folder import write_options
-
-
-def names(folder):
-    return {path.name for path in folder.iterdir()}
 
 
 def test_of_two_writers_at_a_time_none_spoils_what_the_other_writes(tmp_path):
@@ -76,27 +72,26 @@ def test_on_a_full_disk_what_is_there_stays(name, write, tmp_path, monkeypatch):
     if name == "loss_curve.png":
         pytest.importorskip("matplotlib")
     path = tmp_path / name
-    contents = lambda: {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def refused(reason):
         with pytest.raises(OSError, match=f"^.*path: cannot write {path}: {reason}"):
             write(path, 1)
-        assert contents() == before
+        assert files_in(tmp_path) == before
 
     def full(file):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     write(path, 0)
-    before = contents()
+    before = files_in(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         refused("No space left on device")
     if sys.platform == "linux":
-        for size in (0, len(before[name]) - 1):
+        for size in (0, len(before[path]) - 1):
             with files_of_at_most(size):
                 refused("File too large")
     write(path, 1)  # there is space again
-    assert contents()[name] != before[name]
+    assert files_in(tmp_path)[path] != before[path]
 
 
 @on_linux
