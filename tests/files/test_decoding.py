@@ -137,12 +137,10 @@ def test_tiff(tmp_path, kind, order, deflate):
     assert not right & set(itertools.product((32,), (None, 0, 1, 2), (False, True)))
 
 
-DEPTHS_OF_PNG = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+PNG = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # the depths of each colour type
 
 
-@pytest.mark.parametrize(
-    "colour, bits", [(colour, bits) for colour, depths in DEPTHS_OF_PNG.items() for bits in depths]
-)
+@pytest.mark.parametrize("colour, bits", [(colour, bits) for colour, depths in PNG.items() for bits in depths])
 def test_png(tmp_path, bits, colour):
     """Of each colour type, without and with a tRNS chunk, which says what is transparent."""
     rng, white = np.random.default_rng(0), 2**bits - 1
@@ -159,10 +157,8 @@ def test_png(tmp_path, bits, colour):
     if colour == 3:
         chunks["tRNS"], alpha = bytes(alphas.ravel().tolist()), alphas[levels[:, :, 0]]
     elif colour < 4:
-        chunks["tRNS"], alpha = (
-            levels[0, 0].astype(">u2").tobytes(),
-            255 * (levels != levels[0, 0]).any(2, keepdims=True),
-        )
+        chunks["tRNS"] = levels[0, 0].astype(">u2").tobytes()
+        alpha = 255 * (levels != levels[0, 0]).any(2, keepdims=True)
     if "tRNS" in chunks:
         shown = (shown * alpha + 255 * (255 - alpha)) / 255
         right = is_right(tmp_path, png(levels, bits, colour, **chunks), shown, slack)
@@ -191,8 +187,6 @@ HEADERS = {  # of pictures of four bytes per pixel, the last one of which is an 
     "ico": struct.pack("<HHHBBBBHHII", 0, 1, 1, W, H, 0, 0, 1, 32, 40 + 4 * H * W + 4 * H, 22) + dib(40, 2 * H),
     "cur": struct.pack("<HHHBBBBHHII", 0, 2, 1, W, H, 0, 0, 0, 0, 40 + 4 * H * W + 4 * H, 22) + dib(40, 2 * H),
 }
-
-
 BLACK = np.random.default_rng(0).integers(0, 2, (H, W))
 XBM = "#define a_width {}\n#define a_height {}\nstatic char a_bits[] = {{\n{}}};\n".format(
     W, H, ", ".join(f"0x{row:02x}" for row in np.packbits(BLACK, axis=1, bitorder="little").ravel())
@@ -223,11 +217,8 @@ def half(**how):
 RED = np.broadcast_to([138, 81, 70], (H, W, 3))  # in Lab: L = 54, a = 81, b = 70
 OTHERS = {  # what is in a file, what it shows, and how exactly
     # if the alpha is 0 throughout, programs that know none have written it
-    **{
-        f"{name}, alpha {alpha}": (head + bytes([10, 100, 200, alpha]) * (H * W) + bytes(4 * H), (200, 100, 10), 0)
-        for name, head in HEADERS.items()
-        for alpha in (0, 255)
-    },
+    **{f"{name}, {alpha}": (head + bytes([10, 100, 200, alpha]) * (H * W) + bytes(4 * H), (200, 100, 10), 0)
+       for name, head in HEADERS.items() for alpha in (0, 255)},
     # elsewhere it is meant: white is behind what is transparent
     **{f"all of a {kind}": (transparent(kind, "RGBA", CLEAR, CLEAR), 255, 0) for kind in ("PNG", "TIFF", "WEBP")},
     "a colour of a PNG": (transparent("PNG", transparency=9), HALF, 0),
@@ -239,7 +230,7 @@ OTHERS = {  # what is in a file, what it shows, and how exactly
     "psd": (PSD, 255 - 255 * BLACK[:, :, None], 0),
     "an icon of 16 bits": (ICON, DEEP / 257, 0.5),
     "Lab": (tiff(RED, 8, 8), (255, 0, 0), 6),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHERS)

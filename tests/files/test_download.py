@@ -186,15 +186,12 @@ class TestOneMirror:
         assert_whole(cache, server := mirror(*behaviours))
         assert server.asked == asked and time.monotonic() - began < tinyddpm.files.download.TIMEOUT / 2
 
-    @pytest.mark.parametrize(
-        "behaviours, before, asked, message, after",
-        [
-            ([truncated], b"", [None, SOME], f": ended after {2 * SOME} of {ALL} bytes", FILE[: 2 * SOME]),
-            ([refusing(503)], FILE[:SOME], [SOME], "HTTP Error 503", FILE[:SOME]),
-            ([truncated, page], b"", [None, SOME], f"{NAME}: the answer is a web page and not the file", FILE[:SOME]),
-            *(([refusing(code)], b"", [None], f"HTTP Error {code}", b"") for code in (403, 404, 416, 500)),
-        ],
-    )
+    @pytest.mark.parametrize("behaviours, before, asked, message, after", [
+        ([truncated], b"", [None, SOME], f": ended after {2 * SOME} of {ALL} bytes", FILE[: 2 * SOME]),
+        ([refusing(503)], FILE[:SOME], [SOME], "HTTP Error 503", FILE[:SOME]),
+        ([truncated, page], b"", [None, SOME], f"{NAME}: the answer is a web page and not the file", FILE[:SOME]),
+        *(([refusing(code)], b"", [None], f"HTTP Error {code}", b"") for code in (403, 404, 416, 500)),
+    ])  # fmt: skip
     def test_what_came_stays_for_the_next_call(self, behaviours, before, asked, message, after, mirror, tmp_path):
         server = mirror(*behaviours)
         if before:
@@ -244,15 +241,12 @@ class TestOneMirror:
 
 
 class TestTheNextMirror:
-    @pytest.mark.parametrize(
-        "behave, keeps",
-        [
-            *((behave, True) for behave in (stalled, truncated, chunks_cut_short)),
-            *((behave, False) for behave in (silent, corrupted, endless, too_long, *map(refusing, (403, 404, 500)))),
-            *((sends(content), False) for content in (b"", b"<html>Please log in to use this", ANOTHER, FILE + b"!")),
-            *((sends(gzip.compress(content)), False) for content in (CONTENT[:-1], CONTENT + b"!")),
-        ],
-    )
+    @pytest.mark.parametrize("behave, keeps", [
+        *((behave, True) for behave in (stalled, truncated, chunks_cut_short)),
+        *((behave, False) for behave in (silent, corrupted, endless, too_long, *map(refusing, (403, 404, 500)))),
+        *((sends(content), False) for content in (b"", b"<html>Please log in to use this", ANOTHER, FILE + b"!")),
+        *((sends(gzip.compress(content)), False) for content in (CONTENT[:-1], CONTENT + b"!")),
+    ])  # fmt: skip
     def test_it_is_asked_and_nothing_wrong_is_kept(self, behave, keeps, mirror, tmp_path, monkeypatch):
         if behave in (stalled, silent):
             monkeypatch.setattr(tinyddpm.files.download, "TIMEOUT", 0.2)

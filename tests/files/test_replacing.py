@@ -31,11 +31,10 @@ def test_of_two_writers_at_a_time_none_spoils_what_the_other_writes(tmp_path):
 HERE, THERE = replacing_module._HOST, "0123abcd"
 
 
-@pytest.mark.parametrize(
-    ("host", "alive", "minutes", "stays"),
-    [(HERE, True, 0, True), (HERE, False, 0, os.name != "posix"), (THERE, False, 0, True), (THERE, True, 59, True),
-     (THERE, False, 61, False)],
-)  # fmt: skip
+@pytest.mark.parametrize(("host", "alive", "minutes", "stays"), [
+    (HERE, True, 0, True), (HERE, False, 0, os.name != "posix"), (THERE, False, 0, True), (THERE, True, 59, True),
+    (THERE, False, 61, False),
+])  # fmt: skip
 def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path, host, alive, minutes, stays):
     """Of another machine it is not known whether it lives, only that it has not written for an hour. What is another's,
     or the user's, is left alone."""
@@ -55,19 +54,15 @@ UNETS = UNet(**SMALL, rng=0), UNet(**SMALL, rng=1)
 VECTORS = dict.fromkeys(("theta", "m", "v"), np.zeros(3))
 
 
-@pytest.mark.parametrize(
-    ("name", "write"),
-    [
-        ("m.safetensors", lambda path, i: save_model(path, UNETS[i], DIFFUSION)),
-        ("m.safetensors", lambda path, i: save_model(path, UNETS[i], DIFFUSION, "float16")),
-        ("run.safetensors", lambda path, i: write_checkpoint(path, UNETS[i], DIFFUSION, VECTORS, {"step": i})),
-        ("options.json", lambda path, i: write_options(path.parent, {"lr": i})),
-        ("a.png", lambda path, i: save_picture(path, FRAMES[i])),
-        ("a.gif", lambda path, i: save_gif(path, [FRAMES[i], FRAMES[0]])),
-        ("loss_curve.png", lambda path, i: save_loss_curve(path, [1, 2 + i])),
-    ],
-    ids=["model", "16 bits", "checkpoint", "options", "picture", "gif", "loss_curve"],
-)
+@pytest.mark.parametrize(("name", "write"), [
+    ("m.safetensors", lambda path, i: save_model(path, UNETS[i], DIFFUSION)),
+    ("16 bits.safetensors", lambda path, i: save_model(path, UNETS[i], DIFFUSION, "float16")),
+    ("run.safetensors", lambda path, i: write_checkpoint(path, UNETS[i], DIFFUSION, VECTORS, {"step": i})),
+    ("options.json", lambda path, i: write_options(path.parent, {"lr": i})),
+    ("a.png", lambda path, i: save_picture(path, FRAMES[i])),
+    ("a.gif", lambda path, i: save_gif(path, [FRAMES[i], FRAMES[0]])),
+    ("loss_curve.png", lambda path, i: save_loss_curve(path, [1, 2 + i])),
+])  # fmt: skip
 def test_on_a_full_disk_what_is_there_stays(name, write, tmp_path, monkeypatch):
     if name == "loss_curve.png":
         pytest.importorskip("matplotlib")
