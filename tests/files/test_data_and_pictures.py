@@ -1,7 +1,6 @@
 """The bundled digits, and the pictures: what they show, pixel by pixel."""
 
 import argparse
-import gzip
 import pathlib
 
 import numpy as np
@@ -11,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from PIL import Image
 
-from tinyddpm import Diffusion, load_digits, make_schedule
+from tinyddpm import Diffusion, load_digits, load_mnist, make_schedule
 from tinyddpm.cli import picture_path
 from tinyddpm.files import pictures
-from tinyddpm.files.data import DIGITS, read_idx
+from tinyddpm.files.data import DIGITS, MIRRORS
 from tinyddpm.files.pictures import format_of, grid, rows, save_gif, save_loss_curve, save_picture, to_uint8
 
 MNIST = pathlib.Path(__file__).parents[3] / "shared" / "data" / "mnist"
@@ -55,16 +54,20 @@ class TestDigits:
         assert (distance.argmin(1) == labels[~train]).mean() > 0.75
 
     @pytest.mark.skipif(not MNIST.exists(), reason="the full MNIST is not at hand")
-    @pytest.mark.parametrize(("train", "part", "count"), [(True, "train", 60_000), (False, "t10k", 10_000)])
-    def test_they_are_of_mnist(self, train, part, count):
-        """The first thousand of each class for training; 200 of those for testing, evenly spread."""
-        read = lambda kind, shape: read_idx(gzip.decompress((MNIST / f"{part}-{kind}-ubyte.gz").read_bytes()), shape)
-        whole, classes = read("images-idx3", (count, 28, 28)), read("labels-idx1", (count,))
+    @pytest.mark.parametrize(
+        ("train", "n", "first"), [(True, 60_000, [5, 0, 4, 1, 9]), (False, 10_000, [7, 2, 1, 0, 4])]
+    )
+    def test_they_are_of_mnist(self, train, n, first, monkeypatch):
+        """The first thousand of each class for training; 200 of those for testing, evenly spread. That the files of
+        MNIST are what they should be is compared, by their hashes, whenever they are read."""
+        monkeypatch.setitem(MIRRORS, "mnist", ())  # it is in the cache
+        whole, classes = load_mnist(full=True, train=train, cache=MNIST.parent)
+        assert whole.shape == (n, 28, 28, 1) and classes.shape == (n,) and classes[:5].tolist() == first
         images, labels = load_digits(train)
         for k in range(10):
             of_class = whole[classes == k]
             chosen = slice(1000) if train else np.linspace(0, len(of_class) - 1, 200).astype(int)
-            np.testing.assert_array_equal(to_uint8(images[labels == k])[..., 0], of_class[chosen])
+            np.testing.assert_array_equal(images[labels == k], of_class[chosen])
 
     def test_their_licence_stands_beside_them(self):
         text = (DIGITS.parent / "LICENSE.txt").read_text()
