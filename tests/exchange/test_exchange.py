@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import math
+import os
 import pathlib
 import shutil
 import tracemalloc
@@ -222,24 +223,18 @@ class TestWhatIsWritten:
         assert not np.array_equal(again.conv_in.w.data, OURS.conv_in.w.data)
         assert again.config["image_size"] == (64, 128)
 
-    @pytest.mark.parametrize("failing", [WEIGHTS, UNET, SCHEDULER])
-    def test_an_older_folder_is_replaced_or_left_whole(self, folder, monkeypatch, failing):
+    @pytest.mark.parametrize("there_is_space_for", range(4))
+    def test_an_older_folder_is_replaced_or_left_whole(self, folder, monkeypatch, there_is_space_for):
         (folder / f"unet/.{MODEL}.safetensors.0123abcd-1-0ab1.part").touch()  # which a run that was killed has left
-        before, new, write_text = files_in(folder), random_unet(seed=2, channels=(4, 4)), pathlib.Path.write_text
+        before, new, files = files_in(folder), random_unet(seed=2, channels=(4, 4)), itertools.count()
 
-        def disk_full(path, content, *metadata):
-            if pathlib.Path(failing).name not in path.name:
-                return write_text(path, content)
-            path.write_bytes(b"half of it")
-            raise OSError(errno.ENOSPC, "No space left on device")
+        def fsync(file):
+            if next(files) == there_is_space_for:
+                raise OSError(errno.ENOSPC, "No space left on device")
 
-        with monkeypatch.context() as patch:
-            if failing == WEIGHTS:
-                patch.setattr("tinyddpm.exchange.diffusers.write_tensors", disk_full)
-            else:
-                patch.setattr(pathlib.Path, "write_text", disk_full)
-            with pytest.raises(OSError, match="cannot write.*No space left"):
-                save_diffusers(folder, new, PLAIN)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="cannot write.*No space left"):
+            patch.setattr(os, "fsync", fsync)
+            save_diffusers(folder, new, PLAIN)
         assert files_in(folder) == before
         save_diffusers(folder, new, PLAIN)
         assert files_in(folder).keys() == before.keys()
@@ -265,8 +260,7 @@ def test_what_diffusers_has_not_is_refused(tmp_path, call, message, error):
     assert not list(tmp_path.iterdir())
 
 
-BESIDE = ["config.json", f"{MODEL}.safetensors", f"{MODEL}.bin", f"unet/{MODEL}.safetensors.index.json"]
-BESIDE += [f"unet/{SHARDS[0]}", f"unet/{MODEL}.bin", f"unet/{MODEL}.fp16.safetensors"]  # which diffusers would load
+BESIDE = ["config.json", f"{MODEL}.safetensors", f"unet/{SHARDS[0]}", f"unet/{MODEL}.bin"]  # diffusers would load them
 
 
 @refused(
@@ -301,9 +295,6 @@ def test_a_variance_that_the_network_does_not_tell(folder, case):
         load_diffusers(folder)
 
 
-NO_SCHEDULER = "folder: .*alone has no scheduler_config.json, so .* of diffusers: T = 1000, linear, to predict eps$"
-
-
 class TestFoldersOfOthers:
     def test_files_at_the_top(self, folder):
         shutil.copy(folder / SCHEDULER, folder)
@@ -328,7 +319,7 @@ class TestFoldersOfOthers:
         save_diffusers(tmp_path, unet, LEARNED if learned else PLAIN)
         assert load_diffusers(tmp_path / "unet")[1].T == 10  # its scheduler lies beside it
         (tmp_path / "unet").rename(tmp_path / "alone")
-        with pytest.warns(UserWarning, match=NO_SCHEDULER) as w:
+        with pytest.warns(UserWarning, match="alone has no scheduler_config.json, so .* T = 1000, linear, to pr") as w:
             again, diffusion = load_diffusers(tmp_path / "alone")
         assert w[0].filename == __file__  # the line that loads
         assert_same_weights(again, unet)
@@ -528,7 +519,7 @@ LIES_IN = "no file .*m/config.json, which .* a model. load_diffusers reads the f
     (lambda f: (f / SCHEDULER).unlink(), "folder: there is no file .*m/scheduler/scheduler_conf", FileNotFoundError),
     (lambda f: (f / UNET).unlink(), "folder: there is no file .*m/unet/config.json", FileNotFoundError),
     (lambda f: moved(f), "no file .*m/config.json, which .* a model. No model is in it$", FileNotFoundError),
-    (lambda f: moved(f, "snapshots/1a2b"), f"{LIES_IN}snapshots/1a2b$", FileNotFoundError),  # the hub's cache
+    # as in the hub's cache
     (lambda f: moved(f, "snapshots/1", "snapshots/3"), f"{LIES_IN}snapshots/1 or .*m/snapshots/3$", FileNotFoundError),
     (lambda f: moved(f, "models--a--b/snapshots/1"), f"{LIES_IN}models--a--b/snapshots/1$", FileNotFoundError),
     (lambda f: moved(f, "ddpm-cifar10-32"), f"{LIES_IN}ddpm-cifar10-32$", FileNotFoundError),
@@ -567,14 +558,12 @@ BIG = 10**400  # an integer that is no float
 CONFIGS_NOT_SUPPORTED = [
     (UNET, dict(_class_name="UNet2DConditionModel"), '_class_name = "UNet2DConditionModel" .*supported: UNet2DModel'),
     (UNET, dict(act_fn="gelu"), 'act_fn = "gelu" is not supported; supported: "silu" or "swish"'),
-    (UNET, dict(in_channels=True), "in_channels: expected an integer >= 1, got True"),
     (UNET, dict(layers_per_block=0), "layers_per_block: expected an integer >= 1, got 0"),
     (UNET, dict(block_out_channels=[]), r"block_out_channels: expected a sequence with .*, got \[\]"),
     (UNET, dict(block_out_channels=[4, None]), r"multiples of norm_num_groups = 2, got \[4, None\]"),
     (UNET, dict(down_block_types=["AttnDownBlock2D", "No"]), "down_bl.*: a list of DownBlock2D and AttnDownBlock2D$"),
     (UNET, dict(down_block_types=["DownBlock2D"]), "down_block_types = .*supported: 2 of them, as many as block_out"),
     (UNET, dict(up_block_types=["UpBlock2D", "UpBlock2D"]), "up_block_types = .*supported: the mirror image.*AttnUpB"),
-    (UNET, dict(add_attention=1), "add_attention: expected True or False, got 1"),
     (UNET, dict(norm_eps=BIG), "norm_eps: expected a number > 0, got inf"),
     (UNET, dict(freq_shift=True), "freq_shift = true is not .*supported: 0 or 1"),
     (UNET, dict(colour="x" * 1000), r'colour = "x{199}\.\.\. is not supported'),
@@ -582,7 +571,6 @@ CONFIGS_NOT_SUPPORTED = [
     (UNET, dict(time_embedding_dim=32), "time_embedding_dim = 32 is not .*supported: null or 16"),
     (UNET, dict(attn_norm_num_groups=1), "attn_norm_num_groups = 1 is not .*supported: null or 2"),
     (UNET, dict(colour=True), "colour = true is not .*supported: the fields in_channels, out_channels"),
-    (UNET, dict(sample_size=3), "sample_size: expected a height and a width that are multiples of 2.*got .*3"),
     (UNET, dict(attention_head_dim=3), "attention_head_dim: 3 does not divide the 8 channels"),
     (UNET, dict(norm_num_groups=3), "block_out_channels: expected multiples of norm_num_groups = 3"),
     (SCHEDULER, dict(_class_name="PNDMScheduler"), '_class_name = "PNDM.*supported: DDPMScheduler or DDIMScheduler'),
@@ -618,11 +606,8 @@ NO_JSON_OBJECT = [  # what a file holds, and what is said of it
     (b"\xff", "is not a JSON file: "),
     (b"[" * 100_000, "is not a JSON file: "),
     (b"version https://git-lfs.github.com/spec/v1", "is not .*; it is a pointer of git-lfs .*: run `git lfs pull` in"),
-    (b"<!doctype html><html>", "is not .*; it is a web page and not the file: download it again"),
-    (b"Entry not found", "is not .*; it is text, which begins with 'Entry not found'; if it was downloaded"),
     (b"[{}]", ": expected a JSON object, got list"),
     (b"9" * 5000, ": expected a JSON object, got float"),
-    (b"null", ": expected a JSON object, got NoneType"),
 ]
 
 
