@@ -155,25 +155,23 @@ def assert_whole(cache, *mirrors):
 
 
 class TestOneMirror:
-    @pytest.mark.parametrize(
-        "behaviours, there, asked",  # what it does in turn; what is there before; from which byte on it is asked
-        [
-            ([good], {}, [None]),
-            ([truncated, good], {}, [None, SOME]),
-            ([chunks_cut_short, good], {}, [None, SOME]),
-            ([without_length], {}, [None]),
-            ([lingering], {}, [None]),
-            ([ignoring_range], {PART: FILE[:SOME]}, [SOME]),
-            ([other_range], {PART: FILE[:SOME]}, [SOME, None]),
-            ([no_range], {PART: FILE[:SOME]}, [SOME, None]),
-            ([good], {PART: ANOTHER[:SOME]}, [SOME, None]),  # a part of another file, or a longer one
-            ([good], {PART: FILE + b"more"}, [ALL + 4, None]),
-            ([good], {NAME: FILE[:SOME]}, [None]),  # damaged
-            ([good], {NAME: FILE[:-9] + b"!" + FILE[-8:]}, [None]),
-            ([good], {NAME: b""}, [None]),
-            ([good], {NAME: gzip.compress(b"no")}, [None]),
-        ],
-    )
+    # what it does in turn; what is there before; from which byte on it is asked
+    @pytest.mark.parametrize("behaviours, there, asked", [
+        ([good], {}, [None]),
+        ([truncated, good], {}, [None, SOME]),
+        ([chunks_cut_short, good], {}, [None, SOME]),
+        ([without_length], {}, [None]),
+        ([lingering], {}, [None]),
+        ([ignoring_range], {PART: FILE[:SOME]}, [SOME]),
+        ([other_range], {PART: FILE[:SOME]}, [SOME, None]),
+        ([no_range], {PART: FILE[:SOME]}, [SOME, None]),
+        ([good], {PART: ANOTHER[:SOME]}, [SOME, None]),  # a part of another file, or a longer one
+        ([good], {PART: FILE + b"more"}, [ALL + 4, None]),
+        ([good], {NAME: FILE[:SOME]}, [None]),  # damaged
+        ([good], {NAME: FILE[:-9] + b"!" + FILE[-8:]}, [None]),
+        ([good], {NAME: b""}, [None]),
+        ([good], {NAME: gzip.compress(b"no")}, [None]),
+    ])  # fmt: skip
     def test_it_is_fetched_and_what_has_come_is_not_asked_for_again(self, behaviours, there, asked, mirror, tmp_path):
         cache, began = tmp_path if there else tmp_path / "not" / "yet" / "there", time.monotonic()
         for name, content in there.items():

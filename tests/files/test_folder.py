@@ -607,8 +607,7 @@ def test_files_are_closed_at_once(tmp_path):
         (tmp_path / suffix / f"none.{suffix}").write_text("no picture")
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
-    with warnings.catch_warnings(record=True) as seen:
-        warnings.simplefilter("always")
+    with pytest.warns() as seen:
         images = ImageFolder(tmp_path, 4)
         for suffix in images.classes:
             cut_short(tmp_path / f"{suffix}/1.{suffix}")
