@@ -447,10 +447,15 @@ class TestFaultsOfTheMedium:
     """Of a drive or a network, and not of the pictures."""
 
     @pytest.fixture
-    def drive(self, tmp_path, monkeypatch):
-        """The folder of two classes of thirty pictures; fail(names, code, times): so often they cannot be opened."""
+    def folder(self, tmp_path):
+        """Two classes of thirty pictures."""
         for i in range(60):
             put(tmp_path / f"{'ab'[i // 30]}/{i}.png", noise(4, 4, seed=i))
+        return tmp_path
+
+    @pytest.fixture
+    def fail(self, monkeypatch):
+        """fail(names, code, times): so often the pictures of these names cannot be opened."""
         away = {}
 
         def failing(path, mode):
@@ -460,15 +465,11 @@ class TestFaultsOfTheMedium:
             away[name] = (code, times - 1)
             raise OSError(code, os.strerror(code))
 
-        def fail(names, code=errno.EIO, times=1):
-            away.update({f"{name}.png": (code, times) for name in names})
-
         monkeypatch.setattr(tinyddpm.files.decoding, "open", failing, raising=False)
-        return tmp_path, fail
+        return lambda names, code=errno.EIO, times=1: away.update({f"{name}.png": (code, times) for name in names})
 
     @pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT, errno.EACCES])
-    def test_they_pass_and_the_pictures_come_back(self, drive, code):
-        folder, fail = drive
+    def test_they_pass_and_the_pictures_come_back(self, folder, fail, code):
         images = ImageFolder(folder, 4)
         whole = images[:]
         names = [pathlib.Path(file).stem for file in images.files[5:25]]
@@ -480,8 +481,7 @@ class TestFaultsOfTheMedium:
         assert which(images[5:25], whole) == chosen  # always the same, and with no second warning
         np.testing.assert_array_equal(images[:], whole)
 
-    def test_nine_in_a_row_are_no_fault_of_the_folder(self, drive):
-        folder, fail = drive
+    def test_nine_in_a_row_are_no_fault_of_the_folder(self, folder, fail):
         for i in range(9, 30):
             (folder / f"a/{i}.png").unlink()
         images = ImageFolder(folder, 4)
@@ -490,8 +490,7 @@ class TestFaultsOfTheMedium:
         with pytest.warns(UserWarning):
             np.testing.assert_array_equal(images[:9], whole[[8] * 9])
 
-    def test_of_many_not_all_are_told(self, drive):
-        folder, fail = drive
+    def test_of_many_not_all_are_told(self, folder, fail):
         images = ImageFolder(folder, 4)
         fail([pathlib.Path(file).stem for file in images.files[::2]])
         with pytest.warns(UserWarning) as seen:
@@ -499,8 +498,7 @@ class TestFaultsOfTheMedium:
         ends = [str(warning.message).endswith("; further ones are in `skipped`, and not shown") for warning in seen]
         assert ends == [False] * 19 + [True] and len(images.skipped) >= 25
 
-    def test_at_the_start_they_cost_no_picture(self, drive):
-        folder, fail = drive
+    def test_at_the_start_they_cost_no_picture(self, folder, fail):
         fail([3, 40]), fail([50], errno.EACCES)
         images, said = told(folder)
         assert said == [
@@ -512,19 +510,18 @@ class TestFaultsOfTheMedium:
         fail(range(20, 29), errno.ENOENT)  # the folder goes away while it is looked at
         images, said = told(folder)
         assert len(images) == 60 and "9 of 60 files cannot be read now, and are tried again later: a/20" in said[0]
-        for names, code, words in [
+        for names, code, last in (
             (range(60), errno.ESTALE, "a/.*: Stale"),
             (range(20, 30), errno.ENOENT, "a/29.*: No"),
-        ]:
+        ):
             fail(range(60), times=0), fail(names, code)
-            with pytest.raises(OSError, match=f"^{folder}: 10 pictures in a row cannot be read, the last one {words}"):
+            with pytest.raises(OSError, match=f"^{folder}: 10 pictures in a row cannot be read, the last one {last}"):
                 ImageFolder(folder, 4)
 
     @pytest.mark.parametrize("wrong", ["cut short", "empty", "text"])
-    def test_ten_damaged_ones_in_a_row_are_no_fault_of_the_drive(self, drive, tmp_path_factory, wrong):
+    def test_ten_damaged_ones_in_a_row_are_no_fault_of_the_drive(self, folder, fail, tmp_path_factory, wrong):
         """Nor are nine faults, twelve damaged ones and nine faults. To read one that is cut short, Pillow may go to a
         place before its start, which is an error of the system's."""
-        folder, fail = drive
         cut = put(tmp_path_factory.mktemp("a") / "a.pcx").read_bytes()[:200]
         bad = {"cut short": cut, "empty": b"", "text": b"no picture"}[wrong]
         images = ImageFolder(folder, 4)
@@ -540,8 +537,7 @@ class TestFaultsOfTheMedium:
         fail([28, 29, *range(3, 10), *range(30, 39)])
         assert len(told(folder)[0]) == 39
 
-    def test_at_the_start_it_is_waited_for_too(self, drive, waits):
-        folder, fail = drive
+    def test_at_the_start_it_is_waited_for_too(self, folder, fail, waits):
         waits += [0, 0]
         fail(range(20, 30))
         images, said = told(folder)
@@ -551,8 +547,7 @@ class TestFaultsOfTheMedium:
         with pytest.warns(UserWarning, match="10 pictures in a row .*; it is tried again"):  # each time that it is away
             images[1]
 
-    def test_of_threads_that_wait_one_warns(self, drive, waits, monkeypatch):
-        folder, _ = drive
+    def test_of_threads_that_wait_one_warns(self, folder, waits, monkeypatch):
         images, waiting = ImageFolder(folder, 4), threading.Barrier(4, lambda: folder.with_name("x").rename(folder), 5)
         whole, waits[:] = images[:], [1]
         monkeypatch.setattr(tinyddpm.files.folder.time, "sleep", lambda seconds: waiting.wait())
@@ -562,9 +557,8 @@ class TestFaultsOfTheMedium:
         assert len(seen) == 1
 
     @pytest.mark.parametrize("pictures, lasts", [(60, 2), (60, 3), (6, 2), (6, 3)])
-    def test_it_is_waited_for_with_one_warning(self, drive, waits, monkeypatch, pictures, lasts):
+    def test_it_is_waited_for_with_one_warning(self, folder, waits, monkeypatch, pictures, lasts):
         """Of a class of few pictures too."""
-        folder, _ = drive
         for i in range(pictures // 2, 30):
             (folder / f"a/{i}.png").unlink(), (folder / f"b/{i + 30}.png").unlink()
         waits += [1, 4]
