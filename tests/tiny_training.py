@@ -4,6 +4,7 @@ import contextlib
 import json
 import multiprocessing
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -83,3 +84,14 @@ def names(folder):
 def files_in(folder):
     """What is in all files, and False for each folder."""
     return {path: path.is_file() and path.read_bytes() for path in folder.rglob("*")}
+
+
+@contextlib.contextmanager
+def memory_of_at_most(size, *what):
+    """Within this block, so many bytes of Python's and NumPy's are taken at most."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < size, what
+    finally:
+        tracemalloc.stop()
