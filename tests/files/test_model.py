@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 import sys
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from tiny_training import DIFFUSION, SMALL, TINY, assert_same_weights, files_in, names
+from tiny_training import DIFFUSION, SMALL, TINY, assert_same_weights, files_in, memory_of_at_most, names
 
 from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule, save_model
 from tinyddpm.exchange.diffusers import load_diffusers, save_diffusers
@@ -40,16 +39,6 @@ def save_laid_out(path, unet, layout):
 def tensors_and_configuration(path):
     with safe_open(path, "numpy") as file:
         return load_file(path), json.loads(file.metadata()["tinyddpm"])
-
-
-@contextlib.contextmanager
-def memory_of_at_most(size, *what):
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < size, what
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(("unet", "schedule", "settings", "dtype", "digits"), [
