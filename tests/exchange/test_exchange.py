@@ -390,19 +390,17 @@ class TestFoldersOfOthers:
     # fmt: off
     @pytest.mark.parametrize(("changes", "name", "value"), [
         (dict(variance_type="fixed_small_log"), "variance", "small"),
-        (dict(variance_type="fixed_large"), "variance", "large"),
         (dict(variance_type=None), "variance", "small"),
         (dict(_class_name="DDIMScheduler", set_alpha_to_one=True, variance_type=...), "variance", "small"),
         (dict(clip_sample_range=0.5), "clip", 0.5),
         (dict(clip_sample_range=0.5, clip_sample=False), "clip", False),
         (dict(thresholding=True, clip_sample=False, sample_max_value=3), "clip", ("dynamic", 0.995, 3.0)),
         (dict(thresholding=True, sample_max_value=3), "clip", ("dynamic", 0.995, 3.0)),
-        (dict(tensor_format="pt", timestep_values=[3, 1]), "T", 10),  # of the first versions
         (dict(predict_epsilon=True, prediction_type=...), "objective", "eps"),
         (dict(predict_epsilon=False, prediction_type=...), "objective", "x0"),
         (dict(predict_epsilon=False, prediction_type="v_prediction"), "objective", "v"),  # as they take it
-        (dict(set_alpha_to_one=False), "T", 10),  # left of a DDIMScheduler's
-        (dict(skip_prk_steps=True, solver_order=2, flow_shift=1.0, use_karras_sigmas=True), "T", 10),  # of others
+        (dict(tensor_format="pt", timestep_values=[3, 1], set_alpha_to_one=False, skip_prk_steps=True, solver_order=2,
+              flow_shift=1.0, use_karras_sigmas=True), "T", 10),  # of first versions and of other schedulers
         (dict(_class_name="DDPMParallelScheduler", variance_type="fixed_large"), "variance", "large"),
         (dict(_class_name="DDIMParallelScheduler", set_alpha_to_one=True, variance_type=...), "T", 10),
         (dict(steps_offset=1, timestep_spacing="trailing"), "spacing", "trailing"),  # which it does not shift
