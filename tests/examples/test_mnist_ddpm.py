@@ -19,7 +19,7 @@ from tiny_training import files_of_at_most, in_a_copy, on_linux
 
 import tinyddpm
 from tinyddpm import load_model, sample
-from tinyddpm.files.pictures import grid, page
+from tinyddpm.files.pictures import grid
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "mnist_ddpm.py"
 LITTLE = "--batch=4 --channels 8 --patch=7 --timesteps=4 --sampling-steps=2 --samples=2 --workers=1".split()
@@ -101,12 +101,6 @@ class TestTraining:
             assert gif.n_frames == 3 and samples.size == (2 * (10 * 30 + 2), 2 * (2 * 30 + 2))  # a column for a digit
             gif.seek(2)  # its last frame is the result
             assert np.abs(np.asarray(gif.convert("L")).astype(int) - np.asarray(samples)).max() <= 24  # it has 16 greys
-
-    def test_a_grid_has_a_column_for_each_class_unless_these_are_few_or_many(self):
-        """Few would make it a tower, many a strip."""
-        images = np.zeros((64, 8, 8, 1), np.float32)
-        for classes, columns in ((None, 8), (1, 8), (2, 8), (5, 5), (10, 10), (64, 64), (65, 8)):
-            assert page(images, classes).size[0] == 2 * (10 * columns + 2)
 
     def test_help_documents_every_option(self, example):
         text = " ".join(example("mnist_ddpm", "--help").out.split())

@@ -87,6 +87,13 @@ def test_a_grid_is_about_a_square():
     assert grid(np.zeros((10, 8, 8, 1)), scale=1, gap=0).size == (32, 24)
 
 
+def test_a_grid_has_a_column_for_each_class_unless_these_are_few_or_many():
+    """Few would make it a tower, many a strip."""
+    images = np.zeros((64, 8, 8, 1))
+    for classes, columns in ((None, 8), (1, 8), (2, 8), (4, 8), (5, 5), (10, 10), (64, 64), (65, 8)):
+        assert pictures.page(images, classes).size[0] == 2 * (10 * columns + 2)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_row_of_images_stands_beside_its_name(channels):
     images = drawn(5, 6, 7, channels)
@@ -167,14 +174,17 @@ def test_the_loss_curve_shows_every_step_and_the_running_mean(tmp_path, monkeypa
     save = lambda self, *how, **more: (seen.append(self), draw(self, *how, **more))
     monkeypatch.setattr(figure.Figure, "savefig", save)
     losses = np.random.default_rng(0).uniform(0.1, 1, n)
-    save_loss_curve(tmp_path / "loss.png", losses)
+    save_loss_curve(tmp_path / "loss", losses)  # PNG, unless its name says something else
     raw, mean = seen[0].axes[0].lines
     np.testing.assert_array_equal(raw.get_xydata(), np.stack([np.arange(1, n + 1), losses], 1))
     window = {150: 3}.get(n, 1)  # 2 % of 150 steps
     means = [losses[i - window : i].mean() for i in range(window, n + 1)]
     np.testing.assert_allclose(mean.get_xydata(), np.stack([np.arange(window, n + 1), means], 1))
-    with Image.open(tmp_path / "loss.png") as picture:
-        assert picture.size == (840, 480) and np.asarray(picture.convert("L")).std() > 5
+    with Image.open(tmp_path / "loss") as picture:
+        assert picture.format == "PNG" and picture.size == (840, 480) and np.asarray(picture.convert("L")).std() > 5
+    for shape in ((), 0, (2, 2)):
+        with pytest.raises(ValueError, match="^losses, steps: expected two vectors of one length, got shapes"):
+            save_loss_curve(tmp_path / "loss", np.ones(shape))
 
 
 SHAPE = r"images: expected \(N, H, W, 1\) or \(N, H, W, 3\) with N >= 1, got shape"
@@ -184,6 +194,7 @@ SHAPE = r"images: expected \(N, H, W, 1\) or \(N, H, W, 3\) with N >= 1, got sha
     *((lambda shape=shape: grid(np.zeros(shape)), SHAPE) for shape in ((4, 4, 1), (0, 4, 4, 1), (1, 4, 4, 2))),
     (lambda: rows({}), "named: expected rows that are all grey or all RGB, got none"),
     (lambda: rows({"a": drawn(1, 4, 4, 1), "b": drawn(1, 4, 4, 3)}), "named: expected .* or all RGB, got a, b"),
+    (lambda: rows({"a": drawn(1, 3, 4, 1), "b": drawn(1, 4, 4, 3)}), "named: expected .* or all RGB, got a, b"),
 ])  # fmt: skip
 def test_what_is_no_picture(use, message):
     with pytest.raises(ValueError, match=f"^{message}"):
