@@ -189,19 +189,23 @@ def name_of(code):
     return code.co_filename, code.co_qualname, code.co_firstlineno
 
 
-def replace(old, new, functions):
-    """Give the functions with code in `old` what `new` has instead. False if not only functions have changed."""
+def replace(old, new, functions, anew=False):
+    """Give the functions with code in `old` what `new` has instead. False if not only functions have changed, but for
+    what is made anew whenever a function around it is called."""
     if old == new:
-        return True
-    if found := functions.get(name_of(old)):
-        for function in found:  # several, if it is a closure
-            function.__code__ = new
         return True
     inner = lambda code: [x for x in code.co_consts if isinstance(x, types.CodeType)]
     own = lambda code: (code.co_code, code.co_names, [repr(x) for x in code.co_consts if x not in inner(code)])
-    if own(old) != own(new) or len(inner(old)) != len(inner(new)):
+    found = functions.get(name_of(old), [])
+    try:
+        for function in found:  # several, if it is a closure
+            function.__code__ = new
+    except ValueError:  # it closes over other variables
         return False
-    return all(replace(*pair, functions) for pair in zip(inner(old), inner(new)))
+    anew = anew or bool(found)
+    if len(inner(old)) != len(inner(new)) or not anew and own(old) != own(new):
+        return anew and not any(name_of(code) in functions for code in inner(old))
+    return all(replace(*pair, functions, anew) for pair in zip(inner(old), inner(new)))
 
 
 class Chosen:
