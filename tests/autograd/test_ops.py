@@ -13,7 +13,7 @@ from tinyddpm.autograd.backward import backward
 from tinyddpm.autograd.conv import conv2d, upsample
 from tinyddpm.autograd.functional import at_least, concat, dropout, linear, logistic, mse, normal_cdf, silu, softmax
 from tinyddpm.autograd.fused import attention, group_norm
-from tinyddpm.autograd.tensor import Parameter, Tensor, matmul, op
+from tinyddpm.autograd.tensor import Parameter, Tensor, matmul, op, reduce_sum
 
 normal, ones = np.random.default_rng(0).standard_normal, lambda *shape: np.ones(shape)
 
@@ -109,6 +109,8 @@ def test_what_is_left_out_has_the_default_of_the_documentation():
         (attention(q, q, q), attention(q, q, q, heads=1)),
         (softmax(q), softmax(q, axis=2)),
         (concat(q, q), concat(q, q, axis=2)),
+        (reduce_sum(q), reduce_sum(q, axis=None, keepdims=False)),
+        (q.transpose(0, -1, 1), q.transpose(0, 2, 1)),
         (group_norm(x, gamma, gamma, groups=3), group_norm(x, gamma, gamma, groups=3, eps=1e-6, silu=False)),
     ):  # fmt: skip
         np.testing.assert_array_equal(ours.data, asked.data)
@@ -187,6 +189,7 @@ REFUSED = [
     *((attention_of(**{name: ones(2, 4, 6)}), "q, k, v: expected") for name in "kv"),
     *((attention_of(k=other, v=other), "q, k, v: expected") for other in (ones(2, 3, 4), ones(1, 3, 6))),
     (attention_of(q=ones(2, 0, 6)), "q, k, v: expected none of them empty"),
+    (attention_of(k=ones(2, 0, 6), v=ones(2, 0, 6)), "q, k, v: expected none of them empty"),
 ]  # fmt: skip
 
 

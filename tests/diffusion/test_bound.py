@@ -75,6 +75,8 @@ def test_every_term_is_its_formula(objective, variance, b):
         upper, lower = (normal_cdf(b * (x0 + edge - guess[0]) / math.sqrt(sigma2[0])) for edge in (1 / 255, -1 / 255))
         nats[0] = -math.log((1 if x0 == 1 else upper) - (0 if x0 == -1 else lower))
         np.testing.assert_allclose(vlb_terms(d, images, x_t, t, prediction).data, nats / math.log(2), rtol=1e-9)
+        of_levels = vlb_terms(d, images[:1], x_t[:1], t[:1], prediction[:1]).data  # there is none but t = 0
+        np.testing.assert_allclose(of_levels, nats[:1] / math.log(2), rtol=1e-9)
         prior = 0.5 * (-bar[-1] - math.log(1 - bar[-1]) + bar[-1] * (b * x0) ** 2) / math.log(2)
         np.testing.assert_allclose(prior_terms(d, images).data, prior, rtol=1e-9)
 

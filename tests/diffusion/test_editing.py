@@ -135,6 +135,18 @@ def test_labels_are_those_of_each_pair_and_other_settings_are_handed_on():
     assert set(x0s) == {3}
 
 
+def test_what_is_not_said_is_as_the_documentation_has_it():
+    for use, said in (
+        (lambda **how: interpolate(DIFFUSION, IDEAL, DATA[:2], DATA[2:4], 8, 9, **how), {"iterations": 2}),
+        (lambda **how: inpaint(DIFFUSION, IDEAL, DATA[:2], LEFT, 9, **how), {"jump": 5, "resamplings": 5}),
+    ):
+        made = use(**said)
+        np.testing.assert_array_equal(use(), made)
+        for name in said:
+            assert (use(**said | {name: 3}) != made).any(), name
+    assert len(interpolate(DIFFUSION, IDEAL, DATA[:1], DATA[1:2], steps=9)[0]) == 8
+
+
 @given(seed=SEEDS, f=st.floats(0, 1))
 def test_slerp_keeps_length_and_divides_the_angle(seed, f):
     a, b = (x / np.linalg.norm(x) for x in normal(2, 1, 3, 2, 1, seed=seed))

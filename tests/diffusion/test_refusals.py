@@ -121,7 +121,8 @@ REFUSED = [  # a function of the wrong value, wrong values, what is said, the er
 
     (asks(draw, "method"), ("dpm",), r"method: unknown sampler 'dpm'; known: ddpm, ddim, dpm\+\+"),
     (asks(draw, "eta", seed=1), (0.5,), "settings: 'ddpm' takes none, got (eta, seed|seed, eta)$", TypeError),
-    (asks(draw, "shape"), ((2, 2, 1), (0, 2, 2, 1), 16), r"shape: expected \(N, H, W, C\), each at least 1"),
+    (asks(draw, "shape"), ((2, 2, 1), (0, 2, 2, 1), (2, True, 2, 1), 16),
+     r"shape: expected \(N, H, W, C\), each at least 1"),
     *[(asks(use, "steps", of=of), (0, 31, 2.0, "3"),
        "steps: expected an integer from 1 to 30, the steps of the schedule, got")
       for use, of in ((draw, ()), (denoise, (D, zeros, X, 0.5)))],

@@ -85,6 +85,7 @@ def test_dropout_acts_only_with_a_generator_and_in_every_block():
         # the masks are drawn between norm2 and conv2: the generator has moved on since the block before
         block.norm2 = lambda h, silu, norm2=block.norm2: seen.append(state()) or norm2(h, silu)
     unet(x, t, rng)
+    assert unet.dropout == 0.5
     assert len({*seen, state()}) == len(seen) + 1 == len(blocks) + 1
 
 
