@@ -42,7 +42,7 @@ OPTIONS = "-p no:cacheprovider -p no:terminal --assert=plain --hypothesis-profil
 OPTIONS += ["--ignore=tests/examples", "--ignore=tests/test_readme.py"]  # about examples and pages
 ENOUGH = 30  # seconds that the tests take which a mutant meets: if there are more, the likeliest to fail
 PATIENCE = 30  # seconds, and ten times what they take without it, that they may take with it: one that hangs is noticed
-SURVIVED, NOTICED, ANEW = range(3)  # exit statuses of a fork: the last, if it has to be imported anew
+SURVIVED, NOTICED, ANEW = range(3)  # exit statuses of a fork, that of one that crashed is another; ANEW: by import
 processes = multiprocessing.get_context("fork")
 Mutant = collections.namedtuple("Mutant", "file line change source")
 
@@ -329,7 +329,7 @@ def run(args, coverage):
     deal = dealt(anew)
     side_by_side(args.jobs, lambda: import_anew(deal(), statuses, selection))
 
-    total, survivors = collections.Counter(), [m for m, status in zip(todo, statuses) if status != NOTICED]
+    total, survivors = collections.Counter(), [m for m, status in zip(todo, statuses) if status == SURVIVED]
     total.update(m.file for m in found)
     unnoticed = collections.Counter(m.file for m in [*survivors, *(m for m in found if m.change in left_out)])
     for file in files:

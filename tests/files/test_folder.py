@@ -109,6 +109,7 @@ class TestWhichFiles:
 
     def test_not_what_is_hidden_nor_other_files(self, tmp_path):
         of_systems = ("__MACOSX/a.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg", "d/@eaDir/b.jpg", "lost+found/a.png")
+        of_systems += ("__pycache__/a.png", "#recycle/a.png", "$RECYCLE.BIN/a.png")
         put_all(tmp_path, "a.png", ".b.png", ".cache/c.png", "d/.e/f.png", *of_systems)
         put_all(tmp_path, "g.eps", "h.pdf")  # the one needs Ghostscript, the other is only written
         beside = "i.txt LICENSE README x/README x/y.py x/y.ipynb y.sh y.pdf z.zip zz.zip z.npy z.mp4 Thumbs.db"

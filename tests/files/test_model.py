@@ -165,6 +165,14 @@ class TestBadInput:
             with memory_of_at_most(1e6), pytest.raises(ValueError, match=f"path: {path} is not a readable .*{message}"):
                 load(path)
 
+    def test_a_bit_that_has_changed(self, path):
+        save_model(path, UNet(**TINY), DIFFUSION)
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=f"path: {path} has been damaged since it was written"):
+            load_model(path)
+
     @given(st.binary(max_size=100))
     def test_other_files(self, tmp_path_factory, content):
         path = tmp_path_factory.mktemp("files") / "bad"

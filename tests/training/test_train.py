@@ -36,6 +36,21 @@ Loss = lambda loss: SimpleNamespace(loss=loss)  # a diffusion of one's own: loss
 
 
 class TestSteps:
+    def test_what_is_not_said_is_as_the_documentation_has_it(self):
+        (state,) = train(UNet(**SMALL), DIFFUSION, IMAGES[:2], 1, workers=1)
+        usual = {"batch": 64, "lr": 1e-3, "warmup_steps": 100, "decay_steps": 0, "seed": 0, "max_norm": 1.0}
+        usual |= {"ema_decay": 0.995, "flip": False}
+        assert {name: state.run.config.get(name, 0) for name in usual} == usual
+
+    def test_time_is_that_of_all_steps_and_speed_that_of_the_last_ones(self, monkeypatch):
+        """Of a clock that goes on by half a second whenever it is looked at."""
+        clock = itertools.count(0, 0.5)
+        monkeypatch.setattr("tinyddpm.training.train.time", SimpleNamespace(monotonic=lambda: next(clock)))
+        states = list(training(steps=3, workers=1)[1])
+        seconds = np.array([state.seconds for state in states])
+        np.testing.assert_allclose(np.diff(seconds), seconds[0])
+        np.testing.assert_allclose([state.images_per_second for state in states], 11 / seconds[0])
+
     def test_three_are_the_algorithm_by_hand(self):
         """Every micro-batch with noise of its own, clipping, a rate that rises and falls, Adam, then the average."""
         unet, by_hand = (UNet(**TINY).to(dtype="float64") for _ in range(2))
