@@ -135,7 +135,7 @@ TABLE = {
         model=(TOLD, "module"), images=(X, "array"), batch=(3, "integer >= 1"), steps=(1, "integer >= 1"),
         micro_batch=(3, "integer >= 1"), lr=(0.1, "number > 0"), warmup_steps=(0, "integer >= 0"),
         decay_steps=(0, "integer >= 0"), ema_decay=(0.5, "number in [0, 1)"), seed=(0, "integer >= 0"),
-        resume=(None, "path"), stop=(None, "function"), ranks=(None, "function"),
+        resume=(None, "path"), stop=(None, "function"), ranks=(None, "function"), flip=(False, "boolean"),
     ),
     UNet.__call__: dict(x=(X, "images"), t=(T, "timesteps >= 0"), rng=(RNG, "generator"), labels=(T, "labels")),
     UNet.to: dict(device=("cpu", "device"), dtype=("float32", "dtype"), precision=("tf32", "name")),
@@ -251,7 +251,7 @@ def test_within_plain_too(workers):
 
 ZERO, ONE = np.zeros((2, 3)), np.ones((2, 3))
 NORM = dict(gamma=np.ones(4), beta=np.zeros(4), groups=2)
-BENT = Diffusion(DIFFUSION.schedule, "x0")
+BENT, DARK = Diffusion(DIFFUSION.schedule, "x0"), Diffusion(Schedule(DIFFUSION.schedule.beta, 0.5))
 SLERP = "a, b: expected finite vectors, not 0 nor opposite"
 STEPS = "steps, iterations: of so few, x_t are off by as much as"
 FLAT = "gamma: with these parameters it is flat at most of the steps"
@@ -272,6 +272,7 @@ FLAT = "gamma: with these parameters it is flat at most of the steps"
         (lambda: editing.invert(BENT, lambda x, t: np.sin(9 * x), X, 2, 1), STEPS),
         (lambda: sample(DIFFUSION, UNET, X.shape, steps=1, spacing="linspace"), "steps: the first, t = 0, is 1 image"),
         (lambda: sample(DIFFUSION, UNET, X.shape, steps=2, spacing="leading"), "steps: the first, t = 10, is 0.1"),
+        (lambda: sample(DARK, UNET, X.shape, steps=1, spacing="linspace"), "steps: the first, t = 0, is 0.25 image"),
         (lambda: make_schedule("sigmoid", 100, tau=0.1), "gamma: it is flat at 20 of 100 steps, which add no noise"),
         (lambda: make_schedule("sigmoid", start=-1000, end=-999), FLAT),
         (lambda: make_schedule("cosine", end=1e-300), FLAT),
@@ -285,6 +286,7 @@ FLAT = "gamma: with these parameters it is flat at most of the steps"
         (lambda: dropout(ONE, 0.5, 3), "rng: expected a generator from numpy.random.default_rng, or None, got int"),
         (lambda: pictures.grid(X * np.float32(nan)), "images: expected numbers in .-1, 1., got nan"),
         (lambda: pictures.grid(np.zeros((1, 4, 4, 1), np.uint8)), "images: expected an array of floats .*, got uint8"),
+        (lambda: pictures.rows({"a": np.zeros((1, 4, 4, 1), int)}), "named: expected arrays of floats .*, got int64"),
     ],
 )  # fmt: skip
 def test_what_has_no_answer_is_said(use, said):

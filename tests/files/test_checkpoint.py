@@ -128,6 +128,7 @@ class TestResume:
         second.save(path)
         unet, diffusion = load_model(path)
         assert_same_weights(unet, second.ema.model)
+        assert {f"training.{vector}" for vector in ("theta", "m", "v")} < load_file(path).keys()
         np.testing.assert_array_equal(diffusion.schedule.beta, DIFFUSION.schedule.beta)
         third = next(training(path)[1])
         assert third.step == 3 and 1000 < third.seconds < 1100
