@@ -47,6 +47,13 @@ def moved(network, by=0.1, seed=0):
     return network
 
 
+def prediction(diffusion, x_t, bar, x0):
+    """What the network is to say of x_0, for the diffusion's objective, worked out here."""
+    b_x0 = diffusion.schedule.input_scale * x0
+    eps = (x_t - np.sqrt(bar) * b_x0) / np.sqrt(1 - bar)
+    return {"x0": x0, "eps": eps, "v": np.sqrt(bar) * eps - np.sqrt(1 - bar) * b_x0}[diffusion.objective]
+
+
 def expected_x0(data, schedule, x_t, t):
     """E[x_0 | x_t] for images x_t (N, H, W, C), timesteps t (N,) and data (n, H, W, C)."""
     bar = schedule.alpha_bar[t].reshape(-1, 1)
@@ -61,9 +68,8 @@ def ideal_denoiser(data, diffusion):
     """A model (x, t) -> prediction that makes the best of what it sees, for the diffusion's objective."""
 
     def model(x, t):
-        x_t, _ = behind(diffusion.schedule, x, t)
-        x0 = expected_x0(data, diffusion.schedule, x_t, t)
-        return diffusion.target(x0, t, diffusion.eps_from_x0(x_t, t, x0)).astype(x.dtype)
+        x_t, bar = behind(diffusion.schedule, x, t)
+        return prediction(diffusion, x_t, bar, expected_x0(data, diffusion.schedule, x_t, t)).astype(x.dtype)
 
     return model
 
@@ -73,7 +79,6 @@ def gaussian(diffusion, s=0.5):
 
     def model(x, t):
         (x_t, bar), b = behind(diffusion.schedule, x, t), diffusion.schedule.input_scale
-        x0 = s * s * b * np.sqrt(bar) / (bar * b * b * s * s + 1 - bar) * x_t
-        return diffusion.target(x0, t, diffusion.eps_from_x0(x_t, t, x0))
+        return prediction(diffusion, x_t, bar, s * s * b * np.sqrt(bar) / (bar * b * b * s * s + 1 - bar) * x_t)
 
     return in_float64(model)

@@ -1,16 +1,21 @@
 """Mutation testing: which change to the package does no test notice?
 
     pip install mutmut==2.5.1 coverage
-    python tests/mutation.py                              # all that is worth it: within an hour on two cores
+    python tests/mutation.py                              # most of the package: within an hour on two cores
     python tests/mutation.py tinyddpm/autograd/conv.py    # a file, or a folder
     python tests/mutation.py --all                        # those too that are listed in mutation_survivors.txt
     python tests/mutation.py --by guards.txt              # and say by which test each is noticed
 
-mutmut makes the mutants: one number, operator, string, condition or argument changed in each. A mutant meets the tests
-of the default run that pass its line, its room's first, until one fails. To start Python for each would take a day, so
-two processes import package and tests once and fork for each mutant, where the mutated function gets its new code. What
-is decided at import (a default, a table, a decorator) is mutated in a copy of the folder and imported anew; so is what
-survives though it may have been called at import.
+mutmut makes the mutants: one number, operator, string, condition or argument changed in each. A mutant meets tests of
+the default run that pass its line, as many as take `ENOUGH` seconds: those of its room first, and of these the quick
+ones, until one fails. To start Python for each would take a day, so a process per CPU imports package and tests once
+and forks for each mutant, where the mutated function gets its new code. What is decided at import (a default, a table,
+a decorator) is mutated in a copy of the folder and imported anew; so is what survives though it may have been called at
+import. A mutant that crashes or hangs counts as noticed. Of lines that a fixture of a whole file passes, only the first
+test of the file is known to, so that such a mutant may seem to survive.
+
+Left out are programs (cli.py, program.py, __main__.py), processes (speed/workers.py and what uses it), speed/cuda.py,
+whose tests start processes or want a GPU; and the tests of examples and pages, which are about these.
 
 mutation_survivors.txt lists the mutants that no test can tell from the package, each below the reason. Others that
 survive are printed, and the exit status is 1.
@@ -40,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MUTATED = "autograd network diffusion training files exchange speed/winograd.py speed/group_norm.py".split()
 OPTIONS = "-p no:cacheprovider -p no:terminal --assert=plain --hypothesis-profile=no_shrinking".split()
 OPTIONS += ["--ignore=tests/examples", "--ignore=tests/test_readme.py"]  # about examples and pages
-ENOUGH = 30  # seconds that the tests take which a mutant meets: if there are more, the likeliest to fail
+ENOUGH = 30  # seconds that the tests take which a mutant meets, if there are more
 PATIENCE = 30  # seconds, and ten times what they take without it, that they may take with it: one that hangs is noticed
 SURVIVED, NOTICED, ANEW = range(3)  # exit statuses of a fork, that of one that crashed is another; ANEW: by import
 processes = multiprocessing.get_context("fork")
@@ -53,7 +58,7 @@ def mutants(file):
 
     kinds = set(mutations_by_type) - {"fstring"}  # how the text of an f-string begins and ends
     settings = types.SimpleNamespace(mutation_types_to_apply=kinds, covered_lines_by_filename=None)
-    text = Path(file).read_text()
+    text, seen = Path(file).read_text(), collections.Counter()
     lines = text.splitlines(keepends=True)
     for node in ast.parse(text).body:  # function by function, since mutmut parses anew for each mutant
         first, last = min(n.lineno for n in [node, *getattr(node, "decorator_list", [])]) - 1, node.end_lineno
@@ -62,6 +67,8 @@ def mutants(file):
             mutated, _ = mutate(Context(part, which, filename=file, config=settings))
             changed = [x for x in difflib.ndiff(part.splitlines(), mutated.splitlines()) if x[0] in "+-"]
             change = f"{file} {getattr(node, 'name', '')}: " + "  ".join(f"{x[0]} {x[2:].strip()}" for x in changed)
+            seen[change] += 1
+            change += f" ({seen[change]})" * (seen[change] > 1)  # the same in another place of it
             source = "".join([*lines[:first], mutated, *lines[last:]])
             yield Mutant(file, first + which.line_number + 1, change, source)
 
@@ -94,7 +101,7 @@ class Coverage:
 
 
 class Selection:
-    """Of the tests those that pass a mutant's line, the likeliest to fail first, and those of a file together."""
+    """Of the tests those that pass a mutant's line: of its room first, then quick ones, those of a file together."""
 
     def __init__(self, path):
         self.lines, self.seconds, self.failed = pickle.loads(path.read_bytes())
@@ -117,7 +124,7 @@ class Selection:
         order = lambda t: (not t.startswith(room), self.seconds[t] > 0.1, t.partition("::")[0], self.seconds[t])
         tests = sorted(passing, key=order)
         spent = itertools.accumulate(self.seconds[test] for test in tests)
-        return [test for test, seconds in zip(tests, spent) if seconds < ENOUGH]
+        return [test for test, seconds in zip(tests, spent) if seconds < ENOUGH] or tests[:1]
 
     def longest(self, tests):
         return PATIENCE + 10 * sum(self.seconds[test] for test in tests)
@@ -150,8 +157,8 @@ def in_fork(longest, work, *arguments):
 class Forked:
     """Collects the tests, and forks for each mutant."""
 
-    def __init__(self, mutants, statuses, selection, by):
-        self.mutants, self.statuses, self.selection, self.by = mutants, statuses, selection, by
+    def __init__(self, mutants, statuses, selection, by, control):
+        self.mutants, self.statuses, self.selection, self.by, self.control = mutants, statuses, selection, by, control
 
     def pytest_runtestloop(self, session):
         items = {item.nodeid: item for item in session.items}
@@ -161,10 +168,16 @@ class Forked:
             if isinstance(x, types.FunctionType) and "tinyddpm/" in x.__code__.co_filename:
                 functions[name_of(x.__code__)].append(x)
         gc.freeze()
+
+        def status(mutant, tests):
+            return in_fork(self.selection.longest(tests), self.run, mutant, [items[t] for t in tests], functions)
+
+        file = "tinyddpm/__init__.py"
+        if status(Mutant(file, 1, "nothing", Path(file).read_text()), self.control) != SURVIVED:
+            print("in a fork, a test fails without any change: see --by")
+            os._exit(1)
         for n, mutant in self.mutants:
-            tests = self.selection.tests(mutant)
-            chosen = [items[test] for test in tests if test in items]
-            self.statuses[n] = in_fork(self.selection.longest(tests), self.run, mutant, chosen, functions)
+            self.statuses[n] = status(mutant, self.selection.tests(mutant))
         os._exit(0)
 
     def run(self, mutant, chosen, functions):
@@ -179,10 +192,14 @@ class Forked:
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
-            if self.by:
-                with self.by.open("a") as file:
-                    file.write(f"{report.nodeid}\t{self.mutant.change}\n")
-            os._exit(NOTICED)
+            noticed(report.nodeid, self.mutant, self.by)
+
+
+def noticed(test, mutant, by):
+    if by:
+        with by.open("a") as file:
+            file.write(f"{test}\t{mutant.change}\n")
+    os._exit(NOTICED)
 
 
 def name_of(code):
@@ -211,8 +228,8 @@ def replace(old, new, functions, anew=False):
 class Chosen:
     """Collects and runs the tests of a mutant alone."""
 
-    def __init__(self, tests):
-        self.order = {test: i for i, test in enumerate(tests)}
+    def __init__(self, tests, mutant, by):
+        self.order, self.mutant, self.by = {test: i for i, test in enumerate(tests)}, mutant, by
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items):
@@ -220,10 +237,10 @@ class Chosen:
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
-            os._exit(NOTICED)
+            noticed(report.nodeid, self.mutant, self.by)
 
 
-def import_anew(mutants, statuses, selection):
+def import_anew(mutants, statuses, selection, by, control):
     """Each from a copy of the folder, with its file mutated."""
     folder = Path(tempfile.mkdtemp()) / ROOT.name
     if (data := ROOT.parent / "shared").exists():  # the full MNIST, which some tests are skipped without
@@ -236,18 +253,20 @@ def import_anew(mutants, statuses, selection):
         shutil.copy2(name, folder / name)
     subprocess.run([sys.executable, "-m", "compileall", "-q", "tinyddpm"], cwd=folder, check=True)
 
-    def work(tests):
+    def work(tests, mutant):
         os.chdir(folder)
         sys.path[0] = os.environ["PYTHONPATH"] = str(folder)
         sys.dont_write_bytecode = True
         files = sorted({test.partition("::")[0] for test in tests})
-        return SURVIVED if pytest.main([*OPTIONS, *files], plugins=[Chosen(tests)]) == 0 else NOTICED
+        return SURVIVED if pytest.main([*OPTIONS, *files], plugins=[Chosen(tests, mutant, by)]) == 0 else NOTICED
 
+    if in_fork(PATIENCE + selection.longest(control), work, control, Mutant("", 0, "nothing", "")) != SURVIVED:
+        sys.exit("in a copy of the folder, a test fails without any change: see --by")
     for n, mutant in mutants:
         path = folder / mutant.file
         path.write_text(mutant.source)
         tests = selection.tests(mutant)
-        statuses[n] = in_fork(PATIENCE + selection.longest(tests), work, tests)  # to begin takes a while, too
+        statuses[n] = in_fork(PATIENCE + selection.longest(tests), work, tests, mutant)  # to begin takes a while, too
         shutil.copy2(mutant.file, path)  # with its time, so that what was compiled holds again
 
 
@@ -294,8 +313,11 @@ def run(args, coverage):
         str(f) for path in map(Path, args.files) for f in (sorted(path.rglob("*.py")) if path.is_dir() else [path])
     ]
     found = [mutant for file in files for mutant in mutants(file)]
-    only, left_out = args.only and set(args.only.read_text().splitlines()), set() if args.all else known()
-    todo = [m for m in found if m.change not in left_out and (not only or m.change in only)]
+    if args.only:
+        only = set(args.only.read_text().splitlines())
+        found = [mutant for mutant in found if mutant.change in only]
+    left_out = set() if args.all else known()
+    todo = [mutant for mutant in found if mutant.change not in left_out]
     print(f"{len(found)} mutants of {len(files)} files, {len(found) - len(todo)} left out", flush=True)
 
     import hypothesis.extra.numpy  # noqa: F401  what takes long to import, for all forks
@@ -321,13 +343,20 @@ def run(args, coverage):
 
         return deal
 
+    def in_use(numbers):
+        """The tests that these mutants meet. Without any change, all have to pass in the same setting."""
+        return sorted(set().union(*(selection.tests(todo[n]) for n in numbers)))
+
+    control = in_use(range(len(todo)))
     deal = dealt(range(len(todo)))
-    side_by_side(args.jobs, lambda: pytest.main(options, plugins=[Forked(deal(), statuses, selection, args.by)]))
+    side_by_side(
+        args.jobs, lambda: pytest.main(options, plugins=[Forked(deal(), statuses, selection, args.by, control)])
+    )
     doubtful = lambda n: statuses[n] == ANEW or statuses[n] == SURVIVED and selection.at_import(todo[n])
     anew = [n for n in range(len(todo)) if doubtful(n)]
     print(f"{time.monotonic() - began:.0f} s: {len(anew)} of them have to be imported anew", flush=True)
     deal = dealt(anew)
-    side_by_side(args.jobs, lambda: import_anew(deal(), statuses, selection))
+    side_by_side(args.jobs if anew else 0, lambda: import_anew(deal(), statuses, selection, args.by, in_use(anew)))
 
     total, survivors = collections.Counter(), [m for m, status in zip(todo, statuses) if status == SURVIVED]
     total.update(m.file for m in found)

@@ -95,6 +95,8 @@ class TestArguments:
             assert refused(0) == "1 or greater, got 0"
         elif name in ("minutes", "lr"):
             assert refused(0) == "a number greater than 0, got 0.0"
+        if name in self.MEASURES:
+            assert refused("nan").endswith("got nan") and refused("inf").endswith("got inf")
 
     @pytest.mark.parametrize(
         ("name", "load", "how", "line"),

@@ -136,9 +136,10 @@ def test_labels_are_those_of_each_pair_and_other_settings_are_handed_on():
 
 
 def test_what_is_not_said_is_as_the_documentation_has_it():
+    model = gaussian(DIFFUSION)
     for use, said in (
-        (lambda **how: interpolate(DIFFUSION, IDEAL, DATA[:2], DATA[2:4], 8, 9, **how), {"iterations": 2}),
-        (lambda **how: inpaint(DIFFUSION, IDEAL, DATA[:2], LEFT, 9, **how), {"jump": 5, "resamplings": 5}),
+        (lambda **how: interpolate(DIFFUSION, model, DATA[:2], DATA[2:4], 8, 9, **how), {"iterations": 2}),
+        (lambda **how: inpaint(DIFFUSION, model, DATA[:2], LEFT, 9, **how), {"jump": 5, "resamplings": 5}),
     ):
         made = use(**said)
         np.testing.assert_array_equal(use(), made)

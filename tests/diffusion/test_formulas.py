@@ -2,7 +2,7 @@
 in the test of this number in test_article.py (A) or here (*), or in another file.
 
  1  one step iterated is one jump: variances added where they must shrink first (A 04); one t for the batch (A 12)
- 2  "linear": T lowered and beta left as it is, so that half of the image survives (*; the warning: schedule)
+ 2  "linear": T lowered and beta left as it is, so that half of the image survives (schedule)
  3  "cosine": alpha_bar read off the cosine, 0 at the end, instead of computed from the clipped beta; s forgotten (*)
  4  gamma of Chen: no normalisation to 1 ... 0; tau in the wrong place; in quadratic, the square forgotten (*)
  5  log-SNR forms: a and b, or the limits, exchanged; the logarithm of amplitudes instead of powers (*)

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_training import step_in
+from tiny_training import assert_same_weights, step_in
 
 import tinyddpm
 import tinyddpm.__main__ as commands
@@ -33,12 +33,6 @@ def command(ended):
 def pixels(path):
     with Image.open(path) as picture:
         return np.asarray(picture)
-
-
-def assert_same_weights(one, other):
-    theirs = other.state_dict()
-    for name, w in one.state_dict().items():
-        np.testing.assert_array_equal(theirs[name], w, err_msg=name)
 
 
 def by_command(out, *options):

@@ -26,6 +26,7 @@ sample_digits --device=gpu -> device: 'gpu' is unknown
 samplers --steps 0 -> steps: expected an integer from 1 to 1000
 samplers --methods euler -> invalid choice: 'euler'
 denoise --sigma 1 -1 -> --sigma must be a number greater than 0, got -1.0
+denoise --sigma nan -> --sigma must be a number greater than 0, got nan
 denoise --sigma 1 1000 -> sigma: 1000.0 is more noise than this schedule knows
 denoise --steps=-1 -> --steps must be 1 or greater, got -1
 inpaint --known right -> invalid choice: 'right'
@@ -89,6 +90,7 @@ tinyddpm sample plain.safetensors --size=7 -> --size: 2 levels and squares of 1 
 tinyddpm sample plain.safetensors --variant=fp16 -> --variant: only a folder of diffusers has variants
 tinyddpm sample diffusers --variant=fp16 -> diffusion_pytorch_model.fp16.safetensors
 tinyddpm sample --samples=1000000000 -> error: --samples must be 10000 at most, got 1000000000
+tinyddpm sample --guidance=nan -> error: --guidance must be a number, got nan
 tinyddpm sample --guidance=1e308 -> error: --guidance must be 1000 at most, got 1e+308
 sample_pretrained nowhere -> error: FOLDER: there is no nowhere. To fetch Ho et al.'s model for CIFAR-10: hf download go
 sample_pretrained run -> there is no file run/config.json

@@ -120,7 +120,7 @@ def test_what_is_not_said_is_as_the_documentation_has_it(tmp_path):
     assert rows(named) == rows(named, scale=2, gap=2)
     strip = lambda **how: pictures.noising_strip(Diffusion(make_schedule()), drawn(2, 8, 8, 1), 0, **how)
     assert strip() == strip(columns=10)
-    save_gif(tmp_path / "a.gif", [grid(drawn(1, 8, 8, 1))] * 1 + [grid(-drawn(1, 8, 8, 1))])
+    save_gif(tmp_path / "a.gif", [grid(drawn(1, 8, 8, 1)), grid(-drawn(1, 8, 8, 1))])
     with Image.open(tmp_path / "a.gif") as gif:
         assert gif.info["duration"] == 2000  # of 4 seconds
         gif.seek(1)

@@ -21,7 +21,7 @@ from tinyddpm import Diffusion, Schedule, UNet, load_model, make_schedule, save_
 from tinyddpm.exchange.diffusers import load_diffusers, save_diffusers
 from tinyddpm.exchange.names import diffusers_layout, laid_out, original_layout
 from tinyddpm.exchange.original import load_original
-from tinyddpm.files.checkpoint import write_checkpoint
+from tinyddpm.files.checkpoint import read_checkpoint, write_checkpoint
 from tinyddpm.files.model import TRAINING
 from tinyddpm.files.tensors import Stored
 
@@ -137,6 +137,9 @@ class TestWeightsThatAreNotFinite:
                 load, name = load_diffusers, "time_embedding.linear_1.weight"
             with pytest.raises(ValueError, match=f"{saver}.*: {name}: 2 of its 64 numbers are nan or infinite"):
                 load(tmp_path / saver)
+            if saver == "a checkpoint":
+                with pytest.raises(ValueError, match="time1.w: 2 of its 64 numbers are nan or infinite"):
+                    read_checkpoint(tmp_path / saver, unet, {name: x.copy() for name, x in VECTORS.items()}, {})
 
 
 class TestBadInput:

@@ -241,11 +241,14 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
 def test_factors_are_rounded_and_sums_are_not(precision):
     r, low = np.random.default_rng(0), lambda x: rounded(x, BITS[precision]).astype(np.float64)
     a, b = r.standard_normal((3, 5, 300)).astype(np.float32), r.standard_normal((3, 300, 4)).astype(np.float32)
-    for of in (lambda a: a, one_for_all):
+    turned = lambda a: a.swapaxes(1, 2).copy().swapaxes(1, 2)  # stored column by column
+    for of in (lambda a: a, turned, one_for_all):
         expected = low(of(a)) @ low(b)
         close(product(of(to_cuda(a)), to_cuda(b), precision), expected.astype(np.float32))
         coarse = np.abs(product(of(a), b, precision) - expected).max() > 1e-3
         assert coarse == (precision != "float32"), "a CPU rounds nothing"
+    fine = product(to_cuda(a.astype(float)), to_cuda(b.astype(float)), precision)  # of float64, neither
+    np.testing.assert_allclose(to_numpy(fine), a.astype(float) @ b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

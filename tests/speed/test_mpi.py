@@ -186,7 +186,7 @@ def process(n, *what):
 
 
 def mpiexec(n, *what, timeout=120):
-    """Status, stdout and stderr of such."""
+    """Run so many such ranks, and return status, stdout and stderr."""
     result = subprocess.run(**process(n, *what), timeout=timeout)
     return result.returncode, result.stdout, result.stderr
 

@@ -1,12 +1,17 @@
 """The plain way runs on its own: within `plain()` no twin is used, and what comes out is the same, to rounding."""
 
 import functools
+import pathlib
+import shutil
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 from threadpoolctl import threadpool_limits
 
+import tinyddpm
 from tinyddpm import Diffusion, UNet, backend, backward, load_digits, make_schedule, sample, train
 from tinyddpm.autograd.functional import column_sums
 from tinyddpm.backend import on_device, plain, to_device, to_numpy
@@ -94,3 +99,46 @@ def test_on_a_gpu_too(asked):
     assert not asked
     for on_cpu, on_gpu in zip(*found):
         np.testing.assert_allclose(on_gpu, on_cpu, rtol=0, atol=1e-4 * np.abs(on_cpu).max())
+
+
+BY_HAND = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]  # nothing from elsewhere
+
+import numpy as np
+import tinyddpm
+from tinyddpm.backend import plain
+from tinyddpm.diffusion.process import Diffusion
+from tinyddpm.diffusion.sample import sample
+from tinyddpm.diffusion.schedule import make_schedule
+from tinyddpm.network.unet import UNet
+from tinyddpm.training.batches import Batches
+from tinyddpm.training.loop import batch_gradient, descend, micro_batch_gradient
+from tinyddpm.training.optim import EMA, Adam, flatten
+
+unet = UNet(channels=(8, 16), blocks=1, attention=(False, True))
+diffusion = Diffusion(make_schedule("cosine", 20), "x0")
+images = np.ones((8, 8, 8, 1), np.float32)
+batches, optimizer, ema = Batches(images, None, 4, 2, seed=0), Adam(flatten(unet.parameters()), 1e-2), EMA(unet, 0.5)
+with plain(), batch_gradient(unet, micro_batch_gradient(unet, diffusion, batches), batches, range(15)) as gradient:
+    losses = [loss for _, _, (loss, _) in descend(gradient, optimizer, ema, 15, lambda step: 1e-2)]
+    drawn = sample(diffusion, ema.model, (2, 8, 8, 1), steps=5)
+assert losses[-1] < 0.5 * losses[0] and drawn.mean() > 0.3, (losses, drawn.mean())
+print(tinyddpm.__file__, *sorted(name for name in sys.modules if name.startswith("tinyddpm.") and name.count(".") == 1))
+"""
+
+
+def test_without_the_rooms_that_are_only_faster_or_practical(tmp_path):
+    """What a learner reads is all that is needed to train and to sample."""
+    package, copy = pathlib.Path(tinyddpm.__file__).parent, tmp_path / "tinyddpm"
+    for room in ("autograd", "network", "diffusion", "training"):
+        shutil.copytree(package / room, copy / room, ignore=shutil.ignore_patterns("train.py", "__py*"))
+    (copy / "__init__.py").touch()
+    for file in ("backend.py", "arguments.py", "bar.py"):
+        shutil.copy(package / file, copy)
+    (tmp_path / "by_hand.py").write_text(BY_HAND)
+    result = subprocess.run([sys.executable, "by_hand.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    where, *rooms = result.stdout.split()
+    assert where == str(copy / "__init__.py")
+    assert " ".join(rooms).replace("tinyddpm.", "") == "arguments autograd backend bar diffusion network training"

@@ -40,16 +40,18 @@ class TestSteps:
         (state,) = train(UNet(**SMALL), DIFFUSION, IMAGES[:2], 1, workers=1)
         usual = {"batch": 64, "lr": 1e-3, "warmup_steps": 100, "decay_steps": 0, "seed": 0, "max_norm": 1.0}
         usual |= {"ema_decay": 0.995, "flip": False}
-        assert {name: state.run.config.get(name, 0) for name in usual} == usual
+        assert {name: state.run.config[name] for name in usual} == usual
 
     def test_time_is_that_of_all_steps_and_speed_that_of_the_last_ones(self, monkeypatch):
-        """Of a clock that goes on by half a second whenever it is looked at."""
-        clock = itertools.count(0, 0.5)
+        """Of a clock that goes on by ever more whenever it is looked at; the last ones are two here."""
+        clock = itertools.accumulate(itertools.count())
         monkeypatch.setattr("tinyddpm.training.train.time", SimpleNamespace(monotonic=lambda: next(clock)))
-        states = list(training(steps=3, workers=1)[1])
-        seconds = np.array([state.seconds for state in states])
-        np.testing.assert_allclose(np.diff(seconds), seconds[0])
-        np.testing.assert_allclose([state.images_per_second for state in states], 11 / seconds[0])
+        monkeypatch.setattr("tinyddpm.training.train.LOOK_EVERY", 2)
+        states = list(training(steps=4, workers=1)[1])
+        seconds = [0, *(state.seconds for state in states)]
+        assert np.diff(np.diff(seconds)).min() > 0
+        expected = [11 / seconds[1], *(22 / (seconds[i] - seconds[i - 2]) for i in range(2, 5))]
+        np.testing.assert_allclose([state.images_per_second for state in states], expected)
 
     def test_three_are_the_algorithm_by_hand(self):
         """Every micro-batch with noise of its own, clipping, a rate that rises and falls, Adam, then the average."""
