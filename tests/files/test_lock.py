@@ -35,6 +35,7 @@ def test_the_second_is_told_who_the_first_is(tmp_path):
     for _ in range(2):
         with alone_in(tmp_path):
             says = refused(tmp_path)
+            assert [path.name for path in tmp_path.iterdir()] == ["running.lock"]
             assert says.startswith(f"{tmp_path} is in use by process {os.getpid()} on {socket.gethostname()} since 20")
             assert says == refused(tmp_path)  # who is refused leaves all as it was
             assert in_a_copy(lambda: os._exit(0)) == 0 and refused(tmp_path)
