@@ -145,7 +145,7 @@ class TestWeightsThatAreNotFinite:
 class TestBadInput:
     @pytest.mark.parametrize(("content", "message"), [
         (b"", "it is empty"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 1", "it is a pointer of git-lfs .* run `git lfs pull`"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d", "it is a pointer of git-lfs .*run `git lfs"),
         (b"<!DOCTYPE html>\n<html>", "it is a web page and not the file: download it again"),
         (b"\xef\xbb\xbf \r\n<HTML lang=en>", "it is a web page and not the file: download it again"),
         (b"Entry not found", "it is text, .* 'Entry not found'; if it was downloaded, that is what the server had"),
