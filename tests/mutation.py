@@ -119,7 +119,8 @@ class Selection:
     def tests(self, mutant):
         """What is decided at import meets the tests that pass any line of the file; if only other processes do, all."""
         whole_file = set().union(*self.lines.get(mutant.file, {}).values())
-        passing = next(filter(None, (x - self.failed for x in (self.passing(mutant), whole_file, {*self.seconds}))))
+        passing = set() if self.at_import(mutant) else self.passing(mutant)
+        passing = next(filter(None, (tests - self.failed for tests in (passing, whole_file, {*self.seconds}))))
         room = mutant.file.replace("tinyddpm", "tests").rpartition("/")[0]
         order = lambda t: (not t.startswith(room), self.seconds[t] > 0.1, t.partition("::")[0], self.seconds[t])
         tests = sorted(passing, key=order)

@@ -172,7 +172,7 @@ OPS = [
     Op(tensor.reduce_mean, OVER, np.mean, lambda torch, x, **over: torch.mean(x, **over), 5e-15),
     Op(tensor.reshape, array(normal, shape=lambda x: (st.permutations(x.shape) | st.just([-1])).map(tuple)),
        lambda x, shape: x.reshape(shape)),
-    Op(tensor.transpose, array(normal, axes=lambda x: st.just(()) | st.permutations(range(x.ndim)).map(tuple)
+    Op(tensor.transpose, array(normal, axes=lambda x: st.just(()) | st.permutations(range(-1, x.ndim - 1)).map(tuple)
                                     | st.permutations(range(-x.ndim, 0)).map(tuple)),
        lambda x, axes: np.transpose(x, axes or None),
        lambda torch, x, axes: x.permute(axes or tuple(range(x.ndim))[::-1])),

@@ -110,9 +110,9 @@ def test_what_is_left_out_has_the_default_of_the_documentation():
         (softmax(q), softmax(q, axis=2)),
         (concat(q, q), concat(q, q, axis=2)),
         (reduce_sum(q), reduce_sum(q, axis=None, keepdims=False)),
-        (q.transpose(0, -1, 1), q.transpose(0, 2, 1)),
         (group_norm(x, gamma, gamma, groups=3), group_norm(x, gamma, gamma, groups=3, eps=1e-6, silu=False)),
     ):  # fmt: skip
+        assert ours.shape == asked.shape
         np.testing.assert_array_equal(ours.data, asked.data)
 
 

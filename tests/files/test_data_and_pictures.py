@@ -116,7 +116,7 @@ def test_a_row_of_images_stands_beside_its_name(channels):
 
 
 def test_what_is_not_said_is_as_the_documentation_has_it(tmp_path):
-    named = {"a": drawn(3, 6, 7, 1), "of another height": drawn(2, 5, 7, 1)}
+    named = {"a": drawn(3, 6, 7, 1), "of another size": drawn(2, 5, 8, 1)}
     assert rows(named) == rows(named, scale=2, gap=2)
     strip = lambda **how: pictures.noising_strip(Diffusion(make_schedule()), drawn(2, 8, 8, 1), 0, **how)
     assert strip() == strip(columns=10)
