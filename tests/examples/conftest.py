@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from tiny_training import DIFFUSION as TRAINED
-from tiny_training import training
+from tiny_training import assert_same_weights, training
 
 import tinyddpm
 from tinyddpm import Diffusion, UNet, make_schedule, program, save_diffusers, save_model
@@ -26,14 +26,10 @@ Ended = collections.namedtuple("Ended", "code out err")
 
 
 @functools.cache
-def digits_for(train, load=tinyddpm.load_digits):
+def load_digits(train=True, load=tinyddpm.load_digits):
     images, labels = load(train)
     images.flags.writeable = labels.flags.writeable = False  # they are the same for all
     return images, labels
-
-
-def load_digits(train=True):
-    return digits_for(train)
 
 
 @pytest.fixture(scope="session")
@@ -103,10 +99,7 @@ def assert_same():
             assert (one / name).read_bytes() == (other / name).read_bytes(), name
         for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors"):
             assert (one / name).exists() == (other / name).exists()
-            theirs, ours = (load_file(f / name) if (f / name).exists() else {} for f in (one, other))
-            assert theirs.keys() == ours.keys()
-            for key, w in theirs.items():
-                np.testing.assert_array_equal(ours[key], w, err_msg=key)
+            assert_same_weights(*(load_file(f / name) if (f / name).exists() else {} for f in (one, other)))
         logs = (np.loadtxt(f / "metrics.csv", delimiter=",", skiprows=1, usecols=(0, 1, 2, 3)) for f in (one, other))
         np.testing.assert_array_equal(*logs)
 

@@ -82,25 +82,6 @@ def test_it_holds_in_its_own_thread_and_block_only(asked):
     assert asked == ["cpu", "cpu"]
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_too(asked):
-    """CuPy takes what is written for NumPy."""
-    x0, labels = (part[::2500] for part in load_digits())
-    diffusion = Diffusion(make_schedule("cosine", 20), "x0", loss_type="vlb")
-    found = []
-    for device in ("cpu", "cuda"):
-        unet = UNet(1, 1, (8, 16), 1, (False, True), classes=10, rng=1).to(device)
-        x = to_device(x0, device)
-        with plain(), on_device(device):
-            net = functools.partial(unet, labels=labels)
-            gradients = backward(diffusion.loss_at(net, x, np.array([0, 3, 9, 19]), x[::-1].copy()))
-            drawn = sample(diffusion, unet, x0.shape, "ddpm", 3, labels=labels)
-        found.append([to_numpy(gradients[p]) for p in unet.parameters()] + [to_numpy(drawn)])
-    assert not asked
-    for on_cpu, on_gpu in zip(*found):
-        np.testing.assert_allclose(on_gpu, on_cpu, rtol=0, atol=1e-4 * np.abs(on_cpu).max())
-
-
 BY_HAND = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]  # nothing from elsewhere
@@ -142,3 +123,22 @@ def test_without_the_rooms_that_are_only_faster_or_practical(tmp_path):
     where, *rooms = result.stdout.split()
     assert where == str(copy / "__init__.py")
     assert " ".join(rooms).replace("tinyddpm.", "") == "arguments autograd backend bar diffusion network training"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_too(asked):
+    """CuPy takes what is written for NumPy."""
+    x0, labels = (part[::2500] for part in load_digits())
+    diffusion = Diffusion(make_schedule("cosine", 20), "x0", loss_type="vlb")
+    found = []
+    for device in ("cpu", "cuda"):
+        unet = UNet(1, 1, (8, 16), 1, (False, True), classes=10, rng=1).to(device)
+        x = to_device(x0, device)
+        with plain(), on_device(device):
+            net = functools.partial(unet, labels=labels)
+            gradients = backward(diffusion.loss_at(net, x, np.array([0, 3, 9, 19]), x[::-1].copy()))
+            drawn = sample(diffusion, unet, x0.shape, "ddpm", 3, labels=labels)
+        found.append([to_numpy(gradients[p]) for p in unet.parameters()] + [to_numpy(drawn)])
+    assert not asked
+    for on_cpu, on_gpu in zip(*found):
+        np.testing.assert_allclose(on_gpu, on_cpu, rtol=0, atol=1e-4 * np.abs(on_cpu).max())
