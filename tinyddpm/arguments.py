@@ -19,10 +19,15 @@ import numpy as np
 from .backend import Array, is_array
 
 
+def is_integer(value: object) -> bool:
+    """Whether it is one, of Python or NumPy."""
+    return isinstance(value, (int, numbers.Integral))  # int alone is asked for first since that is ten times as fast
+
+
 def integer(name: str, value: object, least: int = 1, most: float = math.inf) -> int:
     """`value` as an int, if it is an integer from `least` to `most`, or ValueError."""
     value = _plain(value)
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= value <= min(most, 2**63 - 1):
+    if isinstance(value, bool) or not is_integer(value) or not least <= value <= min(most, 2**63 - 1):
         which = f">= {least}" if most == math.inf else f"from {least} to {most}"
         raise ValueError(f"{name}: expected an integer {which}, got {value!r}")
     return int(value)
@@ -95,7 +100,7 @@ def generator(rng: object) -> np.random.Generator:
     if isinstance(rng, np.random.Generator | np.random.BitGenerator | np.random.SeedSequence | None):
         return np.random.default_rng(rng)
     for seed in rng if isinstance(rng, (list, tuple)) and rng else [_plain(rng)]:
-        if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
+        if isinstance(seed, bool) or not is_integer(seed) or seed < 0:
             raise ValueError(f"rng: expected a seed >= 0 or a numpy.random.Generator, got {rng!r}")
     return np.random.default_rng(rng)
 

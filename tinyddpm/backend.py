@@ -28,8 +28,10 @@ Array = Any  # numpy.ndarray or cupy.ndarray
 
 def is_array(x: Any) -> bool:
     """Whether `x` is a NumPy or CuPy array."""
+    if isinstance(x, np.ndarray):
+        return True
     cupy = sys.modules.get("cupy")  # a CuPy array can only exist once somebody has imported CuPy
-    return isinstance(x, np.ndarray) or (cupy is not None and isinstance(x, cupy.ndarray))
+    return cupy is not None and isinstance(x, cupy.ndarray)
 
 
 def array_module(x: Array):

@@ -365,8 +365,9 @@ def duration(seconds):
 def contest(work, variants, threads, repeats, device="cpu", precisions=("float32",)):
     """Seconds of ours in each precision and of PyTorch's variants, as text those that failed, and by how much theirs
     differ in output from ours in the first precision. Exits if they do not agree."""
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:  # ended before ours begin: they are processes where no threads are alive
         expected = to_numpy(our_run(work.forward, threads, stack, device, precisions[0])())
+    with contextlib.ExitStack() as stack:
         runs = {precision: our_run(work, threads, stack, device, precision) for precision in precisions}
         failed, differ = {}, 0.0
         for variant in variants:

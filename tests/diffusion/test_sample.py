@@ -123,11 +123,27 @@ def test_guidance_goes_from_no_labels_to_the_labels_and_beyond():
     labels = at(4, 0, 2, 2)
     draw = lambda model=unet, **settings: sample(FEW, model, (4, 4, 4, 1), **settings)  # of four, one shard
     told, untold, more = draw(labels=labels), draw(), draw(labels=labels.tolist(), guidance=3.0)
-    for scale, expected in ((1, told), (0, untold)):
-        np.testing.assert_array_equal(draw(labels=labels, guidance=scale), expected)
+    np.testing.assert_array_equal(draw(labels=labels, guidance=1), told)
+    np.testing.assert_allclose(draw(labels=labels, guidance=0), untold, atol=1e-4)
     assert np.abs(more - told).max() > 0.01 and np.abs(told - untold).max() > 0.01
     by_hand = draw(lambda x, t: 3 * unet(x, t, labels=labels).data - 2 * unet(x, t).data)
     np.testing.assert_allclose(more, by_hand, atol=1e-4)
+
+
+def test_a_network_that_is_both_is_asked_for_both_in_one_call():
+    seen = []
+
+    def both(x, t, labels=None):
+        seen.append((len(x), t.tolist(), None if labels is None else labels.tolist()))
+        return x * (1 if labels is None else 2 + labels[:, None, None, None])
+
+    both.label_dropout = 0.1
+    model, x, t = guided(both, both, 3.0), normals(0)(), at(5, 0, 2)
+    np.testing.assert_allclose(model(x, t, labels=at(0, 1, 4)), x * column(1 + 3 * at(1, 2, 5), at(0, 1, 2)))
+    assert seen == [(6, [5, 0, 2] * 2, [-1, -1, -1, 0, 1, 4])]
+    np.testing.assert_array_equal(model(x, t), x)  # nothing to be guided to
+    guided(lambda x, t: both(x, t), both, 3.0)(x, t, labels=at(0, 1, 4))
+    assert seen[-2:] == [(3, [5, 0, 2], None), (3, [5, 0, 2], [0, 1, 4])]
 
 
 def test_guidance_of_networks_with_a_learned_variance():

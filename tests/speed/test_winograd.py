@@ -15,10 +15,10 @@ from tinyddpm.autograd.conv import conv2d
 from tinyddpm.autograd.tensor import Parameter
 from tinyddpm.network.nn import Module
 from tinyddpm.speed import winograd
-from tinyddpm.speed.winograd import BAND, ConstantFilters, bands, conv3x3
+from tinyddpm.speed.winograd import BAND, TILE, ConstantFilters, areas, bands, conv3x3, matrices, tile_rows
 
 ONE = ((1, 1), (1, 1))
-SHAPES = st.tuples(st.integers(1, 4), *[st.integers(1, 9 * BAND)] * 2, *[st.integers(1, 9)] * 2)
+SHAPES = st.tuples(st.integers(1, 4), *[st.integers(1, TILE * BAND + 4)] * 2, *[st.integers(1, 9)] * 2)
 
 
 def drawn(shape, seed=0, layout="plain"):
@@ -42,13 +42,40 @@ def all_direct(x, w, b, g):
     return conv.correlate(x, w, 1, ONE) + b, grad_x, grad_w, g.sum((0, 1, 2))
 
 
-@pytest.mark.parametrize("size", [1, 4, 7, 14, 4 * BAND, 4 * BAND + 1, 28, 100])
+@pytest.mark.parametrize("r", range(1, TILE + 1))
+def test_r_outputs_of_a_filter_take_r_plus_2_multiplications(r):
+    B_T, G, A_T = matrices(r)
+    assert (B_T.shape, G.shape, A_T.shape) == ((r + 2, r + 2), (r + 2, 3), (r, r + 2))
+    x, w = np.random.default_rng(r).standard_normal((2, r + 2))
+    np.testing.assert_allclose(A_T @ ((G @ w[:3]) * (B_T @ x)), np.correlate(x, w[:3]), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("height", "r"), [(1, 1), (7, 7), (8, 8), (9, 5), (14, 7), (16, 8), (28, 7), (32, 8), (100, 8)]
+)
+def test_tiles_are_few_and_of_equal_size(height, r):
+    assert tile_rows(height) == r
+
+
+@pytest.mark.parametrize("N", [1, 5, 16])
+@pytest.mark.parametrize("size", [(7, 7), (14, 14), (28, 28), (20, 300)])
+def test_areas_cover_all_images_in_parts_of_equal_size(N, size):
+    seen = np.zeros((N, *size))
+    for images, band in areas(N, *size):
+        seen[images, band.outputs] += 1
+        n = len(range(N)[images])
+        assert n == 1 or n * len(band.D) // (tile_rows(size[0]) + 2) * size[1] <= winograd.ROWS
+    assert (seen == 1).all()
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 14, TILE * BAND, TILE * BAND + 1, 28, 100])
 def test_bands_cover_all_rows_and_no_more(size):
+    r = tile_rows(size)
     assert np.concatenate([np.arange(size)[band.outputs] for band in bands(size)]).tolist() == list(range(size))
     for band in bands(size):
         rows, inputs = np.arange(size)[band.outputs], np.arange(size)[band.inputs]
         assert inputs.tolist() == sorted({r + k for r in rows for k in (-1, 0, 1)} & set(range(size)))
-        assert band.D.shape == (6 * -(-len(rows) // 4), len(inputs)) and len(rows) <= 4 * BAND
+        assert band.D.shape == ((r + 2) * -(-len(rows) // r), len(inputs)) and len(rows) <= r * BAND
         for matrix, transpose in ((band.D, band.D_T), (band.S, band.S_T)):
             np.testing.assert_array_equal(matrix.T, transpose)
             assert matrix.flags.c_contiguous and transpose.flags.c_contiguous  # half as fast otherwise
@@ -68,12 +95,12 @@ def test_it_equals_direct_sums_for_images_of_any_size(shape, seed, layout):
 
 @pytest.mark.parametrize("shape", [(3, 28, 28, 32, 32), (2, 14, 14, 64, 64), (3, 7, 7, 128, 128), (2, 16, 16, 512, 16)])
 def test_its_error_is_as_stated(shape):
-    """On random images and filters, forward and gradients within 1e-5 of the largest value, 20 times direct sums'."""
+    """On random images and filters, forward and gradients within 2e-5 of the largest value, 30 times direct sums'."""
     narrow, wide = drawn(shape)
     exact, direct = all_direct(*wide), [a.astype(np.float32) for a in all_direct(*narrow)]
     largest = lambda results: np.array([np.abs(a - e).max() / np.abs(e).max() for a, e in zip(results, exact)])
     ours, direct = largest(all_of(*narrow)), largest(direct)
-    assert (ours < 1e-5).all() and (ours < 20 * direct)[:3].all(), (ours, direct)
+    assert (ours < 2e-5).all() and (ours < 30 * direct)[:3].all(), (ours, direct)
 
 
 def test_a_nan_stays_in_its_image():
@@ -91,7 +118,8 @@ IMAGES = (2, 8, 8, 8)
 @pytest.mark.parametrize(("used", "shape", "O", "change"), [
     (True, IMAGES, 8, {}), (True, (2, 8, 8, 16), 9, {"padding": ONE}), (True, IMAGES, 8, {"padding": [[1, 1]] * 2}),
     (True, IMAGES, 8, {"padding": np.ones((2, 2), int)}), (False, IMAGES, 8, {"dtype": "float64"}),
-    (False, (2, 8, 8, 7), 8, {}), (False, IMAGES, 7, {}),
+    (True, (2, 8, 8, 1), 8, {}), (True, IMAGES, 1, {}),
+    (False, IMAGES, 129, {}), (True, IMAGES, 128, {}), (False, (2, 8, 8, 129), 8, {}),
     (False, (1, 8, 15, 8), 8, {}), (True, (1, 8, 16, 8), 8, {}),  # too few pixels, and enough
     (False, IMAGES, 8, {"stride": 2}), (False, IMAGES, 8, {"padding": 0}),
     (False, IMAGES, 8, {"padding": ((0, 1), (1, 1))}), (False, IMAGES, 8, {"kernel": (3, 1)}),
@@ -111,7 +139,7 @@ class TestConstantFilters:
     def transformed(self, monkeypatch):
         """Which filters were transformed."""
         seen, real = [], winograd.filters
-        monkeypatch.setattr(winograd, "filters", lambda w: seen.append(w) or real(w))
+        monkeypatch.setattr(winograd, "filters", lambda w, r: seen.append(w) or real(w, r))
         return seen
 
     def kept(self):
@@ -159,7 +187,7 @@ class TestConstantFilters:
     def test_sampling_keeps_them(self, transformed):
         unet, shape = UNet(channels=(8, 8), blocks=1, attention=(False, False)), (8, 16, 16, 1)
         diffusion, levels, wrapped = Diffusion(make_schedule("cosine", 3)), np.zeros(shape) - 1, lambda x, t: unet(x, t)
-        of_a_model = sum(p.shape[:2] == (3, 3) and min(p.shape[2:]) >= 8 for p in unet.parameters()) - 1  # of stride 2
+        of_a_model = sum(p.shape[:2] == (3, 3) for p in unet.parameters()) - 1  # of stride 2
         for use, count in (
             (lambda: sample(diffusion, unet, shape, workers=2), of_a_model),
             (lambda: diffusion.bits_per_dim(unet, np.float32(levels), workers=2, progress=False), of_a_model),

@@ -11,10 +11,9 @@ So `correlate` and its two gradients are all there is to it; where there is a fa
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 
-from ..arguments import integer
+from ..arguments import integer, is_integer
 from ..backend import Array, array_module, paired
 from .functional import check_precision, column_sums
 from .tensor import op
@@ -111,19 +110,21 @@ def im2col(x: Array, kh: int, kw: int, stride: int, pad: Padding) -> tuple[Array
         padded = xp.zeros((N, H + top + bottom, W + left + right, C), x.dtype)
         padded[:, top : top + H, left : left + W] = x
         x = padded
+    if kh == kw == stride == 1:  # each output sees one pixel: they lie as they should
+        return x.reshape(-1, C), x.shape[:3]
     OH, OW = (x.shape[1] - kh) // stride + 1, (x.shape[2] - kw) // stride + 1
     n, h, w, c = x.strides
     windows = xp.lib.stride_tricks.as_strided(x, (N, OH, OW, kh, kw, C), (n, h * stride, w * stride, h, w, c))
-    return windows.reshape(N * OH * OW, kh * kw * C), (N, OH, OW)  # the reshape copies, unless kh = kw = 1
+    return windows.reshape(N * OH * OW, kh * kw * C), (N, OH, OW)  # the reshape copies
 
 
 def _padding(padding: int | Padding) -> Padding:
     """Bring `padding` into the form ((top, bottom), (left, right)) and check it."""
-    if isinstance(padding, numbers.Integral):
+    if is_integer(padding):
         padding = ((padding, padding), (padding, padding))
     try:
         (top, bottom), (left, right) = padding
-        good = all(isinstance(p, numbers.Integral) and p >= 0 for p in (top, bottom, left, right))
+        good = all(is_integer(p) and p >= 0 for p in (top, bottom, left, right))
     except (TypeError, ValueError):
         good = False
     if not good:

@@ -7,12 +7,11 @@ it stands in tests/reference.py, and gradients are checked against finite differ
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Callable
 
 import numpy as np
 
-from ..arguments import number
+from ..arguments import is_integer, number
 from ..backend import Array, paired
 from .functional import logistic, product, softmax_rows, softmax_rows_grad
 from .tensor import op
@@ -36,7 +35,7 @@ def group_norm(x, gamma, beta, *, groups: int, eps: float = 1e-6, silu: bool = F
     if x.ndim < 2 or x.size == 0:
         raise ValueError(f"x: expected (N, ..., C), no axis of them empty, got shape {x.shape}")
     C = x.shape[-1]
-    if not isinstance(groups, numbers.Integral) or groups < 1 or C % groups:
+    if not is_integer(groups) or groups < 1 or C % groups:
         raise ValueError(f"groups: {groups} does not divide the {C} channels of x; use a divisor of {C}")
     eps = number("eps", eps, "(0, inf)")
     if gamma.shape != (C,) or beta.shape != (C,):
@@ -128,5 +127,5 @@ def _check_attention(q: Array, k: Array, v: Array, heads: int) -> None:
     if q.size == 0 or k.size == 0:
         raise ValueError(f"q, k, v: expected none of them empty, got {q.shape}, {k.shape}, {v.shape}")
     C = q.shape[2]
-    if not isinstance(heads, numbers.Integral) or heads < 1 or C % heads:
+    if not is_integer(heads) or heads < 1 or C % heads:
         raise ValueError(f"heads: {heads} does not divide the {C} channels of q; use a divisor of {C}")

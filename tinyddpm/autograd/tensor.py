@@ -22,14 +22,13 @@ import contextlib
 import functools
 import inspect
 import math
-import numbers
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from ..arguments import number
+from ..arguments import is_integer, number
 from ..backend import Array, address, array_module, device_of, is_array
 
 # ---------------------------------------------------------------------------------------------------------- tensors
@@ -361,7 +360,7 @@ def transpose(x, *, axes: tuple[int, ...]):
 def getitem(x, *, index):
     """x[index] for integers, slices, None and Ellipsis (which name each element at most once)."""
     for i in index if isinstance(index, tuple) else (index,):
-        if not (i is None or i is Ellipsis or isinstance(i, (numbers.Integral, slice))):
+        if not (i is None or i is Ellipsis or isinstance(i, slice) or is_integer(i)):
             raise TypeError(f"index: expected integers, slices, None or Ellipsis, got {type(i).__name__}")
 
     shape = x.shape  # so that `pull` does not keep x

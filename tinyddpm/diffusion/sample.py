@@ -12,12 +12,11 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ..arguments import check_instance, generator, number, one_of, warn
+from ..arguments import check_instance, generator, is_integer, number, one_of, warn
 from ..autograd.tensor import as_array
 from ..backend import Array, array_module, is_array, on_device, to_device
 from ..bar import progress_bar
@@ -120,7 +119,7 @@ def timesteps(T: int, steps: int | Sequence[int], spacing: str = "trailing") -> 
             if 0 <= ts[0] and ts[-1] < T and np.all(ts[:-1] < ts[1:]):
                 return ts.astype(int)
         raise ValueError(f"steps: expected timesteps within 0 ... {T - 1} in order, each once, got {steps}")
-    if isinstance(steps, bool) or not (isinstance(steps, numbers.Integral) and 1 <= steps <= T):
+    if isinstance(steps, bool) or not (is_integer(steps) and 1 <= steps <= T):
         raise ValueError(f"steps: expected an integer from 1 to {T}, the steps of the schedule, got {steps!r}")
     i = np.arange(steps)
     if spacing == "leading":
@@ -164,12 +163,17 @@ def guided(unconditional: Callable, conditional: Callable, scale: float) -> Call
     scale = number("guidance", scale)
     if scale == 1:
         return conditional
+    both = unconditional is conditional and getattr(conditional, "label_dropout", 0)
 
     def model(x_t: Array, t: np.ndarray, **labels: np.ndarray) -> Array:
-        u, c = as_array(unconditional(x_t, t)), as_array(conditional(x_t, t, **labels))
-        channels = x_t.shape[-1]
+        xp, channels = array_module(x_t), x_t.shape[-1]
+        if both and labels:  # in one call; -1 is no label
+            twice = np.concatenate([np.full(len(t), -1), labels["labels"]])
+            u, c = xp.split(as_array(conditional(xp.concatenate([x_t, x_t]), np.append(t, t), labels=twice)), 2)
+        else:
+            u, c = as_array(unconditional(x_t, t)), as_array(conditional(x_t, t, **labels))
         prediction = u[..., :channels] + scale * (c[..., :channels] - u[..., :channels])
-        return array_module(c).concatenate([prediction, c[..., channels:]], axis=-1)
+        return xp.concatenate([prediction, c[..., channels:]], axis=-1)
 
     vars(model).update({name: getattr(conditional, name) for name in ("dtype", "device") if hasattr(conditional, name)})
     return model
@@ -283,7 +287,7 @@ def checked_request(
 ) -> np.ndarray | None:
     """The labels as an array of NumPy, if all that is said of the images to make fits, or ValueError."""
     sizes = list(shape) if isinstance(shape, list | tuple | np.ndarray) else []
-    if len(sizes) != 4 or not all(isinstance(n, numbers.Integral) and n >= 1 and n is not True for n in sizes):
+    if len(sizes) != 4 or not all(is_integer(n) and n >= 1 and n is not True for n in sizes):
         raise ValueError(f"shape: expected (N, H, W, C), each at least 1, got {shape!r}")
     labels = checked_labels(labels, shape[0])
     if guidance is not None and labels is None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 
 import numpy as np
 
-from ..arguments import integer, number, one_of
+from ..arguments import integer, is_integer, number, one_of
 from ..backend import Array, is_array
 
 ENCODINGS = ("ddpm", "ddpm_flipped", "improved", "improved_flipped", "interleaved")
@@ -26,7 +25,7 @@ def checked_config(config: dict) -> dict:
     for name, value in (("channels", channels), ("attention", attention)):
         if np.ndim(value) != 1 or len(value) == 0:
             raise ValueError(f"{name}: expected a sequence with an entry for each level, got {value!r}")
-    if not all(isinstance(c, numbers.Integral) and c > 0 and c % groups == 0 for c in channels):
+    if not all(is_integer(c) and c > 0 and c % groups == 0 for c in channels):
         raise ValueError(f"channels: expected multiples of groups = {groups}, got {channels}")
     if channels[0] % 2 or channels[0] < 4:
         raise ValueError(
@@ -71,8 +70,8 @@ def checked_size(size: int | Sequence[int] | None, levels: int, patch: int = 1) 
     """(height, width) of images that so many levels can halve, from one number or both, or ValueError."""
     if size is None:
         return None
-    size, factor = (size, size) if isinstance(size, numbers.Integral) else size, _divisor(levels, patch)
-    if np.shape(size) != (2,) or not all(isinstance(n, numbers.Integral) and n > 0 and n % factor == 0 for n in size):
+    size, factor = (size, size) if is_integer(size) else size, _divisor(levels, patch)
+    if np.shape(size) != (2,) or not all(is_integer(n) and n > 0 and n % factor == 0 for n in size):
         raise ValueError(
             f"image_size: expected a height and a width that are multiples of {factor}, since this network halves "
             f"them {levels - 1} times{_after(patch)}, got {size!r}"

@@ -2,16 +2,17 @@
 
 NumPy reads and writes the whole activation for each operation, so what counts is how many there are, and how fast each
 is. Here gamma, rstd and mean are made one factor and one summand for each channel, pixels that lie side by side are
-taken as one long row, sums over positions are matrix products, and SiLU is a tanh and no division.
+taken as one long row, and sums over positions or groups are matrix products. The exponential takes more time than
+everything else together, so it is computed once: what comes of it is kept for the way back.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 
-from ..autograd.functional import column_sums
 from ..backend import Array
 
 
@@ -20,57 +21,55 @@ def normalise(x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu
     N, C = x.shape[0], x.shape[-1]
     # L positions in an image, of which W stand side by side in a row of `rows`: for speed only, 1 would do
     shape, L, W = x.shape, x.size // (N * C), x.shape[-2] if x.ndim > 3 else 1
+    ones, mean = _constants(C, groups, L, x.dtype.char)
 
     def rows(x: Array) -> Array:
         return x.reshape(N, L // W, W * C)  # of W pixels: NumPy is fast where the last axis is long
 
     def each(values: Array) -> Array:
-        """One value for each channel, (N, C) or (C,) -> (..., 1, W C), to go with `rows`."""
-        return values[..., None, :].repeat(W, axis=-2).reshape(*values.shape[:-1], 1, W * C)
+        """One value for each channel, (N, C) or (1, C) -> (..., 1, W C), to go with `rows`."""
+        return values[:, None].repeat(W, axis=1).reshape(-1, 1, W * C)
 
     def sums(x: Array) -> Array:
         """Sum of each channel over its L positions: (N, C)."""
-        return column_sums(x.reshape(N, L, C))
-
-    def dots(x: Array, y: Array) -> Array:
-        """`sums` of x y."""
-        return np.einsum("nlc,nlc->nc", x, y).reshape(N, W, C).sum(axis=1)
-
-    def group_mean(sums: Array) -> Array:
-        """The mean over the group of each channel: (N, C)."""
-        return (sums.reshape(N, groups, -1).sum(axis=2) * (groups / (L * C))).repeat(C // groups, axis=1)
+        return ones @ x.reshape(N, L, C)
 
     def affine(a: Array, b: Array) -> Array:
         y = d * each(a)
         y += each(b)
         return y
 
-    d = rows(x) - each(group_mean(sums(x)))  # xhat = rstd d
-    rstd = 1 / np.sqrt(group_mean(dots(d, d)) + eps)
-    half = 0.5 if silu else 1  # z sigma(z) = h + h tanh(h) where h = z / 2: one function to compute, and no division
-    a, b = rstd * (half * gamma), half * beta
-    y = affine(a, b)  # z, or h
-    if silu:
-        t = np.tanh(y)
-        t += 1
-        y *= t  # h (1 + tanh h)
-    kept = y if silu else None
+    d = rows(x) - each(sums(x) @ mean)  # xhat = rstd d
+    rstd = 1 / np.sqrt(sums(d * d) @ mean + eps)
+    a, b = rstd * gamma, beta[None]
+    if silu:  # of z = a d + b, y = z / (1 + e^-z); here with -z, and -(1 + e^-z)
+        y = affine(-a, -b)
+        with np.errstate(over="ignore"):  # where e^-z overflows to infinity the result is 0, as it should be
+            bottom = np.exp(y)
+        np.subtract(-1, bottom, out=bottom)
+        y /= bottom
+    else:
+        y = affine(a, b)
 
     def pull(g):
-        if silu:  # dL/dh = g (1 + t + y (1 - t)), t = tanh h, computed again: cheaper than memory
-            t = affine(a, b)
-            np.tanh(t, out=t)
-            dx = 1 - t
-            dx *= kept
-            dx += t
-            dx += 1
-            dx *= rows(g)
-        else:
-            dx = rows(g).copy()
-        dbeta, dgamma = sums(dx), rstd * dots(dx, d)  # (N, C), of each image; with SiLU those for beta / 2, gamma / 2
-        # as dxhat there: it loses its mean, and its projection on d, over each group
-        dx *= each(a)
-        dx -= affine(rstd * group_mean(dgamma * a), group_mean(dbeta * a))
-        return dx.reshape(shape), half * dgamma.sum(axis=0), half * dbeta.sum(axis=0)
+        dz = rows(g)
+        if silu:  # dz = g (y + sigma (1 - y)), where sigma is -1 / bottom
+            slope = y - 1
+            slope /= bottom
+            slope += y
+            slope *= dz
+            dz = slope
+        dbeta, dgamma = sums(dz), rstd * sums(dz * d)  # (N, C), of each image
+        dx = affine(rstd * -((dgamma * a) @ mean), -((dbeta * a) @ mean))
+        # dxhat = gamma dz, which loses its mean, and its projection on xhat, over each group
+        dx += np.multiply(dz, each(a), out=dz if silu else None)
+        return dx.reshape(shape), dgamma.sum(axis=0), dbeta.sum(axis=0)
 
     return y.reshape(shape), pull
+
+
+@functools.cache
+def _constants(C: int, groups: int, L: int, dtype: str) -> tuple[Array, Array]:
+    """What sums over L positions, and what makes of such sums (N, C) the means over the group of each channel."""
+    group = np.arange(C) // (C // groups)
+    return np.ones(L, dtype), ((group[:, None] == group) * (groups / (L * C))).astype(dtype)

@@ -1,38 +1,42 @@
-"""3x3 convolution with a quarter of the multiplications (Winograd 1980; Lavin & Gray 2016, "Fast algorithms for
+"""3x3 convolution with less than half of the multiplications (Winograd 1980; Lavin & Gray 2016, "Fast algorithms for
 convolutional neural networks"). What is computed, autograd/conv.py says; this is for speed alone.
 
-Four neighbouring outputs of a filter with three taps, y_i = sum_k w_k x_{i+k}, take 12 multiplications. With three
-constant matrices they take 6:
+r neighbouring outputs of a filter with three taps, y_i = sum_k w_k x_{i+k}, take 3 r multiplications. With three
+constant matrices they take r + 2:
 
-    u = G w,   v = B^T x,   m = u * v elementwise,   y = A^T m          w: 3 taps, x: 6 inputs, y: 4 outputs
+    u = G w,   v = B^T x,   m = u * v elementwise,   y = A^T m          w: 3 taps, x: r + 2 inputs, y: r outputs
 
 (Those by the constants do not count: v is made once for each input channel and serves all output channels, and u and y
 likewise.) Where they come from (Toom 1963, Cook 1966): a polynomial is known by its values. Let E_n take the n
-coefficients of one to its values at six points, infinity among them (its value there is its last coefficient). The
-values of a product are the products of the values, so the product of two that have four and three coefficients, a and
-w, is E_6^-1 ((E_4 a) * (E_3 w)). A correlation is that product transposed, so that G = E_3, A = E_4 and B^T is the
-inverse of E_6, transposed. In two dimensions each is applied down and across, Lavin & Gray's F(4x4, 3x3): 36
-multiplications in place of 144 for a tile of 4x4 outputs, from 6x6 inputs, neighbours of which overlap by two. At each
-of the 36 pairs of points the sum over channels remains, a matrix product.
+coefficients of one to its values at r + 2 points, infinity among them (its value there is its last coefficient). The
+values of a product are the products of the values, so the product of two that have r and three coefficients, a and w,
+is E_{r+2}^-1 ((E_r a) * (E_3 w)). A correlation is that product transposed, so that G = E_3, A = E_r and B^T is the
+inverse of E_{r+2}, transposed.
 
-A row of tiles is transformed at once, by a matrix D that holds B^T once for each tile, and back by S, which holds A^T.
-They are mostly zeros, but leave out what lies outside of the image, add up the overlaps when transposed, and BLAS is
-fast at it. So all is matrix products, D and S down the images and D' and S' across them, and the gradients follow by
-transposing; v u multiplies channels, at each of the 36 points:
+Here this is done down the columns of an image. At each of the r + 2 points a convolution across, with three taps,
+remains: a matrix product of what three neighbours hold and 3 C x O numbers of u. For tiles of r = 8 rows these are 30
+multiplications in place of 72, for r = 7, which is a half, a quarter and all of MNIST's sizes, 27 in place of 63. (Done
+across as well, as Lavin & Gray do, it takes fewer still, but each direction has its price: with up to 64 channels that
+was half as fast again, with 128 as fast, and it needs smaller tiles to be as exact.)
 
-    forward     v = D x D'^T,       m = v u,         y = S m S'^T
-    backward    dm = S^T dy S',     dv = dm u^T,     dx = D^T dv D',     du = v^T dm,     dw = G^T du G
+Two tiles are transformed at once, by a matrix D that holds B^T once for each, and back by S, which holds A^T. They
+leave out what lies outside of the image, and add up the overlaps when transposed. So all is matrix products, and the
+gradients follow by transposing; u' is of the filters turned around, and `windows` lays three neighbours side by side:
+
+    forward     v = D x,       m = windows(v) u,        y = S m
+    backward    dm = S^T dy,   dv = windows(dm) u',     dx = D^T dv,     du' = v^T windows(dm),     dw' = G^T du'
 
 The values at the points are larger than what A^T leaves of them, so float32 results are less exact than direct sums: on
-random images and filters up to 20 times, but within 1e-5 of the largest value. An inf or a nan spreads over all of the
-16x16 outputs that are computed together with what it reaches. float64, in which gradients are checked, is left to
-direct sums.
+random images and filters up to 30 times, but within 2e-5 of the largest value. An inf or a nan spreads over all rows
+that are computed together with what it reaches, up to 16. float64, in which gradients are checked, is left to direct
+sums.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -42,124 +46,150 @@ import numpy as np
 from ..autograd.functional import column_sums
 from ..backend import Array
 
-POINTS = (0, 1, -1, 1 / 2, -2)  # and infinity; of the small fractions, these lose the fewest digits
-BAND = 4  # tiles that one matrix transforms: with more, there are more zeros to multiply by
+TILE = 8  # rows of outputs, at most: with more, float32 loses too many digits
+BAND = 2  # tiles that one matrix transforms: with more, there are more zeros to multiply by
+ROWS = 256  # of the matrix at each point, at most: enough for a product, few enough for the cache
 
 
-def _matrices() -> tuple[Array, Array, Array]:
-    """B^T (6, 6), G (6, 3) and A^T (4, 6), with the rows of B^T brought to length 1 and those of G made up for it."""
-    E_3, E_4, E_6 = (np.array([[p**k for k in range(n)] for p in POINTS] + [[0] * (n - 1) + [1]]) for n in (3, 4, 6))
-    B_T = np.linalg.inv(E_6).T
+def points(r: int) -> tuple[float, ...]:
+    """The r + 1 finite points for tiles of r rows: of small fractions, those that lose the fewest digits."""
+    few, many = (0, 1, -1, 1 / 2, -1 / 2, 2, -2), (0, 1 / 2, -1 / 2, 7 / 8, -7 / 8, 4 / 3, -4 / 3, 3, -3)
+    return (few if r < len(few) else many)[: r + 1]
+
+
+@functools.cache
+def matrices(r: int) -> tuple[Array, Array, Array]:
+    """B^T (r+2, r+2), G (r+2, 3) and A^T (r, r+2). The rows of B^T have length 1, and those of G make up for it."""
+
+    def E(n: int) -> Array:
+        return np.array([[p**k for k in range(n)] for p in points(r)] + [[0] * (n - 1) + [1]])
+
+    B_T = np.linalg.inv(E(r + 2)).T
     length = np.linalg.norm(B_T, axis=1, keepdims=True)
-    return B_T / length, E_3 * length, E_4.T
+    return B_T / length, E(3) * length, E(r).T
 
 
-B_T, G, A_T = _matrices()
+def tile_rows(height: int) -> int:
+    """r for images of this height: they are cut into as few tiles as can be, of equal size."""
+    return math.ceil(height / math.ceil(height / TILE))
 
 
 class Band(NamedTuple):
-    """Up to `BAND` tiles, which compute `outputs`, rows or columns of the result, from `inputs`, those of the image."""
+    """Up to `BAND` tiles, which compute `outputs`, rows of the result, from `inputs`, those of the image."""
 
     outputs: slice
     inputs: slice
-    D: Array  # (6 tiles, inputs): row p * tiles + i takes the inputs to the value of tile i at point p
-    S: Array  # (outputs, 6 tiles)
+    D: Array  # (points * tiles, inputs): row p * tiles + i takes the inputs to the value of tile i at point p
+    S: Array  # (outputs, points * tiles)
     D_T: Array  # and their transposes
     S_T: Array
 
 
 @functools.cache
-def bands(size: int) -> list[Band]:
-    """Cut `size` rows or columns into bands."""
-    found = []
-    for start in range(0, size, 4 * BAND):
-        stop = min(start + 4 * BAND, size)
-        first, last = max(start - 1, 0), min(stop + 1, size)
-        D, S = (np.zeros((6, -(-(stop - start) // 4), n)) for n in (last - first, stop - start))
-        for tile, top in enumerate(range(start, stop, 4)):
-            for i, row in enumerate(range(top - 1, top + 5)):
+def bands(height: int) -> list[Band]:
+    """Cut images of this height into bands."""
+    r, found = tile_rows(height), []
+    B_T, _, A_T = matrices(r)
+    for start in range(0, height, r * BAND):
+        stop = min(start + r * BAND, height)
+        first, last = max(start - 1, 0), min(stop + 1, height)
+        D, S = (np.zeros((r + 2, math.ceil((stop - start) / r), n)) for n in (last - first, stop - start))
+        for tile, top in enumerate(range(start, stop, r)):
+            for i, row in enumerate(range(top - 1, top + r + 1)):
                 if first <= row < last:
                     D[:, tile, row - first] = B_T[:, i]
-            for i, row in enumerate(range(top, min(top + 4, stop))):
+            for i, row in enumerate(range(top, min(top + r, stop))):
                 S[:, tile, row - start] = A_T[i]
         D, S = D.reshape(-1, last - first), S.reshape(-1, stop - start).T
-        matrices = (matrix.astype(np.float32, order="C") for matrix in (D, S, D.T, S.T))
-        found.append(Band(slice(start, stop), slice(first, last), *matrices))
+        transforms = (matrix.astype(np.float32, order="C") for matrix in (D, S, D.T, S.T))
+        found.append(Band(slice(start, stop), slice(first, last), *transforms))
     return found
 
 
+def areas(N: int, H: int, W: int) -> list[tuple[slice, Band]]:
+    """Cut N images of H x W into what is computed at a time: some of the images, of which a band."""
+    tiles = min(BAND, math.ceil(H / tile_rows(H)))
+    n = math.ceil(N / math.ceil(N / max(1, ROWS // (tiles * W))))  # equally many images each time
+    return [(slice(i, i + n), band) for i in range(0, N, n) for band in bands(H)]
+
+
 def fits(x: Array, w: Array, stride: int, pad: tuple) -> bool:
-    """Whether `conv3x3` can convolve x with w, and is faster: not with few channels, or few pixels for them."""
+    """Whether `conv3x3` can convolve x with w, and is faster: not with few pixels for the channels."""
     same = w.shape[:2] == (3, 3) and stride == 1 and pad == ((1, 1), (1, 1))
-    pixels = x.size // x.shape[3]
-    return same and x.dtype == np.float32 and min(w.shape[2:]) >= 8 and pixels >= max(128, *w.shape[2:])
+    return same and x.dtype == np.float32 and x.size // x.shape[3] >= max(128, *w.shape[2:])
 
 
-def filters(w: Array) -> Array:
-    """u = G w G^T: (3, 3, C, O) -> (36, C, O)."""
-    g, (_, _, C, O) = G.astype(np.float32), w.shape
-    return (g @ (g @ w.reshape(3, -1)).reshape(6, 3, C * O)).reshape(36, C, O)
+def filters(w: Array, r: int) -> Array:
+    """u = G w, down: (3, 3, C, O) -> (r + 2, 3 C, O)."""
+    _, _, C, O = w.shape
+    return (matrices(r)[1].astype(np.float32) @ w.reshape(3, -1)).reshape(r + 2, 3 * C, O)
 
 
-def transposed_filters(w: Array) -> Array:
-    """u with C and O exchanged, and laid out so in memory, where BLAS reads it fast: (3, 3, C, O) -> (36, O, C)."""
-    return filters(np.ascontiguousarray(w.swapaxes(2, 3)))
+def turned_filters(w: Array, r: int) -> Array:
+    """u': u of the filters turned around across, C and O exchanged: (3, 3, C, O) -> (r + 2, 3 O, C)."""
+    return filters(np.ascontiguousarray(w[:, ::-1].swapaxes(2, 3)), r)
 
 
-def filters_grad(du: Array) -> Array:
-    """Gradient of `filters`, dw = G^T du G: (36, C, O) -> (3, 3, C, O)."""
-    g, (_, C, O) = G.T.astype(np.float32), du.shape
-    return (g @ (g @ du.reshape(6, 6, C * O)).reshape(6, -1)).reshape(3, 3, C, O)
+def filters_grad(du: Array, r: int) -> Array:
+    """dw from du' (r + 2, C, 3 O): (3, 3, C, O)."""
+    _, C, O = du.shape
+    dw = (matrices(r)[1].T.astype(np.float32) @ du.reshape(r + 2, -1)).reshape(3, C, 3, O // 3)
+    return np.ascontiguousarray(dw.swapaxes(1, 2)[:, ::-1])
 
 
 def conv3x3(x: Array, w: Array, b: Array | None) -> tuple[Array, Callable]:
     """The op: y (N, H, W, O), of images x (N, H, W, C) with a pixel of zeros around, filters w (3, 3, C, O) and b (O,);
     and its `pull`."""
-    N, H, W, _ = x.shape
-    areas = [(down, across) for down in bands(H) for across in bands(W)]
-    u = _constant(filters, w)
-    y = np.empty((N, H, W, w.shape[3]), np.float32)
-    for down, across in areas:
-        m = _to_points(down.D, across.D, x[:, down.inputs, across.inputs]) @ u
+    N, H, W, C = x.shape
+    r, parts, O = tile_rows(H), areas(N, H, W), w.shape[3]
+    u, y = _constant(filters, w, r), np.empty((N, H, W, O), np.float32)
+    for images, band in parts:
+        v = to_points(band.D, x[images, band.inputs], around=1)
+        y_part = from_points(band.S, windows(v, r) @ u, out=y[images, band.outputs])
         if b is not None:
-            m[7] += b  # 7 = 6 * 1 + 1: what stands at the points (1, 1), POINTS[1] twice, enters each output once
-        _from_points(down.S, across.S, m, out=y[:, down.outputs, across.outputs])
+            y_part += b
 
     def pull(dy):
-        u_T, du = _constant(transposed_filters, w), None
-        dx = (np.empty if len(areas) == 1 else np.zeros)(x.shape, np.float32)
-        for down, across in areas:
-            inside = slice(None), down.inputs, across.inputs
-            dm = _to_points(down.S_T, across.S_T, dy[:, down.outputs, across.outputs])
-            part = _to_points(down.D, across.D, x[inside]).swapaxes(1, 2) @ dm
+        u_turned, du = _constant(turned_filters, w, r), None
+        dx = (np.empty if len(bands(H)) == 1 else np.zeros)(x.shape, np.float32)
+        for images, band in parts:
+            dm = windows(to_points(band.S_T, dy[images, band.outputs], around=1), r)
+            v = to_points(band.D, x[images, band.inputs]).reshape(r + 2, -1, C)
+            part = v.swapaxes(1, 2) @ dm
             du = part if du is None else np.add(du, part, out=du)
-            dv = dm @ u_T
-            if len(areas) == 1:
-                _from_points(down.D_T, across.D_T, dv, out=dx)
+            dx_part, dv = dx[images, band.inputs], dm @ u_turned
+            if len(bands(H)) == 1:
+                from_points(band.D_T, dv, out=dx_part)
             else:  # inputs of neighbours overlap
-                dx[inside] += _from_points(down.D_T, across.D_T, dv, out=np.empty(dx[inside].shape, np.float32))
-        return dx, filters_grad(du), lambda: column_sums(dy.reshape(-1, w.shape[3]))
+                dx_part += from_points(band.D_T, dv, out=np.empty(dx_part.shape, np.float32))
+        return dx, filters_grad(du, r), lambda: column_sums(dy.reshape(-1, O))
 
     return y, pull
 
 
-def _to_points(down: Array, across: Array, x: Array) -> Array:
-    """down x across^T for images x (n, h, w, C): (36, R, C), with R = tiles across * tiles down * n."""
-    n, h, w, C = x.shape
-    T, K = len(down) // 6, len(across) // 6
-    half = (down @ x.reshape(n, h, w * C)).reshape(n, 6, T, w, C)
-    v = np.empty((6, 6 * K, T, n, C), np.float32)
-    np.matmul(across, half.transpose(1, 2, 0, 3, 4), out=v.transpose(0, 2, 3, 1, 4))
-    return v.reshape(36, K * T * n, C)
+def to_points(down: Array, x: Array, around: int = 0) -> Array:
+    """D x, or S^T x, for images x (n, h, W, C): (R, n, W + 2 around, C), R = points * tiles, with zeros around."""
+    n, h, W, C = x.shape
+    v = np.empty((len(down), n, W + 2 * around, C), np.float32)
+    if around:
+        v[:, :, 0] = v[:, :, -1] = 0
+    inside = v.reshape(len(down), n, -1)[:, :, around * C : (W + around) * C]
+    np.matmul(down, x.reshape(n, h, W * C), out=inside.swapaxes(0, 1))
+    return v
 
 
-def _from_points(down: Array, across: Array, m: Array, out: Array) -> Array:
-    """down m across^T, of m (36, R, C) as above, written to `out` (n, h, w, C)."""
-    n, h, w, C = out.shape
-    T, K = down.shape[1] // 6, across.shape[1] // 6
-    half = np.empty((n, 6, T, w, C), np.float32)
-    np.matmul(across, m.reshape(6, 6 * K, T, n, C).transpose(0, 2, 3, 1, 4), out=half.transpose(1, 2, 0, 3, 4))
-    np.matmul(down, half.reshape(n, 6 * T, w * C), out=out.reshape(n, h, w * C))
+def windows(v: Array, r: int) -> Array:
+    """Three neighbours side by side: (R, n, W + 2, C) -> (points, rows, 3 C), a row for each tile, image and column."""
+    R, n, W, C = v.shape
+    views = np.ndarray((R, n, W - 2, 3 * C), v.dtype, v, strides=v.strides)
+    return views.reshape(r + 2, -1, 3 * C)  # copies
+
+
+def from_points(back: Array, m: Array, out: Array) -> Array:
+    """S m, or D^T m, of m (points, rows, C) in the order of `windows`, written to `out` (n, h, W, C)."""
+    n, h, W, C = out.shape
+    m = m.reshape(back.shape[1], n, W * C).swapaxes(0, 1)
+    np.matmul(back, m, out=out.reshape(n, h, W * C))
     return out
 
 
@@ -184,15 +214,15 @@ class ConstantFilters:
         finally:
             _in_force.filters = before
 
-    def get(self, transform: Callable, w: Array) -> Array:
-        """transform(w), kept from the first time on if w is one of the model's."""
+    def get(self, transform: Callable, w: Array, r: int) -> Array:
+        """transform(w, r), kept from the first time on if w is one of the model's."""
         if id(w) not in self._kept:
-            return transform(w)
+            return transform(w, r)
         _, results = self._kept[id(w)]
         with self._lock:
-            if transform not in results:
-                results[transform] = transform(w)
-            return results[transform]
+            if (transform, r) not in results:
+                results[transform, r] = transform(w, r)
+            return results[transform, r]
 
 
 class _InForce(threading.local):
@@ -202,5 +232,5 @@ class _InForce(threading.local):
 _in_force = _InForce()
 
 
-def _constant(transform: Callable, w: Array) -> Array:
-    return _in_force.filters.get(transform, w) if _in_force.filters else transform(w)
+def _constant(transform: Callable, w: Array, r: int) -> Array:
+    return _in_force.filters.get(transform, w, r) if _in_force.filters else transform(w, r)
