@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 SECONDS = 10  # between two lines
 
 
 def progress_bar(*arguments: Any, **settings: Any) -> tqdm:
     """tqdm's bar on stderr. If that is no terminal but a file or a pipe, a line at first, now and then, and at last."""
+    from tqdm import tqdm  # not before: it takes as long to import as all that is ours
+
     if sys.stderr is None:  # closed
         settings["disable"] = True
     elif sys.stderr.isatty() or "ipykernel" in sys.modules:  # a notebook draws bars too

@@ -11,9 +11,7 @@ import math
 import pathlib
 
 import numpy as np
-import platformdirs
 
-from .download import fetch
 
 Path = str | pathlib.Path
 
@@ -92,6 +90,10 @@ def load_fashion_mnist(train: bool = True, cache: Path | None = None) -> tuple[n
 
 
 def _load(dataset, train, cache):
+    import platformdirs
+
+    from .download import fetch  # with all that HTTP takes, which most programs never need
+
     cache = pathlib.Path(platformdirs.user_cache_dir("tinyddpm") if cache is None else cache) / dataset
     kind = "train" if train else "t10k"
     arrays = []

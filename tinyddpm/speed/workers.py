@@ -7,6 +7,8 @@ micro-batch computes does not depend on who computes it, so neither does the res
 NumPy releases Python's global interpreter lock inside its kernels, so threads do where these are long, as in sampling.
 Training has thousands of short ones, and two threads lose a fifth to a third of their time waiting for the lock; there
 the workers are processes, each with a lock of its own, which find the parameters in shared memory.
+
+What makes them is imported when it is first needed, so that `import tinyddpm` is quick.
 """
 
 from __future__ import annotations
@@ -17,17 +19,12 @@ import ctypes
 import functools
 import math
 import mmap
-import multiprocessing
-import multiprocessing.connection
 import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -54,6 +51,8 @@ def worker_threads(count: int | None = None, most: int | None = None) -> Iterato
     is taken. One thread is this one: a new one would be new to a GPU's libraries too, which takes them a while.
     Raises ValueError unless `count` is an integer >= 1.
     """
+    from concurrent.futures import ThreadPoolExecutor
+
     count, blas = _worker_count(count, most), ThreadpoolController()
     with contextlib.nullcontext() if count == 1 else ThreadPoolExecutor(count) as pool:
 
@@ -104,6 +103,8 @@ def ahead(function: Callable, items: Iterable, depth: int) -> Iterator[Iterator]
     """Within this block, yields an iterator over function(item) for each item, in order, which a thread per CPU is up
     to `depth` items ahead with; an exception is raised where its result is asked for. Nothing begins before the first
     is asked for."""
+    from concurrent.futures import ThreadPoolExecutor
+
     with ThreadPoolExecutor(cpu_count(), AHEAD) as pool:
         waiting = collections.deque()
 
@@ -137,6 +138,9 @@ def worker_processes(
     ends: then a warning says so.
     Raises ValueError unless `count` is an integer >= 1; `run` raises RuntimeError if a worker is killed.
     """
+    import multiprocessing
+    from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
+
     count = _worker_count(count, most)
     threads = threads or multiprocessing.current_process().daemon or "mpi4py.MPI" in sys.modules
     threads = threads or sys.platform != "linux" or count == 1
@@ -216,6 +220,8 @@ def _work(same: tuple, item):
     try:
         return _function(item, *same)
     except Exception as error:
+        from multiprocessing.reduction import ForkingPickler
+
         try:
             ForkingPickler.loads(ForkingPickler.dumps(error))
         except Exception:  # it cannot travel; what it says can
@@ -225,6 +231,8 @@ def _work(same: tuple, item):
 
 def _end_with_parent() -> None:
     """Do not outlive the process that this one is a copy of, should it be killed."""
+    import multiprocessing.connection
+
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
