@@ -17,6 +17,7 @@ import gc
 import importlib.metadata
 import importlib.util
 import inspect
+import io
 import itertools
 import math
 import os
@@ -28,6 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from typing import NamedTuple
 from unittest import mock
 
@@ -44,14 +46,14 @@ from tinyddpm.speed.shards import shards
 from tinyddpm.speed.winograd import ConstantFilters
 from tinyddpm.speed.workers import blas_name, cpu_count, worker_threads
 
-LR, EMA_DECAY, MAX_NORM, T = 1e-3, 0.995, 1.0, 1000
+LR, EMA_DECAY, MAX_NORM, T, GUIDANCE = 1e-3, 0.995, 1.0, 1000, 2.0
 COMPILE_LIMIT = 180  # seconds
 COPIED, MATRIX = 2**28, 4096  # bytes, and rows, of what a GPU is measured with
 
 
 class Work(NamedTuple):
     """One batch through a network: a training step (forward, backward, clip, Adam, EMA), or forward alone; or images
-    sampled by DDPM in so many steps."""
+    sampled by DDPM in so many steps, with guidance if the network has classes."""
 
     name: str
     net: dict  # arguments of UNet
@@ -68,6 +70,7 @@ class Work(NamedTuple):
 MNIST = {"channels": (32, 64, 128), "blocks": 2, "attention": (False, False, True)}
 # mnist_ddpm.py's network, within: its 28x28 pixels are 14x14 patches of 4 (diffusers' U-Nets have no patches)
 EXAMPLE = {"channels": (32, 64), "blocks": 1, "attention": (False, False), "in_channels": 4, "out_channels": 4}
+DIGITS = EXAMPLE | {"classes": 10, "label_dropout": 0.1}
 CIFAR = {"channels": (128, 256, 256, 256), "blocks": 2, "attention": (False, True, False, False)}  # ddpm-cifar10-32
 CIFAR |= {"in_channels": 3, "out_channels": 3, "groups": 32}
 WORKS = [
@@ -76,13 +79,17 @@ WORKS = [
     Work("32-64-128, 28x28, forward, batch 64", MNIST, 28, 64),
     Work("32-64-128, 28x28, forward, one image", MNIST, 28, 1),
     Work("32-64, 14x14x4, training step, batch 32 (mnist_ddpm.py)", EXAMPLE, 14, 32, training=True),
+    Work("32-64, 14x14x4, forward, batch 64", EXAMPLE, 14, 64),
+    Work("32-64, 14x14x4, forward, one image", EXAMPLE, 14, 1),
+    Work("32-64, 14x14x4, sampling 64 digits, 25 steps, guidance", DIGITS, 14, 64, steps=25),
     Work("128-256-256-256, 32x32x3, forward, batch 8 (ddpm-cifar10-32)", CIFAR, 32, 8),
+    Work("128-256-256-256, 32x32x3, training step, batch 8 (ddpm-cifar10-32)", CIFAR, 32, 8, training=True),
 ]
 QUICK = [WORKS[i] for i in (0, 2, 3, 4)]
 GPU_WORKS = [
     *WORKS[:2],
     Work("32-64-128, 28x28, training step, batch 512", MNIST, 28, 512, training=True),
-    *WORKS[2:],
+    *(WORKS[i] for i in (2, 3, 4, 8)),
     Work("128-256-256-256, 32x32x3, forward, batch 64", CIFAR, 32, 64),
     Work("128-256-256-256, 32x32x3, training step, batch 64", CIFAR, 32, 64, training=True),
     Work("32-64-128, 28x28, sampling 64 images, 10 steps of DDPM", MNIST, 28, 64, steps=10),
@@ -120,7 +127,8 @@ def our_run(work, threads, stack, device="cpu", precision="float32"):
         stack.callback(steps.close)
         return lambda: next(steps)
     if work.steps:
-        return lambda: sample(diffusion, unet, x.shape, steps=work.steps, workers=threads)
+        settings = {"labels": np.arange(work.batch) % 10, "guidance": GUIDANCE} if unet.config["classes"] else {}
+        return lambda: sample(diffusion, unet, x.shape, steps=work.steps, workers=threads, **settings)
 
     filters, x = ConstantFilters(unet), to_device(x, device)  # a sampler calls the same model again and again
 
@@ -147,7 +155,7 @@ def every_op(around):
 
 def flops(work):
     """Floating-point operations of the work: two for each multiplication and addition in convolutions (done directly),
-    linear layers and attention. A backward pass takes twice those of the forward pass."""
+    linear layers and attention. A backward pass takes twice those of the forward pass, guidance two forward passes."""
     count = 0
 
     def counting(op, *xs, **settings):
@@ -161,7 +169,8 @@ def flops(work):
 
     with every_op(counting):
         our_run(work.forward._replace(batch=1), 1, None)()
-    return count * work.batch * (3 if work.training else 1)
+    times = 3 if work.training else max(1, work.steps) * (2 if work.net.get("classes") else 1)
+    return count * work.batch * times
 
 
 # ------------------------------------------------------------------------------------------------------------ PyTorch
@@ -169,6 +178,10 @@ def flops(work):
 
 def import_peers(threads):
     """PyTorch and diffusers take seconds and hundreds of megabytes to import: only when they are needed."""
+    os.environ.setdefault(
+        "TORCHINDUCTOR_COMPILE_THREADS", "1"
+    )  # those that compile would live on, and ours be no processes then
+    warnings.filterwarnings("error", message="workers: they are threads")
     global torch, diffusers
     import diffusers
     import torch
@@ -193,9 +206,11 @@ def their_run(work, variant, device="cpu"):
         model, images = (a.to(memory_format=torch.channels_last) for a in (model, images))
     predict = torch.compile(model, dynamic=False) if variant == "compile" else model
     if not work.training:
-        run = torch.inference_mode()(lambda: predict(images, t).sample)
+        classes = work.net.get("classes")  # the number of which is no label
+        none = torch.full((work.batch,), classes, device=device) if classes else None
+        run = torch.inference_mode()(lambda: predict(images, t, none).sample)
         output = run().movedim(1, 3).cpu().numpy()
-        return (their_sampler(predict, images, work.steps) if work.steps else run), output
+        return (their_sampler(predict, images, work.steps, none) if work.steps else run), output
 
     alpha_bar = torch.tensor(make_schedule("linear", T).alpha_bar, dtype=torch.float32, device=device)
     optimizer = torch.optim.Adam(model.parameters(), LR, fused=True)
@@ -221,18 +236,50 @@ def their_run(work, variant, device="cpu"):
     return step, predict(images, t).sample.detach().movedim(1, 3).cpu().numpy()
 
 
-def their_sampler(predict, images, steps):
+def onnx_run(work, threads):
+    """`their_run` of the forward pass, by onnxruntime: what an engine made for that alone does on this machine."""
+    import onnxruntime
+
+    model, (images, t) = their_model(network(work.net), work.size), map(torch.from_numpy, inputs(work))
+    images, written = images.movedim(3, 1).contiguous(), io.BytesIO()
+
+    class Prediction(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x, t):
+            return self.model(x, t).sample
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Prediction(), (images, t), written, input_names=["x", "t"], dynamo=False)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(written.getvalue(), options, ["CPUExecutionProvider"])
+    run = lambda: session.run(None, {"x": images.numpy(), "t": t.numpy()})[0]
+    return run, np.moveaxis(run(), 1, 3)
+
+
+def their_sampler(predict, images, steps, none):
     """What our `sample` does, with diffusers' scheduler. It looks at the timesteps, so they are not on the GPU; those
-    that the network gets are there from the beginning."""
+    that the network gets are there from the beginning. none: the labels that are none, if it is to be guided away."""
     scheduler = diffusers.DDPMScheduler(T, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     there = scheduler.timesteps.to(images.device)
+    both = none is not None and torch.cat([none, torch.arange(len(none), device=none.device) % none[0]])
+
+    def prediction(x, t):
+        if none is None:
+            return predict(x, t).sample
+        u, c = predict(torch.cat([x, x]), t, both).sample.chunk(2)
+        return u + GUIDANCE * (c - u)
 
     @torch.inference_mode()
     def run():
         x = torch.randn_like(images)
         for i, t in enumerate(scheduler.timesteps.tolist()):
-            x = scheduler.step(predict(x, there[i]).sample, t, x).prev_sample
+            x = scheduler.step(prediction(x, there[i]), t, x).prev_sample
         return x
 
     return run
@@ -371,7 +418,12 @@ def contest(work, variants, threads, repeats, device="cpu", precisions=("float32
         runs = {precision: our_run(work, threads, stack, device, precision) for precision in precisions}
         failed, differ = {}, 0.0
         for variant in variants:
-            run, output = compiled_run(work, device) if variant == "compile" else their_run(work, variant, device)
+            if variant == "onnxruntime":
+                if work != work.forward:
+                    continue
+                run, output = onnx_run(work, threads)
+            else:
+                run, output = compiled_run(work, device) if variant == "compile" else their_run(work, variant, device)
             if output is None:
                 failed[variant] = run
                 continue
@@ -385,8 +437,9 @@ def contest(work, variants, threads, repeats, device="cpu", precisions=("float32
 def compare(work, variants, threads, repeats, peak, memories):
     """A row of the main table."""
     seconds, failed, differ = contest(work, variants, threads, repeats)
-    times = [failed.get(name) or duration(seconds[name]) for name in ("float32", *variants)]
-    ours = seconds.pop("float32")
+    cells = failed | {name: duration(s) for name, s in seconds.items()}
+    times = [cells.get(name, "") for name in ("float32", *variants)]
+    ours, _ = seconds.pop("float32"), seconds.pop("onnxruntime", None)  # which is not PyTorch
     speed = flops(work) / ours
     shares = [f"{min(seconds.values()) / ours:.2f}", f"{speed / 1e9:.3g}", f"{speed / peak:.0%}"]
     return [work.name, *times, *shares, *memories, f"{differ:.0e}"]
@@ -703,6 +756,8 @@ def main():
     print_heading(threads, ["numpy", "torch", "diffusers"])
 
     works, variants = WORKS, ["eager", "channels-last", "compile"]
+    if all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
+        variants.append("onnxruntime")
     if args.quick:
         works, variants = QUICK, variants[:2]
     measured = works[:1] if args.quick else [work for work in works if work.batch > 1]
@@ -714,7 +769,7 @@ def main():
     peak = peak_of_gemm()
     columns = "fastest / ours|GFLOP/s|of peak|memory|PyTorch's|outputs differ".split("|")
     rows = (compare(work, variants, threads, repeats, peak, memories.get(work.name, ["", ""])) for work in works)
-    table("tinyddpm and PyTorch", ["", "tinyddpm", *variants, *columns], rows)
+    table("tinyddpm, PyTorch" + ", onnxruntime" * (len(variants) > 3), ["", "tinyddpm", *variants, *columns], rows)
     print("\nGFLOP/s: ours, with convolutions counted as done directly. 3x3 ones take fewer multiplications.")
     print(f"Peak: that of a float32 matrix product, {peak / 1e9:.0f} GFLOP/s.")
     print("Memory: at its peak, and in brackets what of it is beyond the imports; PyTorch's is eager.")

@@ -24,7 +24,7 @@ def test_a_shard_is_a_quarter_or_of_few_pixels(count, h, w):
 
 
 def test_shards():
-    assert shards((70, 28, 28, 1), "cpu") == [slice(i, i + 16) for i in range(0, 70, 16)]
+    assert shards((70, 28, 28, 1), "cpu") == [slice(i, i + 18) for i in range(0, 70, 18)]
     assert shards((40, 28, 28, 1), "cuda") == [slice(0, 40)]
 
 

@@ -12,7 +12,6 @@ import pathlib
 
 import numpy as np
 
-
 Path = str | pathlib.Path
 
 # where each data set is, in the order in which they are asked

@@ -11,7 +11,7 @@ from ..backend import Array, array_module
 from .winograd import ConstantFilters
 from .workers import worker_threads
 
-PIXELS = 2**14  # pass through a network at a time: enough for the matrix products, few enough for the cache
+PIXELS = 2**15  # pass through a network at a time: enough for the matrix products, few enough for the cache
 
 
 @contextlib.contextmanager
