@@ -443,7 +443,7 @@ class TestTrainingRun:
         run.rehearse("a training", unet)
         assert unet == {"weights": [1]} and run.steps == steps and run.args.steps == (None if within else 3)
         assert seen == ([(2.5, "a training")] if within else [])
-        few = "so few learn little; README's digits come from --steps 1454, however long these take here"
+        few = "so few learn little; README's digits come from --steps 3199, however long these take here"
         assert capsys.readouterr().out == says.format(
             pace="pace     a rehearsal tells how many steps take 2.5 minutes\n", few=f"{9 * ' '}{few}\n",
             one=", 9 images a step; Ctrl-C ends it earlier\n", results=f"results  {tmp_path.resolve()}\n",

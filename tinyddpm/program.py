@@ -192,7 +192,7 @@ class TrainingRun:
         self.say(f"training {self.steps:,} steps{about}, {args.batch} images a step; Ctrl-C ends it earlier")
         if about and self.steps < 200:
             self.say(
-                "         so few learn little; README's digits come from --steps 1454, however long these take here"
+                "         so few learn little; README's digits come from --steps 3199, however long these take here"
             )
         self.say(f"results  {args.out.resolve()}", flush=True)
 

@@ -330,7 +330,7 @@ def interleaved(runs, repeats, device="cpu"):
     calls, times = {}, {name: [] for name in runs}
     for name, run in runs.items():
         timed(run, 1)  # the first allocates and chooses kernels
-        calls[name] = math.ceil(0.2 / timed(run, 1))
+        calls[name] = math.ceil(0.5 / timed(run, 1))
     for _ in range(repeats):
         for name, run in runs.items():
             if device == "cpu":
