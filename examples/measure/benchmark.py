@@ -3,6 +3,7 @@
 PyTorch's model is diffusers' UNet2DModel with our very weights: eager, with channels last, and compiled. Outputs are
 shown to agree; then one run of each is timed in turn, on equally many threads, and medians are printed as Markdown. It
 needs `pip install -e '.[peers]'`, a C++ compiler for torch.compile, and a machine with nothing else to do meanwhile.
+If onnx and onnxruntime are installed too, forward passes are compared with that engine, which does nothing else.
 With --profile it tells which of our own ops take the time, and needs nothing.
 
 With --device cuda both compute on the GPU, in float32 and in TF32. A GPU runs behind what Python asks of it, so every
@@ -47,7 +48,7 @@ from tinyddpm.speed.winograd import ConstantFilters
 from tinyddpm.speed.workers import blas_name, cpu_count, worker_threads
 
 LR, EMA_DECAY, MAX_NORM, T, GUIDANCE = 1e-3, 0.995, 1.0, 1000, 2.0
-COMPILE_LIMIT = 180  # seconds
+COMPILE_LIMIT = 300  # seconds
 COPIED, MATRIX = 2**28, 4096  # bytes, and rows, of what a GPU is measured with
 
 
@@ -117,6 +118,12 @@ def inputs(work):
     return images, rng.integers(0, T, work.batch)
 
 
+def labels_of(work):
+    """Labels (N,) for a network that takes them: each class in turn, and -1, which is none."""
+    classes = work.net.get("classes")
+    return (np.arange(work.batch) + 1) % (classes + 1) - 1 if classes else None
+
+
 def our_run(work, threads, stack, device="cpu", precision="float32"):
     """A function that does the work once; `stack` ends its threads or processes."""
     unet, (x, t) = network(work.net).to(device, precision=precision), inputs(work)
@@ -130,11 +137,12 @@ def our_run(work, threads, stack, device="cpu", precision="float32"):
         settings = {"labels": np.arange(work.batch) % 10, "guidance": GUIDANCE} if unet.config["classes"] else {}
         return lambda: sample(diffusion, unet, x.shape, steps=work.steps, workers=threads, **settings)
 
+    labels = labels_of(work)
     filters, x = ConstantFilters(unet), to_device(x, device)  # a sampler calls the same model again and again
 
     def predict(shard):
         with on_device(device), no_grad(), filters.in_force():
-            return as_array(unet(x[shard], t[shard]))
+            return as_array(unet(x[shard], t[shard], **({} if labels is None else {"labels": labels[shard]})))
 
     if work.batch == 1 or device != "cpu":  # a plain call, in which the threads are those of BLAS
         return lambda: predict(slice(None))
@@ -169,7 +177,9 @@ def flops(work):
 
     with every_op(counting):
         our_run(work.forward._replace(batch=1), 1, None)()
-    times = 3 if work.training else max(1, work.steps) * (2 if work.net.get("classes") else 1)
+    times = 3 if work.training else 1
+    if work.steps:
+        times = work.steps * (2 if work.net.get("classes") else 1)
     return count * work.batch * times
 
 
@@ -178,9 +188,8 @@ def flops(work):
 
 def import_peers(threads):
     """PyTorch and diffusers take seconds and hundreds of megabytes to import: only when they are needed."""
-    os.environ.setdefault(
-        "TORCHINDUCTOR_COMPILE_THREADS", "1"
-    )  # those that compile would live on, and ours be no processes then
+    # threads that compile would stay alive, and `train` then take threads in place of processes
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     warnings.filterwarnings("error", message="workers: they are threads")
     global torch, diffusers
     import diffusers
@@ -206,11 +215,11 @@ def their_run(work, variant, device="cpu"):
         model, images = (a.to(memory_format=torch.channels_last) for a in (model, images))
     predict = torch.compile(model, dynamic=False) if variant == "compile" else model
     if not work.training:
-        classes = work.net.get("classes")  # the number of which is no label
-        none = torch.full((work.batch,), classes, device=device) if classes else None
-        run = torch.inference_mode()(lambda: predict(images, t, none).sample)
+        classes = work.net.get("classes")  # whose number is what no label is to theirs
+        labels = torch.from_numpy(labels_of(work) % (classes + 1)).to(device) if classes else None
+        run = torch.inference_mode()(lambda: predict(images, t, labels).sample)
         output = run().movedim(1, 3).cpu().numpy()
-        return (their_sampler(predict, images, work.steps, none) if work.steps else run), output
+        return (their_sampler(predict, images, work.steps, classes) if work.steps else run), output
 
     alpha_bar = torch.tensor(make_schedule("linear", T).alpha_bar, dtype=torch.float32, device=device)
     optimizer = torch.optim.Adam(model.parameters(), LR, fused=True)
@@ -261,16 +270,18 @@ def onnx_run(work, threads):
     return run, np.moveaxis(run(), 1, 3)
 
 
-def their_sampler(predict, images, steps, none):
+def their_sampler(predict, images, steps, classes):
     """What our `sample` does, with diffusers' scheduler. It looks at the timesteps, so they are not on the GPU; those
-    that the network gets are there from the beginning. none: the labels that are none, if it is to be guided away."""
+    that the network gets are there from the beginning. With classes it is guided, away from no label."""
     scheduler = diffusers.DDPMScheduler(T, timestep_spacing="trailing")
     scheduler.set_timesteps(steps)
     there = scheduler.timesteps.to(images.device)
-    both = none is not None and torch.cat([none, torch.arange(len(none), device=none.device) % none[0]])
+    if classes:
+        labels = torch.arange(len(images), device=images.device) % classes
+        both = torch.cat([torch.full_like(labels, classes), labels])
 
     def prediction(x, t):
-        if none is None:
+        if not classes:
             return predict(x, t).sample
         u, c = predict(torch.cat([x, x]), t, both).sample.chunk(2)
         return u + GUIDANCE * (c - u)
@@ -753,10 +764,11 @@ def main():
     if args.profile:
         print_heading(1, ["numpy"])
         return profile(repeats)
-    print_heading(threads, ["numpy", "torch", "diffusers"])
+    onnx = all(map(importlib.util.find_spec, ("onnx", "onnxruntime")))
+    print_heading(threads, ["numpy", "torch", "diffusers"] + ["onnxruntime"] * onnx)
 
     works, variants = WORKS, ["eager", "channels-last", "compile"]
-    if all(map(importlib.util.find_spec, ("onnx", "onnxruntime"))):
+    if onnx:
         variants.append("onnxruntime")
     if args.quick:
         works, variants = QUICK, variants[:2]
@@ -767,7 +779,7 @@ def main():
         memories[work.name] = [memory(work, side, threads) for side in ("ours", "theirs")]
     import_peers(threads)
     peak = peak_of_gemm()
-    columns = "fastest / ours|GFLOP/s|of peak|memory|PyTorch's|outputs differ".split("|")
+    columns = "fastest PyTorch / ours|GFLOP/s|of peak|memory|PyTorch's|outputs differ".split("|")
     rows = (compare(work, variants, threads, repeats, peak, memories.get(work.name, ["", ""])) for work in works)
     table("tinyddpm, PyTorch" + ", onnxruntime" * (len(variants) > 3), ["", "tinyddpm", *variants, *columns], rows)
     print("\nGFLOP/s: ours, with convolutions counted as done directly. 3x3 ones take fewer multiplications.")
@@ -777,7 +789,10 @@ def main():
         compare_workers(threads, repeats)
     time_imports()
     if args.quick:
-        print("\nLeft out by --quick: torch.compile, batch 128, ddpm-cifar10-32, most of the memory, growth.")
+        print(
+            "\nLeft out by --quick: torch.compile, onnxruntime, sampling, batch 128, 14x14x4 forward, ddpm-cifar10-32,"
+        )
+        print("most of the memory, growth.")
         return
     batches = [Work(f"batch {n}", MNIST, 28, n) for n in (8, 16, 32, 64, 128)]
     growth("Forward, 32-64-128, 28x28", batches, threads, repeats)

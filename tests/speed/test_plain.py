@@ -51,8 +51,9 @@ def trained(dtype):
 
 @pytest.mark.parametrize("dtype, rounding", [("float64", 1e-13), ("float32", 1e-5)])
 def test_training_and_samples_with_every_twin_switched_off(dtype, rounding, asked):
-    """A last digit or two is lost in Winograd's convolutions, and another in Adam, which divides even the smallest
-    gradients by themselves."""
+    """A last digit or two is lost in Winograd's convolutions (of what three steps change, 1e-4 in tiles of 8 rows, where
+    direct sums in another order make 3e-5), and another in Adam, which divides even the smallest gradients by
+    themselves."""
     with plain(), threadpool_limits(1, "blas"):  # two would wait for each other where others are at work
         plainly, begin, of_plain = trained(dtype)
     assert not asked
@@ -63,7 +64,7 @@ def test_training_and_samples_with_every_twin_switched_off(dtype, rounding, aske
         np.testing.assert_allclose(of_fast[name], expected, 0, tolerance, err_msg=name, strict=True)
     for vector in (lambda s: s.optimizer.theta, lambda s: s.ema.average):
         a, b = vector(plainly[-1]), vector(fast[-1])
-        assert np.linalg.norm(a - b) < 10 * rounding * np.linalg.norm(a - begin)  # of what the training changed
+        assert np.linalg.norm(a - b) < 20 * rounding * np.linalg.norm(a - begin)  # of what the training changed
 
 
 def test_it_holds_in_its_own_thread_and_block_only(asked):

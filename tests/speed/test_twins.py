@@ -105,6 +105,28 @@ def test_normalise(dtype, seed, layout, N, groups, D, between, silu):
         np.testing.assert_array_equal(ours, again)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e20, -1e20])
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_not_finite_stays_in_its_group(value, silu):
+    r = np.random.default_rng(0)
+    x, gamma, beta, g = (r.standard_normal(s).astype(np.float32) for s in ((2, 4, 5, 16), 16, 16, (2, 4, 5, 16)))
+    x[1, 2, 3, 5] = value
+    (y, pull), (y_plain, pull_plain) = (f(x, gamma, beta, 8, 1e-6, silu) for f in (cpu.normalise, normalise.plain))
+    others = np.ones(x.shape, bool)
+    others[1, ..., 4:6] = False
+    for a, e in ((y, y_plain), (pull(g)[0], pull_plain(g)[0])):
+        np.testing.assert_allclose(a[others], e[others], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("z", [-200.0, -20.0, 20.0, 2000.0, 1e8])
+def test_silu_is_exact_far_from_0(z):
+    x, beta = np.tile(np.float32([-1, 1]), (1, 3, 1)), np.float32([z, z])
+    _, pull = cpu.normalise(x, np.float32([1e-3, 1e-3]), beta, 1, 1e-6, True)
+    slope = pull(np.ones_like(x))[2] / 3  # of the three positions, where z is almost the same
+    np.testing.assert_allclose(slope, 1 if z > 0 else 0, atol=1e-6)
+
+
 SIZES = st.integers(1, 50) | st.sampled_from([cpu.PART - 1, cpu.PART, cpu.PART + 1, 3 * cpu.PART + 5])
 
 

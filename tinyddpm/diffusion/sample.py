@@ -153,7 +153,8 @@ def guided(unconditional: Callable, conditional: Callable, scale: float) -> Call
 
     0 is the unconditional model, 1 the conditional one, and more exaggerates what sets them apart. Of a learned
     variance, the conditional model's is taken as it is. The dtype and device are those of the conditional model, and it
-    alone is handed labels. A U-Net with `label_dropout` is both at once; `sample` then takes `guidance`. One to which
+    alone is handed labels. A U-Net with `label_dropout` is both at once, and is asked for both in one call, with -1 for
+    no label, which takes twice the memory; `sample` then takes `guidance`. One to which
     no label is a number like others, often the last, as with those that come from diffusers, is guided so:
 
         guided(lambda x, t: unet(x, t, labels=np.full(len(t), 10)), unet, scale)
@@ -165,13 +166,15 @@ def guided(unconditional: Callable, conditional: Callable, scale: float) -> Call
         return conditional
     both = unconditional is conditional and getattr(conditional, "label_dropout", 0)
 
-    def model(x_t: Array, t: np.ndarray, **labels: np.ndarray) -> Array:
+    def model(x_t: Array, t: np.ndarray, labels: np.ndarray | None = None) -> Array:
         xp, channels = array_module(x_t), x_t.shape[-1]
-        if both and labels:  # in one call; -1 is no label
-            twice = np.concatenate([np.full(len(t), -1), labels["labels"]])
+        if labels is None:
+            u, c = as_array(unconditional(x_t, t)), as_array(conditional(x_t, t))
+        elif both:  # in one call
+            twice = np.append(np.full(len(t), -1), np.asarray(labels).astype(int))
             u, c = xp.split(as_array(conditional(xp.concatenate([x_t, x_t]), np.append(t, t), labels=twice)), 2)
         else:
-            u, c = as_array(unconditional(x_t, t)), as_array(conditional(x_t, t, **labels))
+            u, c = as_array(unconditional(x_t, t)), as_array(conditional(x_t, t, labels=labels))
         prediction = u[..., :channels] + scale * (c[..., :channels] - u[..., :channels])
         return xp.concatenate([prediction, c[..., channels:]], axis=-1)
 

@@ -2,13 +2,12 @@
 
 NumPy reads and writes the whole activation for each operation, so what counts is how many there are, and how fast each
 is. Here gamma, rstd and mean are made one factor and one summand for each channel, pixels that lie side by side are
-taken as one long row, and sums over positions or groups are matrix products. The exponential takes more time than
+taken as one long row, and sums over positions are matrix products. The exponential takes about as much time as
 everything else together, so it is computed once: what comes of it is kept for the way back.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -21,7 +20,7 @@ def normalise(x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu
     N, C = x.shape[0], x.shape[-1]
     # L positions in an image, of which W stand side by side in a row of `rows`: for speed only, 1 would do
     shape, L, W = x.shape, x.size // (N * C), x.shape[-2] if x.ndim > 3 else 1
-    ones, mean = _constants(C, groups, L, x.dtype.char)
+    of_positions, of_channels = np.ones(L, x.dtype), np.ones(C // groups, x.dtype)
 
     def rows(x: Array) -> Array:
         return x.reshape(N, L // W, W * C)  # of W pixels: NumPy is fast where the last axis is long
@@ -32,15 +31,21 @@ def normalise(x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu
 
     def sums(x: Array) -> Array:
         """Sum of each channel over its L positions: (N, C)."""
-        return ones @ x.reshape(N, L, C)
+        return of_positions @ x.reshape(N, L, C)
+
+    def group_mean(sums: Array) -> Array:
+        """The mean over the group of each channel: (N, C)."""
+        means = sums.reshape(N * groups, -1) @ of_channels
+        means *= groups / (L * C)
+        return means.repeat(C // groups).reshape(N, C)
 
     def affine(a: Array, b: Array) -> Array:
         y = d * each(a)
         y += each(b)
         return y
 
-    d = rows(x) - each(sums(x) @ mean)  # xhat = rstd d
-    rstd = 1 / np.sqrt(sums(d * d) @ mean + eps)
+    d = rows(x) - each(group_mean(sums(x)))  # xhat = rstd d
+    rstd = 1 / np.sqrt(group_mean(sums(d * d)) + eps)
     a, b = rstd * gamma, beta[None]
     if silu:  # of z = a d + b, y = z / (1 + e^-z); here with -z, and -(1 + e^-z)
         y = affine(-a, -b)
@@ -53,23 +58,17 @@ def normalise(x: Array, gamma: Array, beta: Array, groups: int, eps: float, silu
 
     def pull(g):
         dz = rows(g)
-        if silu:  # dz = g (y + sigma (1 - y)), where sigma is -1 / bottom
-            slope = y - 1
-            slope /= bottom
-            slope += y
+        if silu:  # dz = g (sigma + y (1 - sigma)), where sigma is -1 / bottom
+            minus_sigma = 1 / bottom
+            slope = minus_sigma + 1
+            slope *= y
+            slope -= minus_sigma
             slope *= dz
             dz = slope
         dbeta, dgamma = sums(dz), rstd * sums(dz * d)  # (N, C), of each image
-        dx = affine(rstd * -((dgamma * a) @ mean), -((dbeta * a) @ mean))
+        dx = affine(rstd * -group_mean(dgamma * a), -group_mean(dbeta * a))
         # dxhat = gamma dz, which loses its mean, and its projection on xhat, over each group
         dx += np.multiply(dz, each(a), out=dz if silu else None)
         return dx.reshape(shape), dgamma.sum(axis=0), dbeta.sum(axis=0)
 
     return y.reshape(shape), pull
-
-
-@functools.cache
-def _constants(C: int, groups: int, L: int, dtype: str) -> tuple[Array, Array]:
-    """What sums over L positions, and what makes of such sums (N, C) the means over the group of each channel."""
-    group = np.arange(C) // (C // groups)
-    return np.ones(L, dtype), ((group[:, None] == group) * (groups / (L * C))).astype(dtype)

@@ -1,4 +1,4 @@
-"""3x3 convolution with less than half of the multiplications (Winograd 1980; Lavin & Gray 2016, "Fast algorithms for
+"""3x3 convolution with as few as 5/12 of the multiplications (Winograd 1980; Lavin & Gray 2016, "Fast algorithms for
 convolutional neural networks"). What is computed, autograd/conv.py says; this is for speed alone.
 
 r neighbouring outputs of a filter with three taps, y_i = sum_k w_k x_{i+k}, take 3 r multiplications. With three
@@ -27,10 +27,9 @@ gradients follow by transposing; u' is of the filters turned around, and `window
     forward     v = D x,       m = windows(v) u,        y = S m
     backward    dm = S^T dy,   dv = windows(dm) u',     dx = D^T dv,     du' = v^T windows(dm),     dw' = G^T du'
 
-The values at the points are larger than what A^T leaves of them, so float32 results are less exact than direct sums: on
-random images and filters up to 30 times, but within 2e-5 of the largest value. An inf or a nan spreads over all rows
-that are computed together with what it reaches, up to 16. float64, in which gradients are checked, is left to direct
-sums.
+The values at the points are larger than what A^T leaves of them, so float32 results are less exact than direct sums:
+on random images and filters they are within 1e-5 of the largest value. An inf or a nan spreads over all rows of each
+pair of tiles that it reaches. float64, in which gradients are checked, is left to direct sums.
 """
 
 from __future__ import annotations
@@ -49,21 +48,26 @@ from ..backend import Array
 
 TILE = 8  # rows of outputs, at most: with more, float32 loses too many digits
 BAND = 2  # tiles that one matrix transforms: with more, there are more zeros to multiply by
-ROWS = 256  # of the matrix at each point, at most: enough for a product, few enough for the cache
+ROWS = 256  # of the matrix at each point, or those of one image: enough for a product, few enough for the cache
 
 
-def points(r: int) -> tuple[float, ...]:
-    """The r + 1 finite points for tiles of r rows: of small fractions, those that lose the fewest digits."""
-    few, many = (0, 1, -1, 1 / 2, -1 / 2, 2, -2), (0, 1 / 2, -1 / 2, 7 / 8, -7 / 8, 4 / 3, -4 / 3, 3, -3)
-    return (few if r < len(few) else many)[: r + 1]
+# the finite points for tiles of up to so many rows: few digits are lost by what is spread evenly about 1 and -1
+POINTS = {
+    4: (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2),
+    6: (0, 1, -1, 1 / 2, -1 / 2, 2, -2),
+    7: (0, 1 / 2, -1 / 2, 7 / 8, -7 / 8, 4 / 3, -4 / 3, 3),
+    8: (0, 0.45, -0.45, 0.85, -0.85, 1.2, -1.2, 2.2, -2.2),
+}
 
 
 @functools.cache
 def matrices(r: int) -> tuple[Array, Array, Array]:
     """B^T (r+2, r+2), G (r+2, 3) and A^T (r, r+2). The rows of B^T have length 1, and those of G make up for it."""
 
+    points = next(points for most, points in POINTS.items() if r <= most)[: r + 1]
+
     def E(n: int) -> Array:
-        return np.array([[p**k for k in range(n)] for p in points(r)] + [[0] * (n - 1) + [1]])
+        return np.array([[p**k for k in range(n)] for p in points] + [[0] * (n - 1) + [1]])
 
     B_T = np.linalg.inv(E(r + 2)).T
     length = np.linalg.norm(B_T, axis=1, keepdims=True)
@@ -71,7 +75,7 @@ def matrices(r: int) -> tuple[Array, Array, Array]:
 
 
 def tile_rows(height: int) -> int:
-    """r for images of this height: they are cut into as few tiles as can be, of equal size."""
+    """r for images of this height: they are cut into as few tiles as can be, as equal as can be."""
     return math.ceil(height / math.ceil(height / TILE))
 
 
@@ -115,8 +119,8 @@ def areas(N: int, H: int, W: int) -> list[tuple[slice, Band]]:
 
 
 def fits(x: Array, w: Array, stride: int, pad: tuple) -> bool:
-    """Whether `conv3x3` can convolve x with w, and is faster: not with few pixels for the channels."""
-    same = w.shape[:2] == (3, 3) and stride == 1 and pad == ((1, 1), (1, 1))
+    """Whether `conv3x3` can convolve x with w, and is faster: not with few rows, or few pixels for the channels."""
+    same = w.shape[:2] == (3, 3) and stride == 1 and pad == ((1, 1), (1, 1)) and x.shape[1] >= 4
     return same and x.dtype == np.float32 and x.size // x.shape[3] >= max(128, *w.shape[2:])
 
 
