@@ -52,7 +52,7 @@ def trained(dtype):
 @pytest.mark.parametrize("dtype, rounding", [("float64", 1e-13), ("float32", 1e-5)])
 def test_training_and_samples_with_every_twin_switched_off(dtype, rounding, asked):
     """A last digit or two is lost in Winograd's convolutions, and another in Adam, which divides even the smallest
-    gradients by themselves. Of what three steps change, tiles of 8 rows make 1e-4, direct sums in another order 3e-5."""
+    gradients by themselves. Of what three steps change, tiles of 8 rows make 1e-4, another order of sums 3e-5."""
     with plain(), threadpool_limits(1, "blas"):  # two would wait for each other where others are at work
         plainly, begin, of_plain = trained(dtype)
     assert not asked
