@@ -153,9 +153,9 @@ def guided(unconditional: Callable, conditional: Callable, scale: float) -> Call
 
     0 is the unconditional model, 1 the conditional one, and more exaggerates what sets them apart. Of a learned
     variance, the conditional model's is taken as it is. The dtype and device are those of the conditional model, and it
-    alone is handed labels. A U-Net with `label_dropout` is both at once, and is asked for both in one call, with -1 for
-    no label, which takes twice the memory; `sample` then takes `guidance`. One to which
-    no label is a number like others, often the last, as with those that come from diffusers, is guided so:
+    alone is handed labels. A U-Net with `label_dropout` is both at once, and is asked for both in one call, in which -1
+    is no label; `sample` then takes `guidance`. One to which no label is a number like others, often the last, as with
+    those that come from diffusers, is guided so:
 
         guided(lambda x, t: unet(x, t, labels=np.full(len(t), 10)), unet, scale)
 
@@ -220,8 +220,8 @@ def sample(
         labels: (N,) integers, the class of each image, for a model that takes them: it is called (x_t, t, labels=...).
             To a U-Net with `label_dropout`, -1 is no label.
         guidance: how much more like its label than like any image each is to be, see `guided`: from 1, by the model
-            alone, to 2 or 4; beyond that clip="dynamic" helps. It takes twice the time, and a model that can be called
-            without labels too.
+            alone, to 2 or 4; beyond that clip="dynamic" helps. It takes twice the time, and on a GPU twice the
+            memory, and a model that can be called without labels too.
         start: (N, H, W, C), what to start from in place of standard normal noise: x_t of the first timestep visited.
         trajectory: return every x_t on the way as well. They are divided by b, as the images are, so that sampling goes
             on from one of them with start = b x_t.

@@ -50,7 +50,6 @@ TILE = 8  # rows of outputs, at most: with more, float32 loses too many digits
 BAND = 2  # tiles that one matrix transforms: with more, there are more zeros to multiply by
 ROWS = 256  # of the matrix at each point, or those of one image: enough for a product, few enough for the cache
 
-
 # the finite points for tiles of up to so many rows: few digits are lost by what is spread evenly about 1 and -1
 POINTS = {
     4: (0, 2 / 3, -2 / 3, 3 / 2, -3 / 2),
@@ -63,7 +62,6 @@ POINTS = {
 @functools.cache
 def matrices(r: int) -> tuple[Array, Array, Array]:
     """B^T (r+2, r+2), G (r+2, 3) and A^T (r, r+2). The rows of B^T have length 1, and those of G make up for it."""
-
     points = next(points for most, points in POINTS.items() if r <= most)[: r + 1]
 
     def E(n: int) -> Array:
