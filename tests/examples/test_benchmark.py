@@ -18,6 +18,7 @@ from tinyddpm.program import training_options
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "examples" / "measure" / "benchmark.py"
 TINY = {"channels": (8, 16), "blocks": 1, "attention": (False, True)}
+TOLD = TINY | {"classes": 3, "label_dropout": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,9 @@ def test_flops_of_a_network_small_enough_to_count_by_hand(bench):
     work = bench.Work("", net, 4, 1)
     assert bench.flops(work) == 2 * (pixels * convolutions + time_embedding + attention)
     assert bench.flops(work._replace(batch=3, training=True)) == 9 * bench.flops(work)
+    told = work._replace(net=net | {"classes": 3, "label_dropout": 0.1})
+    assert bench.flops(told) == bench.flops(work) and bench.flops(told._replace(steps=5)) == 10 * bench.flops(work)
+    assert bench.flops(work._replace(steps=5)) == 5 * bench.flops(work)
 
 
 def test_every_op_is_as_before_afterwards(bench):
@@ -113,6 +117,28 @@ def test_pytorch_computes_the_same(bench, peers, variant, training):
         expected = bench.our_run(work._replace(training=False), 1, stack)()
     np.testing.assert_allclose(output, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
     assert np.isfinite(np.asarray(run())).all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pytorch_is_told_the_same_labels(bench, peers):
+    work = bench.Work("", TOLD, 8, 5, steps=2)
+    assert bench.labels_of(work).tolist() == [0, 1, 2, -1, 0] and bench.labels_of(work._replace(net=TINY)) is None
+    _, output = bench.their_run(work, "eager")
+    with contextlib.ExitStack() as stack:
+        expected = bench.our_run(work.forward, 1, stack)()
+    np.testing.assert_allclose(output, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_onnxruntime_computes_the_same(bench, peers):
+    for name in ("onnx", "onnxruntime"):
+        pytest.importorskip(name)
+    work = bench.Work("", TINY, 8, 3)
+    run, output = bench.onnx_run(work, 1)
+    with contextlib.ExitStack() as stack:
+        expected = bench.our_run(work, 1, stack)()
+    np.testing.assert_allclose(output, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_array_equal(np.moveaxis(run(), 1, 3), output)
 
 
 IN_THE_EMULATOR = """
@@ -203,25 +229,27 @@ class TestPyTorchAsOnAGPU:
         assert all(peers.torch.is_tensor(loss) and loss.isfinite() for loss in [*losses, step(), step()])
 
     @pytest.mark.parametrize("variant", ["eager", "channels-last"])
-    def test_sampling_takes_the_same_steps(self, peers, monkeypatch, variant):
+    @pytest.mark.parametrize("net", [TINY, TOLD])
+    def test_sampling_takes_the_same_steps(self, peers, monkeypatch, variant, net):
         seen = {"ours": [], "theirs": []}
         call, forward = unet.UNet.__call__, peers.diffusers.UNet2DModel.forward
 
-        def ours(self, x, t, rng=None):
-            seen["ours"].append(int(t[0]))
-            return call(self, x, t, rng)
+        def ours(self, x, t, rng=None, labels=None):
+            seen["ours"].append((int(t[0]), None if labels is None else (labels % 4).tolist()))
+            return call(self, x, t, rng, labels)
 
-        def theirs(self, x, t):
-            seen["theirs"] += t.reshape(-1)[:1].tolist()
-            return forward(self, x, t)
+        def theirs(self, x, t, labels=None):
+            seen["theirs"].append((int(t.reshape(-1)[0]), None if labels is None else labels.tolist()))
+            return forward(self, x, t, labels)
 
-        work = peers.Work("", TINY, 8, 3, steps=4)
+        work = peers.Work("", net, 8, 3, steps=4)
         with contextlib.ExitStack() as stack:
             our_run, (their_run, output) = peers.our_run(work, 1, stack), peers.their_run(work, variant)
             monkeypatch.setattr(unet.UNet, "__call__", ours)
             monkeypatch.setattr(peers.diffusers.UNet2DModel, "forward", theirs)
             images, theirs = our_run(), their_run().movedim(1, 3).numpy()
-        assert seen["ours"] == seen["theirs"] == [999, 749, 499, 249]
+        labels = [3, 3, 3, 0, 1, 2] if net is TOLD else None
+        assert seen["ours"] == seen["theirs"] == [(t, labels) for t in (999, 749, 499, 249)]
         for x in (images, theirs):
             assert x.shape == output.shape and np.abs(x).max() <= 1
 
