@@ -58,7 +58,7 @@ def test_tiles_are_few_and_of_equal_size(height, r):
     assert tile_rows(height) == r
 
 
-@pytest.mark.parametrize("N", [1, 5, 16])
+@pytest.mark.parametrize("N", [1, 5, 9, 16, 40])
 @pytest.mark.parametrize("size", [(7, 7), (14, 14), (28, 28), (20, 300)])
 def test_areas_cover_all_images_in_parts_of_equal_size(N, size):
     seen = np.zeros((N, *size))
