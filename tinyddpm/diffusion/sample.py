@@ -168,13 +168,12 @@ def guided(unconditional: Callable, conditional: Callable, scale: float) -> Call
 
     def model(x_t: Array, t: np.ndarray, labels: np.ndarray | None = None) -> Array:
         xp, channels = array_module(x_t), x_t.shape[-1]
-        if labels is None:
-            u, c = as_array(unconditional(x_t, t)), as_array(conditional(x_t, t))
-        elif both:  # in one call
+        if both and labels is not None:  # in one call
             twice = np.append(np.full(len(t), -1), np.asarray(labels).astype(int))
             u, c = xp.split(as_array(conditional(xp.concatenate([x_t, x_t]), np.append(t, t), labels=twice)), 2)
         else:
-            u, c = as_array(unconditional(x_t, t)), as_array(conditional(x_t, t, labels=labels))
+            of_class = {} if labels is None else {"labels": labels}
+            u, c = as_array(unconditional(x_t, t)), as_array(conditional(x_t, t, **of_class))
         prediction = u[..., :channels] + scale * (c[..., :channels] - u[..., :channels])
         return xp.concatenate([prediction, c[..., channels:]], axis=-1)
 
